@@ -1,0 +1,11 @@
+"""kd: knowledge distillation experiments from one YAML file (Hinton, Vinyals and Dean, arXiv:1503.02531)."""
+
+__version__ = "0.1.0"
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used: each line says what and where; `kd` prints them and exits with 2."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines

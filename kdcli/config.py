@@ -1,0 +1,414 @@
+"""The experiment file: typed sections, overrides, and errors that name file, line and key.
+
+Precedence, highest first: a flag, then `--set a.b=c`, then the experiment file, then the defaults below.
+"""
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from kdcli import BadInput
+
+CLASSES = 10
+Key = tuple[str | int, ...]
+
+
+class DatasetFacts(NamedTuple):
+    """What is known of a dataset before it is read: counts of images, pixels a side, the value that becomes 1.0."""
+
+    train: int
+    test: int
+    side: int
+    white: int
+
+
+DATASETS = {"mnist": DatasetFacts(60_000, 10_000, 28, 255), "digits": DatasetFacts(1_297, 500, 8, 16)}
+
+
+def _problem(key: str, message: str) -> PydanticCustomError:
+    """An error about one key of the section being validated (`key` may be empty: the section itself)."""
+    return PydanticCustomError("kd", "{message}", {"key": key, "message": message})
+
+
+class Section(BaseModel):
+    """A part of the experiment file: unknown keys are errors, and "5" is not 5."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    name: Literal["mnist", "digits"]
+    heldout: int = Field(5_000, ge=CLASSES)  # training images, stratified, that choose the bias of omit-classes
+    evaluate_on: Literal["test", "heldout"] = "test"  # heldout: train without those images and count errors on them
+
+    @model_validator(mode="after")
+    def _leaves_images_to_train_on(self) -> Self:
+        if self.heldout > DATASETS[self.name].train - CLASSES:
+            raise _problem("heldout", f"{self.name} has only {DATASETS[self.name].train} training images")
+        return self
+
+
+def _dropout(p: Any) -> Any:
+    if isinstance(p, int | float) and not isinstance(p, bool) and p and not 1 <= round(256 * p) <= 255:
+        raise _problem("", f"is a probability of dropping, drawn in steps of 1/256: 0, or 1/256 to 255/256, not {p}")
+    return p
+
+
+Dropout = Annotated[float, BeforeValidator(_dropout)]
+
+
+class Model(Section):
+    """A multi-layer perceptron with ReLU hidden layers."""
+
+    hidden: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(max_length=20)
+    dropout: Dropout = 0.0  # probability of dropping a hidden unit
+    input_dropout: Dropout = 0.0  # probability of dropping a pixel
+
+
+class Train(Section):
+    epochs: int = Field(ge=1, le=1_000_000)
+    batch_size: int = Field(128, ge=1, le=1_000_000)
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(gt=0)
+    momentum: float | None = Field(None, ge=0, lt=1)  # sgd alone; left out it is 0.9
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # linear and cosine fall to zero at the last step
+    warmup: float = Field(0.0, ge=0)  # epochs over which the learning rate rises from zero
+    jitter: int = Field(0, ge=0, le=7)  # each image shifts by up to so many pixels each way, anew every epoch
+    max_norm: float | None = Field(None, gt=0)  # bound on the norm of the weights into each hidden unit
+    ema: float | None = Field(None, gt=0, lt=1)  # decay a step of the exponential average of the weights
+
+    @model_validator(mode="before")
+    @classmethod
+    def _momentum_is_for_sgd(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("momentum") is None and values.get("optimizer", "sgd") == "sgd":
+            return {**values, "momentum": 0.9}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise _problem("momentum", f"belongs to sgd, not to {self.optimizer}: remove it")
+        if self.warmup >= self.epochs:
+            raise _problem("warmup", f"must be shorter than the {self.epochs} epochs, not {self.warmup:g}")
+        return self
+
+
+class Network(Section):
+    model: Model
+    train: Train
+
+
+class Ensemble(Section):
+    members: int = Field(ge=2, le=1_000)
+    average: Literal["arithmetic", "geometric"] = "arithmetic"
+    models: list[Model] | None = Field(None, min_length=1)  # member i has models[i % n]; left out: the teacher's
+
+
+class Baseline(Section):
+    train: Train | None = None  # replaces the student's, whole
+
+
+class Distill(Section):
+    teacher: Literal["teacher", "ensemble"] = "teacher"
+    T: float = Field(gt=0)
+    lambda1: float = Field(ge=0)
+    lambda2: float = Field(ge=0)  # left out it is 1 - lambda1
+    t_squared: bool = True  # false: the talk's formula, without the paper's factor T^2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lambda2_completes_lambda1(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("lambda2") is not None:
+            return values
+        lambda1 = values.get("lambda1")
+        if not isinstance(lambda1, int | float):
+            return {**values, "lambda2": 0.0}
+        if lambda1 > 1:
+            raise _problem("lambda1", f"is {lambda1:g}; above 1 it needs a lambda2 too (left out, that is 1 - lambda1)")
+        return {**values, "lambda2": round(1 - max(lambda1, 0), 12)}
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if self.lambda1 == self.lambda2 == 0:
+            raise _problem("lambda1", "and lambda2 are both 0: the student would learn nothing")
+        return self
+
+
+class Omission(Section):
+    """Classes missing from the transfer set: those in `omit`, or all but those in `keep`."""
+
+    omit: list[int] | None = None
+    keep: list[int] | None = None
+    train: Train | None = None  # replaces the student's, whole
+
+    @model_validator(mode="after")
+    def _some_classes_stay(self) -> Self:
+        if (self.omit is None) == (self.keep is None):
+            raise _problem("", "needs either omit or keep, and only one of them")
+        key, classes = ("omit", self.omit) if self.omit is not None else ("keep", self.keep)
+        assert classes is not None
+        if unknown := [c for c in classes if not 0 <= c < CLASSES]:
+            raise _problem(key, f"there is no class {unknown[0]}: the classes are 0 to {CLASSES - 1}")
+        if len(set(classes)) < len(classes):
+            raise _problem(key, f"names a class twice: {classes}")
+        if not classes or len(classes) == CLASSES:
+            raise _problem(key, f"must name at least one class and leave one out, not {classes}")
+        return self
+
+    @property
+    def omitted(self) -> list[int]:
+        """The classes absent from the transfer set, ascending."""
+        return [c for c in range(CLASSES) if (c in self.omit if self.omit is not None else c not in (self.keep or []))]
+
+    @property
+    def label(self) -> str:
+        """The row's name: `omit 3`, `keep 7,8`."""
+        verb, classes = ("omit", self.omit) if self.omit is not None else ("keep", self.keep)
+        return f"{verb} {','.join(map(str, sorted(classes or [])))}"
+
+
+class Experiment(Section):
+    """One experiment; `seed` may be a number or a list of different ones."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: Annotated[
+        list[Annotated[int, Field(ge=0, lt=2**31)]],
+        BeforeValidator(lambda seed: seed if isinstance(seed, list) else [seed]),
+        Field(min_length=1),
+    ] = [0]
+    threads: int | None = Field(None, ge=1, le=4096)  # left out: all cores
+    data: Data
+    teacher: Network
+    ensemble: Ensemble | None = None
+    student: Network
+    baseline: Baseline = Baseline()
+    distill: Distill
+    omit_classes: list[Omission] = []
+    expect: dict[str, Annotated[float, Field(ge=0)]] = {}  # row of the final table: mean errors it may have at most
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.seed)) < len(self.seed):
+            raise _problem("seed", f"names a seed twice: {self.seed}")
+        if self.distill.teacher == "ensemble" and self.ensemble is None:
+            raise _problem("distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`")
+        if len({entry.label for entry in self.omit_classes}) < len(self.omit_classes):
+            raise _problem("omit_classes", "names the same classes twice")
+        for row in self.expect:
+            if row not in self.rows:
+                raise _problem(f"expect.{row}", f"is not a row of this experiment{_nearest(row, self.rows)}")
+        return self
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows of the final table, in order."""
+        biased = [f"{e.label}{bias}" for e in self.omit_classes for bias in ("", *(f", {b} bias" for b in BIASES))]
+        return ["teacher", *(["ensemble"] if self.ensemble else []), "baseline", "student", *biased]
+
+
+BIASES = ("test", "heldout", "prior")  # the three ways to choose the bias correction of omit-classes
+
+
+class Override(NamedTuple):
+    """A value that replaces the experiment file's: `origin` is what the user typed."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def parse_set(text: str) -> Override:
+    """`a.b=c` of a `--set`, its value read as YAML. Raises BadInput when there is no `=` or the value is broken."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise BadInput(f"--set {text}: write it as --set section.key=value, for example --set teacher.train.epochs=5")
+    try:
+        return Override(key, yaml.load(value, _Loader), f"--set {text}")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise BadInput(f"--set {text}: the value is not YAML") from None
+
+
+def experiments() -> dict[str, Path]:
+    """The experiments that ship with kd: name to file."""
+    here = Path(__file__).parent
+    folder = here / "experiments" if (here / "experiments").is_dir() else here.parent / "experiments"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """The file of an experiment given by its path or, when it ships with kd, by its name. Raises BadInput."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if not path.is_file():
+            raise BadInput(f"{name}: there is no such experiment file")
+        return path
+    if name not in experiments():
+        raise BadInput(f"{name}: not the name of an experiment (kd has {', '.join(experiments())}) nor a .yaml file")
+    return experiments()[name]
+
+
+def load(name: str, overrides: Iterable[Override] = ()) -> Experiment:
+    """Read, override and validate an experiment given by name or path; later overrides beat earlier ones.
+
+    Raises BadInput with every problem found, each as `file:line: key: problem`.
+    """
+    path = find(name)
+    values, origins, problems = _read(path)
+    for override in overrides:
+        _apply(override, values, origins)
+    try:
+        experiment = Experiment.model_validate(values)
+    except ValidationError as error:
+        problems += [_describe(e, origins, str(path)) for e in error.errors(include_url=False)]
+    if problems:
+        raise BadInput(*dict.fromkeys(problems))
+    return experiment
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as YAML 1.2 and everyone else has it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
+    """The file's values, where each key stands (`file:line`), and the duplicate keys found."""
+    origins: dict[Key, str] = {}
+    problems: list[str] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, _Loader)
+        _locate(node, (), str(path), origins, problems)
+        values = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise BadInput(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise BadInput(f"{path}: not valid YAML: nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}:1: an experiment file is a mapping (name: …, data: …, teacher: …)")
+    return values, origins, problems
+
+
+def _locate(node: yaml.Node | None, key: Key, file: str, origins: dict[Key, str], problems: list[str]) -> None:
+    """Record where every key below `node` stands, and every key that stands twice."""
+    if len(origins) > 10_000 or len(key) > 50:
+        raise BadInput(f"{file}: too large or too deep for an experiment file")
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            origins[*key, i] = f"{file}:{item.start_mark.line + 1}"
+            _locate(item, (*key, i), file, origins, problems)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for name, value in node.value:
+        line = name.start_mark.line + 1
+        if name.value == "<<":
+            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                _locate(merged, key, file, origins, problems)
+        elif isinstance(name.value, Hashable) and isinstance(name, yaml.ScalarNode):
+            if name.value in seen:
+                dotted = _dotted((*key, name.value))
+                problems.append(f"{file}:{line}: {dotted}: duplicate key, first given on line {seen[name.value]}")
+            seen.setdefault(name.value, line)
+            origins[*key, name.value] = f"{file}:{line}"
+            _locate(value, (*key, name.value), file, origins, problems)
+
+
+def _apply(override: Override, values: dict[str, Any], origins: dict[Key, str]) -> None:
+    """Set one dotted key, creating the sections above it."""
+    *sections, last = key = tuple(int(part) if part.isdecimal() else part for part in override.key.split("."))
+    place: Any = values
+    try:
+        for part in sections:
+            if isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}
+            place = place[part]
+        place[last] = override.value
+    except (TypeError, IndexError, KeyError):
+        raise BadInput(f"{override.origin}: {override.key}: there is no such key to set") from None
+    for old in [k for k in origins if k[: len(key)] == key]:
+        del origins[old]
+    origins[key] = override.origin
+
+
+def _dotted(key: Sequence[str | int]) -> str:
+    return ".".join(map(str, key))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    return f"; did you mean {lower[close[0]]}?" if close else f" (known: {', '.join(known)})"
+
+
+def _fields(key: Key) -> Iterable[str]:
+    """The keys known in the section at `key`."""
+    section: Any = Experiment
+    for part in key:
+        if isinstance(part, str):
+            annotation = section.model_fields[part].annotation
+            section = next(c for c in _leaves(annotation) if isinstance(c, type) and issubclass(c, Section))
+    return section.model_fields
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The plain types in an annotation such as `list[Model] | None`."""
+    inner = getattr(annotation, "__args__", None)
+    return [leaf for arg in inner for leaf in _leaves(arg)] if inner else [annotation]
+
+
+def _describe(error: Any, origins: dict[Key, str], file: str) -> str:
+    """One line, `file:line: key: problem`, for one of pydantic's errors."""
+    key: Key = error["loc"]
+    if error["type"] == "kd" and error["ctx"]["key"]:
+        key = (*key, *error["ctx"]["key"].split(".", 1))
+    place = key
+    while place and place not in origins:
+        place = place[:-1]
+    return f"{origins.get(place, file)}: {_dotted(key) or 'experiment'}: {_message(error, key)}"
+
+
+def _message(error: Any, key: Key) -> str:
+    kind, ctx, given = error["type"], error.get("ctx", {}), error["input"]
+    shown = repr(given) if len(repr(given)) <= 40 else repr(given)[:37] + "…"
+    match kind:
+        case "kd":
+            return str(ctx["message"])
+        case "extra_forbidden":
+            return f"unknown key{_nearest(str(key[-1]), _fields(key[:-1]))}"
+        case "missing":
+            return "is missing"
+        case "literal_error":
+            choices = re.findall(r"'([^']*)'", ctx["expected"])
+            return f"must be one of {', '.join(choices)}, not {shown}" + (
+                _nearest(given, choices).partition(" (known")[0] if isinstance(given, str) else ""
+            )
+        case "int_type" | "int_from_float":
+            return f"must be a whole number, not {shown}"
+        case "float_type":
+            return f"must be a number, not {shown}"
+        case "bool_type":
+            return f"must be true or false, not {shown}"
+        case "list_type":
+            return f"must be a list, such as [7, 8], not {shown}"
+        case "model_type" | "dict_type":
+            return f"must be a section of keys and values, not {shown}"
+        case "string_pattern_mismatch":
+            return f"must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', not {shown}"
+    text = str(error["msg"]).removeprefix("Input should ")
+    return f"{'must ' + text if text != error['msg'] else text}, not {shown}"
