@@ -235,6 +235,33 @@ def parse_set(text: str) -> Override:
         raise BadInput(f"--set {text}: the value is not YAML") from None
 
 
+def parse_seeds(text: str) -> list[int]:
+    """`3`, `0-4` or `0,2,5` as a list of seeds. Raises BadInput."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            range_ = range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            range_ = range(0)
+        if not 1 <= len(range_) <= 10_000:
+            raise BadInput(f"--seed {text}: must be a seed, a range or a list: 3, 0-4, or 0,2,5")
+        seeds += range_
+    return seeds
+
+
+def omission(omit: str | None, keep: str | None) -> Omission:
+    """The entry that `--omit 3` or `--keep 7,8` describes. Raises BadInput."""
+    flags = " ".join(f"--{flag} {text}" for flag, text in (("omit", omit), ("keep", keep)) if text is not None)
+    try:
+        classes = {k: [int(c) for c in v.split(",")] for k, v in (("omit", omit), ("keep", keep)) if v is not None}
+        return Omission.model_validate(classes)
+    except ValidationError as error:
+        raise BadInput(*(f"{flags}: {_message(e, e['loc'])}" for e in error.errors())) from None
+    except ValueError:
+        raise BadInput(f"{flags}: must be digits with commas between, such as 7,8") from None
+
+
 def experiments() -> dict[str, Path]:
     """The experiments that ship with kd: name to file."""
     here = Path(__file__).parent

@@ -1,0 +1,320 @@
+"""The `kd` command: flags become overrides of the experiment file, a recipe does the work, the result is printed."""
+
+import inspect
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcli import BadInput, __version__, config
+from kdcli.config import Experiment, Override
+from kdcli.runs import Document
+
+if TYPE_CHECKING:
+    from kdcli.recipes import Session
+    from kdcli.report import Display, Table
+
+app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False)
+
+T = Annotated[float | None, typer.Option("--T", help="Temperature of the soft targets (distill.T).")]
+Lambda1 = Annotated[float | None, typer.Option("--lambda1", help="Weight of the soft targets (distill.lambda1).")]
+Lambda2 = Annotated[float | None, typer.Option("--lambda2", help="Weight of the hard labels; left out: 1 - lambda1.")]
+TeacherRun = Annotated[str | None, typer.Option("--teacher", metavar="RUN", help="Learn from this run instead.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Epochs of each training of this command.")]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that every command has."""
+
+    experiment: Annotated[str, typer.Argument(help="An experiment's name (mnist, digits) or its YAML file.")] = "mnist"
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key: teacher.train.epochs=5.")
+    ] = None
+    seed: Annotated[str | None, typer.Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: all cores.")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")
+    ] = None
+    runs_dir: Annotated[Path, typer.Option(help="Where the run directories lie.")] = Path("runs")
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+
+
+class Job:
+    """One call of a command: its options, the overrides they make, and how its results are shown."""
+
+    def __init__(self, command: str, common: Common) -> None:
+        self.command, self.common = command, common
+        self.overrides = [config.parse_set(text) for text in common.sets or []]
+        self.override("--threads", common.threads, "threads")
+        if common.seed is not None:
+            self.overrides.append(Override("seed", config.parse_seeds(common.seed), f"--seed {common.seed}"))
+
+    def override(self, flag: str, value: Any, *keys: str) -> None:
+        """Let a flag, if it was given, set keys of the experiment file."""
+        if value is not None:
+            self.overrides += [Override(key, value, f"{flag} {value}") for key in keys]
+
+    def experiment(self) -> Experiment:
+        return config.load(self.common.experiment, self.overrides)
+
+    def session(self, experiment: Experiment, display: "Display") -> "Session":
+        import torch
+
+        from kdcli.core import select_device
+        from kdcli.recipes import Session
+
+        torch.set_num_threads(experiment.threads or os.cpu_count() or 1)
+        return Session(
+            experiment=experiment,
+            runs_dir=self.common.runs_dir,
+            device=select_device(self.common.device),
+            data_dir=self.common.data_dir,
+            retype=self.retype(),
+            progress=display.epoch,
+            note=display.note,
+        )
+
+    def retype(self) -> str:
+        """The arguments to type for the same teachers: the experiment, and what was changed about it."""
+        sections = ("name", "data", "teacher", "ensemble")
+        words = [self.common.experiment]
+        words += [w for o in self.overrides if o.key.split(".")[0] in sections for w in o.origin.split(" ", 1)]
+        for flag, path, usual in (("--data-dir", self.common.data_dir, None), ("--runs-dir", self.common.runs_dir, Path("runs"))):
+            words += [flag, str(path)] if path != usual else []
+        return shlex.join(words)
+
+    def run(self, experiment: Experiment, *recipes: "Callable[[Session, int], Document]") -> None:
+        """Run each recipe for every seed and print what comes out."""
+        from kdcli import report
+
+        if self.common.dry_run:
+            return self.dry_run(experiment)
+        display = report.Display()
+        try:
+            session = self.session(experiment, display)
+            documents = [recipe(session, seed) for recipe in recipes for seed in experiment.seed]
+        finally:
+            display.close()
+        whole = {"command": self.command, "experiment": experiment.name, "runs": documents}
+        self.show(documents[0] if len(documents) == 1 else whole, *report.tables(self.command, documents))
+
+    def show(self, document: Document, *parts: "Table | str") -> None:
+        """The document as JSON, or tables and lines for a person, on stdout."""
+        from rich.console import Console
+
+        if self.common.as_json:
+            print(json.dumps(document, indent=1))
+            return
+        console = Console()
+        for part in parts:
+            if isinstance(part, str):
+                console.print(part, highlight=False, markup=False, soft_wrap=True)
+            else:
+                part.print(console)
+
+    def dry_run(self, experiment: Experiment) -> None:
+        """Show the resolved experiment, the device, and each net's parameters and steps; write nothing."""
+        import yaml
+
+        from kdcli.core import select_device
+        from kdcli.recipes import plan
+
+        resolved = experiment.model_dump(exclude_none=True)
+        device, nets = str(select_device(self.common.device)), plan(experiment)
+        document = {"command": self.command, "dry_run": True, "device": device, "nets": nets, "resolved": resolved}
+        lines = [f"# device: {device}, threads: {experiment.threads or os.cpu_count()}"]
+        lines += [f"# {n['net']}: {n['parameters']:,} parameters, {n['steps']:,} steps of {n['batch_size']} images" for n in nets]
+        text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100)
+        self.show(document, text + "\n".join([*lines, "# --dry-run: nothing was written"]))
+
+
+def command(name: str) -> Callable[[Callable[..., None]], None]:
+    """Register a function of a Job and options of its own as a command that has the common options as well."""
+
+    def register(body: Callable[..., None]) -> None:
+        shared = list(inspect.signature(Common).parameters.values())
+        own = list(inspect.signature(body).parameters.values())[1:]
+
+        def call(**options: Any) -> None:
+            common = Common(**{parameter.name: options.pop(parameter.name) for parameter in shared})
+            body(Job(name, common), **options)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [p.replace(kind=keyword) for p in (shared[0], *own, *shared[1:])]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        call.__doc__ = body.__doc__
+        app.command(name)(call)
+
+    return register
+
+
+@command("train-teacher")
+def train_teacher(job: Job, epochs: Epochs = None) -> None:
+    """Train the teacher from hard labels."""
+    job.override("--epochs", epochs, "teacher.train.epochs")
+    experiment = job.experiment()
+    from kdcli import recipes
+
+    job.run(experiment, recipes.train_teacher)
+
+
+@command("ensemble")
+def ensemble(
+    job: Job,
+    members: Annotated[int | None, typer.Option(help="Number of members (ensemble.members).")] = None,
+    average: Annotated[str | None, typer.Option(help="arithmetic or geometric (ensemble.average).")] = None,
+    epochs: Epochs = None,
+) -> None:
+    """Train several teachers and average their predictions."""
+    job.override("--members", members, "ensemble.members")
+    job.override("--average", average, "ensemble.average")
+    job.override("--epochs", epochs, "teacher.train.epochs")
+    experiment = job.experiment()
+    from kdcli import recipes
+
+    job.run(experiment, recipes.ensemble)
+
+
+def _distillation(job: Job, T: float | None, lambda1: float | None, lambda2: float | None, epochs: int | None) -> None:
+    """The flags that distill and omit-classes share; --epochs is for every student, whichever section trains it."""
+    for flag, value in (("T", T), ("lambda1", lambda1), ("lambda2", lambda2)):
+        job.override(f"--{flag}", value, f"distill.{flag}")
+    if epochs is not None:
+        experiment = job.experiment()
+        own = ["baseline"] if experiment.baseline.train else []
+        own += [f"omit_classes.{i}" for i, entry in enumerate(experiment.omit_classes) if entry.train]
+        job.override("--epochs", epochs, *(f"{section}.train.epochs" for section in ("student", *own)))
+
+
+@command("distill")
+def distill(
+    job: Job,
+    T: T = None,
+    lambda1: Lambda1 = None,
+    lambda2: Lambda2 = None,
+    teacher: TeacherRun = None,
+    baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Compare with hard labels alone.")] = True,
+    epochs: Epochs = None,
+) -> None:
+    """Train the student on the teacher's soft targets, beside the same student on hard labels alone."""
+    _distillation(job, T, lambda1, lambda2, epochs)
+    experiment = job.experiment()
+    from kdcli import recipes
+
+    job.run(experiment, partial(recipes.distill, teacher=teacher, with_baseline=baseline))
+
+
+@command("omit-classes")
+def omit_classes(
+    job: Job,
+    omit: Annotated[str | None, typer.Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
+    keep: Annotated[str | None, typer.Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
+    T: T = None,
+    lambda1: Lambda1 = None,
+    lambda2: Lambda2 = None,
+    teacher: TeacherRun = None,
+    epochs: Epochs = None,
+) -> None:
+    """Distil with classes missing from the transfer set, then correct the bias."""
+    _distillation(job, T, lambda1, lambda2, epochs)
+    experiment = job.experiment()
+    entries = experiment.omit_classes
+    if omit is not None or keep is not None:
+        wanted = config.omission(omit, keep)
+        entries = [entry for entry in entries if entry.omitted == wanted.omitted] or [wanted]
+    if not entries:
+        raise BadInput(f"{job.common.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
+    from kdcli import recipes
+
+    job.run(experiment, *(partial(recipes.omit_classes, entry=entry, teacher=teacher) for entry in entries))
+
+
+@command("evaluate")
+def evaluate(
+    job: Job, run: Annotated[list[str] | None, typer.Option(metavar="RUN", help="A run to evaluate; repeat it.")] = None
+) -> None:
+    """Score what was trained: errors, calibration, agreement with the teacher, cost."""
+    experiment = job.experiment()
+    if job.common.dry_run:
+        return job.dry_run(experiment)
+    from kdcli import recipes, report
+
+    display = report.Display()
+    document = recipes.evaluate(job.session(experiment, display), run or [])
+    job.show(document, *report.tables("evaluate", document["runs"]))
+
+
+@command("run")
+def run(
+    job: Job, check: Annotated[bool, typer.Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False
+) -> None:
+    """Do everything the file describes, and end with one table."""
+    experiment = job.experiment()
+    if job.common.dry_run:
+        return job.dry_run(experiment)
+    from kdcli import recipes, report
+
+    display = report.Display()
+    try:
+        session = job.session(experiment, display)
+        documents, evaluation = recipes.run(session)
+    finally:
+        display.close()
+    document = report.summary(experiment, documents, evaluation)
+    files = report.write_report(document, session.runs_dir / experiment.name / "report", session.runs_dir)
+    sentence = report.Verdict(**document["verdict"]).sentence()
+    job.show(document, report.final_table(document), sentence, *(f"wrote {file}" for file in files))
+    if missed := [row for row in document["table"] if check and not row.get("met", True)]:
+        for row in missed:
+            display.note(f"expect.{row['row']}: {row['mean']:.1f} errors, not {row['expect']:g} or fewer")
+        raise typer.Exit(3)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Knowledge distillation experiments from one YAML file."""
+    if version:
+        print(f"kd {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Run `kd`: 0 done, 1 failed, 2 wrong usage or input, 3 an expectation missed, 130 interrupted."""
+    sys.exit(_main())
+
+
+def _main() -> int:
+    debug = "--debug" in sys.argv
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.Abort:
+        print("interrupted: type the same command again to go on", file=sys.stderr)
+        return 130
+    except BadInput as error:
+        if debug:
+            raise
+        print(*error.lines, sep="\n", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if debug:
+            raise
+        if hasattr(error, "format_message"):  # a usage error of typer's
+            print(f"kd: {error.format_message()} See kd --help.", file=sys.stderr)
+            return 2
+        print(f"kd: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1

@@ -1,0 +1,115 @@
+"""What is counted and measured on predictions, and the bias correction for classes a student never saw."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def count_errors(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Errors over all samples and per class of the label: logits [N, C], labels [N]."""
+    wrong = logits.argmax(1) != labels
+    per_class = torch.bincount(labels[wrong], minlength=logits.shape[1]).tolist()
+    return {"errors": int(wrong.sum()), "total": len(labels), "per_class_errors": per_class}
+
+
+def score(log_p: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Errors, confusion matrix (rows: label, columns: prediction), and the quality of the probabilities.
+
+    log_p: log-probabilities [N, C]. NLL in nats a sample; the Brier score is the squared distance to the one-hot
+    label, summed over classes (Brier 1950), from 0 to 2; ece: see `calibration_error`.
+    """
+    classes = log_p.shape[1]
+    pairs = torch.bincount(labels * classes + log_p.argmax(1), minlength=classes**2)
+    return count_errors(log_p, labels) | {
+        "confusion": pairs.view(classes, classes).tolist(),
+        "nll": float(F.nll_loss(log_p, labels)),
+        "brier": float((log_p.exp() - F.one_hot(labels, classes)).square().sum(1).mean()),
+        "ece": calibration_error(log_p, labels),
+    }
+
+
+def calibration_error(log_p: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """The expected calibration error (Guo et al., arXiv:1706.04599, eq. 3): mean |accuracy - confidence| over
+    `bins` equal intervals of the top class's probability, weighted by their samples."""
+    log_confidence, predicted = log_p.double().max(1)
+    confidence, correct = log_confidence.exp(), (predicted == labels).double()
+    bin_ = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64, device=log_p.device).index_add_(0, bin_, correct - confidence)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def compare(log_p: Tensor, teacher_log_p: Tensor) -> dict[str, float]:
+    """How a student follows its teacher: the share of samples with the same prediction, and the mean
+    KL(teacher || student) at T = 1, in nats; both log-probabilities [N, C]."""
+    same = (log_p.argmax(1) == teacher_log_p.argmax(1)).double().mean()
+    kl = F.kl_div(log_p, teacher_log_p, reduction="batchmean", log_target=True)
+    return {"agreement": float(same), "kl_from_teacher": float(kl)}
+
+
+def shift_bias(logits: Tensor, omitted: Sequence[int], shift: float) -> Tensor:
+    """Logits [N, C] after adding `shift` to the biases of the omitted classes, and of those alone."""
+    shifted = logits.double().clone()
+    shifted[:, list(omitted)] += shift
+    return shifted
+
+
+def fewest_errors_shift(logits: Tensor, labels: Tensor, omitted: Sequence[int]) -> float:
+    """The shift of the omitted classes' biases with the fewest errors on labelled samples (section 3), exactly.
+
+    A sample goes to its best omitted class once the shift exceeds its margin, best kept minus best omitted logit.
+    So the errors change at margins only: they are sorted and swept. Among the best intervals the longest wins, and
+    its middle is taken; 0 stays when nothing beats it.
+    """
+    logits = logits.double()
+    out = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    out[list(omitted)] = True
+    kept_logit, kept_class = logits.masked_fill(out, -torch.inf).max(1)
+    omitted_logit, omitted_class = logits.masked_fill(~out, -torch.inf).max(1)
+    margin, order = (kept_logit - omitted_logit).sort()
+    gain = (omitted_class == labels)[order].int() - (kept_class == labels)[order].int()
+    correct = torch.cat([gain.new_zeros(1), gain.cumsum(0)])  # after passing i margins, against passing none
+    edges = torch.cat([margin[:1] - 2, margin, margin[-1:] + 2])
+    length = edges.diff()
+    unshifted = correct[int((margin < 0).sum())]
+    best = correct[length > 0].max()
+    if unshifted == best:
+        return 0.0
+    i = int(torch.where(correct == best, length, -1.0).argmax())
+    return float((edges[i] + edges[i + 1]) / 2)
+
+
+def prior_shift(logits: Tensor, omitted: Sequence[int], share: float) -> float:
+    """The shift at which the omitted classes' mean probability at T = 1 equals their known `share`, no labels needed.
+
+    logits: [N, C] of unlabelled samples in which all classes occur in their shares. Found by bisection.
+    """
+    from scipy.optimize import bisect
+
+    kept = [c for c in range(logits.shape[1]) if c not in omitted]
+    logits = logits.double()
+    odds = logits[:, list(omitted)].logsumexp(1) - logits[:, kept].logsumexp(1)
+    low, high = float(-odds.max()) - 50, float(-odds.min()) + 50
+    return float(bisect(lambda shift: float(torch.sigmoid(odds + shift).mean()) - share, low, high, xtol=1e-9))
+
+
+def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float = 0.2) -> float:
+    """Median milliseconds of `forward` on one batch, over at least 5 calls and about `seconds` after a warm-up."""
+    cuda = inputs.device.type == "cuda"
+    times: list[float] = []
+    with torch.inference_mode():
+        for _ in range(3):
+            forward(inputs)
+        while len(times) < 5 or sum(times) < seconds:
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            forward(inputs)
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3

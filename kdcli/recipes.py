@@ -1,0 +1,449 @@
+"""One function a subcommand: it finds or trains the runs it needs and returns what there is to say about them."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcli import BadInput, core, metrics
+from kdcli.config import CLASSES, DATASETS, Data, Distill, Experiment, Model, Omission, Section, Train
+from kdcli.data import Dataset, Split, load
+from kdcli.runs import Document, Run, Spec, differences, list_runs, open_run
+from kdcli.train import Teacher, fit, predict
+
+TEACHERS = ("train-teacher", "ensemble")
+STUDENTS = ("baseline", "distill", "omit-classes")
+
+
+@dataclass(frozen=True)
+class Session:
+    """How and where to work; none of it changes what a run is."""
+
+    experiment: Experiment
+    runs_dir: Path
+    device: torch.device
+    data_dir: Path | None = None
+    retype: str = ""  # the arguments that describe the same teachers, for messages
+    progress: Callable[[str, int, Document], None] = field(default=lambda run, epochs, metrics: None)
+    note: Callable[[str], None] = field(default=lambda line: None)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return load(self.experiment.data, self.data_dir).to(self.device)
+
+    def run(self, spec: Spec) -> Run:
+        return Run(self.runs_dir, spec)
+
+
+def train_teacher(session: Session, seed: int, model: Model | None = None) -> Document:
+    """A teacher, or an ensemble member, from hard labels; its logits on the training images are kept for students."""
+    run = session.run(teacher_spec(session.experiment, seed, model))
+
+    def work() -> Document:
+        data = session.dataset
+        net, result = _fit(run, session, data.train)
+        run.save("logits", {"train": predict(net, data.train), "test": predict(net, data.test)})
+        return result
+
+    return _obtain(run, session, work)
+
+
+def ensemble(session: Session, seed: int) -> Document:
+    """The members with seeds `seed`, `seed` + 1, …, and both averages of their predictions on the test images."""
+    experiment = session.experiment
+    members = [train_teacher(session, spec.seed, Model(**spec.settings["model"])) for spec in member_specs(experiment, seed)]
+    run = session.run(ensemble_spec(experiment, seed))
+
+    def work() -> Document:
+        labels = session.dataset.test.labels.cpu()
+        logits = _member_logits(run, "test")
+        averages = {
+            how: metrics.count_errors(core.average(logits, T=1, how=how), labels) for how in ("arithmetic", "geometric")
+        }
+        errors = [member["test"]["errors"] for member in members]
+        test = averages[run.spec.settings["average"]]
+        return {
+            "seconds": sum(member["seconds"] for member in members),
+            "evaluated_on": members[0]["evaluated_on"],
+            "test": test,
+            "average": run.spec.settings["average"],
+            "averages": averages,
+            "members": [{k: m[k] for k in ("run", "seed")} | {"errors": m["test"]["errors"]} for m in members],
+            "fewer_errors_than": {
+                "best_member": min(errors) - test["errors"],
+                "mean_member": sum(errors) / len(errors) - test["errors"],
+            },
+        }
+
+    return _obtain(run, session, work)
+
+
+def baseline(session: Session, seed: int) -> Document:
+    """The student's net and seed, on hard labels alone."""
+    run = session.run(baseline_spec(session.experiment, seed))
+
+    def work() -> Document:
+        data = session.dataset
+        net, result = _fit(run, session, data.train)
+        run.save("logits", {"test": predict(net, data.test)})
+        return result
+
+    return _obtain(run, session, work)
+
+
+def distill(session: Session, seed: int, teacher: str | None = None, with_baseline: bool = True) -> Document:
+    """The student on the soft targets of its teacher (of the run `teacher`, if named), beside its baseline.
+
+    Raises BadInput when the teacher is missing, unfinished or of another dataset.
+    """
+    experiment = session.experiment
+    source = find_teacher(session, seed, teacher)
+    hard = baseline(session, seed) if with_baseline else None
+    run = session.run(student_spec(experiment, seed, source))
+
+    def work() -> Document:
+        data = session.dataset
+        everything = torch.arange(len(data.train), device=session.device)
+        targets = _soft_targets(source, session, run.spec, everything)
+        net, result = _fit(run, session, data.train, (Distill(**run.spec.settings["distill"]), targets))
+        run.save("logits", {"test": predict(net, data.test)})
+        return result
+
+    document = _obtain(run, session, work) | {"teacher": _brief(source.result)}
+    if hard:
+        labels = session.dataset.test.labels.cpu()
+        student_right, baseline_right = (
+            open_run(session.runs_dir, r["run"]).load("logits")["test"].argmax(1) == labels for r in (document, hard)
+        )
+        fixed, broken = int((student_right & ~baseline_right).sum()), int((baseline_right & ~student_right).sum())
+        document["baseline"] = _brief(hard) | {"fixed": fixed, "broken": broken}
+    return document
+
+
+def omit_classes(session: Session, seed: int, entry: Omission, teacher: str | None = None) -> Document:
+    """A student whose transfer set lacks classes, before and after the bias correction chosen in three ways.
+
+    The held-out images are outside the transfer set too. Raises BadInput as `distill` does.
+    """
+    source = find_teacher(session, seed, teacher)
+    run = session.run(omission_spec(session.experiment, seed, source, entry))
+
+    def work() -> Document:
+        data = session.dataset
+        absent = torch.isin(data.train.labels, torch.tensor(entry.omitted, device=session.device))
+        absent[data.heldout] = True
+        transfer = (~absent).nonzero()[:, 0]
+        targets = _soft_targets(source, session, run.spec, transfer)
+        net, result = _fit(run, session, data.train.at(transfer), (Distill(**run.spec.settings["distill"]), targets))
+        logits = {"train": predict(net, data.train), "test": predict(net, data.test)}
+        run.save("logits", logits)
+        return result | {"omitted": entry.omitted, "bias": _corrections(logits, data, entry.omitted)}
+
+    return _obtain(run, session, work) | {"label": entry.label, "teacher": _brief(source.result)}
+
+
+def evaluate(session: Session, names: list[str]) -> Document:
+    """Every finished run of the experiment, or the named ones, scored from its weights on the test images."""
+    experiment = session.experiment
+    if names:
+        runs = [open_run(session.runs_dir, name) for name in names]
+    else:
+        runs = [r for r in list_runs(session.runs_dir, experiment.name, (*TEACHERS, *STUDENTS)) if r.completed]
+    if not runs:
+        raise BadInput(f"{session.runs_dir / experiment.name}: no finished runs; train some: kd run {session.retype}")
+    for run in runs:
+        _usable(run, session, "evaluated")
+    log_p = {run.name: _log_probabilities(run, session) for run in runs}
+    return {"command": "evaluate", "experiment": experiment.name, "runs": [_evaluation(r, runs, log_p, session) for r in runs]}
+
+
+def run(session: Session) -> tuple[list[Document], Document]:
+    """Everything the experiment file describes, for all its seeds: the documents of the runs, and their evaluation."""
+    experiment, seeds = session.experiment, session.experiment.seed
+    documents = [train_teacher(session, seed) for seed in seeds]
+    if experiment.ensemble:
+        documents += [ensemble(session, seed) for seed in seeds]
+    documents += [baseline(session, seed) for seed in seeds]
+    documents += [distill(session, seed) for seed in seeds]
+    documents += [omit_classes(session, seed, entry) for entry in experiment.omit_classes for seed in seeds]
+    return documents, evaluate(session, [document["run"] for document in documents])
+
+
+def plan(experiment: Experiment) -> list[Document]:
+    """The nets that the experiment trains, before it does: their parameters, steps and batch sizes."""
+    images = DATASETS[experiment.data.name].train
+    images -= experiment.data.heldout if experiment.data.evaluate_on == "heldout" else 0
+    nets = []
+    for name, spec in (("teacher", teacher_spec(experiment, 0)), ("baseline and student", baseline_spec(experiment, 0))):
+        train = Train(**spec.settings["train"])
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build(spec.settings).parameters())
+        steps = math.ceil(images / train.batch_size) * train.epochs
+        nets.append({"net": name, "parameters": parameters, "steps": steps, "batch_size": train.batch_size})
+    return nets
+
+
+# What each run is.
+
+
+def _data_settings(data: Data) -> Document:
+    """The settings that a training depends on: the held-out images only where they are not trained on."""
+    return data.model_dump(exclude=set() if data.evaluate_on == "heldout" else {"heldout"})
+
+
+def _settings(experiment: Experiment, model: Model, train: Train, **more: Any) -> Document:
+    def dump(section: Section) -> Document:
+        return section.model_dump(exclude_none=True)
+
+    return {"data": _data_settings(experiment.data), "model": dump(model), "train": dump(train), **more}
+
+
+def teacher_spec(experiment: Experiment, seed: int, model: Model | None = None) -> Spec:
+    settings = _settings(experiment, model or experiment.teacher.model, experiment.teacher.train)
+    return Spec(experiment.name, "train-teacher", seed, settings)
+
+
+def member_specs(experiment: Experiment, seed: int) -> list[Spec]:
+    """The members of the ensemble with this seed. Raises BadInput when the experiment has no ensemble section."""
+    if experiment.ensemble is None:
+        raise BadInput("ensemble: the experiment has no such section: add `ensemble: {members: 5}` or --members 5")
+    models = experiment.ensemble.models or [experiment.teacher.model]
+    return [teacher_spec(experiment, seed + i, models[i % len(models)]) for i in range(experiment.ensemble.members)]
+
+
+def ensemble_spec(experiment: Experiment, seed: int) -> Spec:
+    members = member_specs(experiment, seed)
+    assert experiment.ensemble is not None
+    settings = {"data": _data_settings(experiment.data), "average": experiment.ensemble.average}
+    return Spec(experiment.name, "ensemble", seed, settings, tuple(member.name for member in members))
+
+
+def baseline_spec(experiment: Experiment, seed: int) -> Spec:
+    train = experiment.baseline.train or experiment.student.train
+    return Spec(experiment.name, "baseline", seed, _settings(experiment, experiment.student.model, train))
+
+
+def student_spec(experiment: Experiment, seed: int, teacher: Run) -> Spec:
+    loss = experiment.distill.model_dump(exclude={"teacher"})
+    settings = _settings(experiment, experiment.student.model, experiment.student.train, distill=loss)
+    return Spec(experiment.name, "distill", seed, settings, (teacher.name,))
+
+
+def omission_spec(experiment: Experiment, seed: int, teacher: Run, entry: Omission) -> Spec:
+    loss = experiment.distill.model_dump(exclude={"teacher"})
+    settings = _settings(
+        experiment,
+        experiment.student.model,
+        entry.train or experiment.student.train,
+        distill=loss,
+        omitted=entry.omitted,
+        heldout=experiment.data.heldout,
+    )
+    return Spec(experiment.name, "omit-classes", seed, settings, (teacher.name,))
+
+
+# Finding and training.
+
+
+def find_teacher(session: Session, seed: int, name: str | None = None) -> Run:
+    """The run that a student learns from: the one named, else the one that the experiment file describes.
+
+    Raises BadInput when it is missing, unfinished or of another dataset: with the runs that come close, how they
+    differ, and what to type.
+    """
+    experiment = session.experiment
+    if name is not None:
+        run = open_run(session.runs_dir, name)
+        if run.spec.command not in TEACHERS:
+            raise BadInput(f"--teacher {name}: is a {run.spec.command} run; a teacher is a train-teacher or ensemble run")
+        return _usable(run, session, "a teacher")
+    command = "ensemble" if experiment.distill.teacher == "ensemble" else "train-teacher"
+    run = session.run((ensemble_spec if command == "ensemble" else teacher_spec)(experiment, seed))
+    if not run.completed:
+        lines = [f"teacher {run.name}: is {run.status}; train it: kd {command} {session.retype} --seed {seed}"]
+        lines += [f"  close: {line}" for line in _close_runs(run, session)]
+        raise BadInput(*lines)
+    return run
+
+
+def _close_runs(wanted: Run, session: Session) -> list[str]:
+    """The runs of the same command that differ least from the wanted one, and how."""
+
+    def described(spec: Spec) -> Document:
+        return spec.settings | {"seed": spec.seed} | ({"members": list(spec.parents)} if spec.parents else {})
+
+    found = []
+    for run in list_runs(session.runs_dir, wanted.spec.experiment, [wanted.spec.command]):
+        unlike = differences(described(wanted.spec), described(run.spec))
+        if unlike:
+            found.append((len(unlike), run.status != "completed", f"{run.name} ({run.status}): {'; '.join(unlike)}"))
+    return [line for _, _, line in sorted(found)[:3]]
+
+
+def _usable(run: Run, session: Session, role: str) -> Run:
+    """The run itself, if it is finished and of the session's dataset; else raises BadInput."""
+    if not run.completed:
+        raise BadInput(f"{run.name}: is {run.status}: cannot be {role}; train it first")
+    wanted = _data_settings(session.experiment.data)
+    if unlike := differences(wanted, run.spec.settings["data"], "data."):
+        raise BadInput(f"{run.name}: cannot be {role} in this experiment: {'; '.join(unlike)}")
+    return run
+
+
+def _obtain(run: Run, session: Session, work: Callable[[], Document]) -> Document:
+    """The result of a run, trained by `work` unless it is finished already."""
+    if run.completed:
+        session.note(f"{run.name}: finished before, by commit {run.commit or 'unknown'}: shown as it is")
+        return run.result
+    device, threads = _device_name(session.device), torch.get_num_threads()
+    with run.writing(device, threads):
+        result = {"device": device, "threads": threads} | work()
+        run.finish(result, _report(run, result))
+    return run.result
+
+
+def _report(run: Run, result: Document) -> str:
+    """report.md: what the run is and what came out, for a reader."""
+    import yaml
+
+    test = result["test"]
+    per_class = " ".join(map(str, test["per_class_errors"]))
+    lines = [
+        f"# {run.name}",
+        f"{test['errors']} errors on {test['total']} images ({result['evaluated_on']}); per class 0 to 9: {per_class}.",
+        f"Trained in {result['seconds']:.0f} s on {result['device']}.",
+        *[f"Learned from {parent}." for parent in run.spec.parents],
+        f"```yaml\n{yaml.safe_dump(run.spec.settings, sort_keys=False)}```",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _brief(result: Document) -> Document:
+    return {"run": result["run"], "errors": result["test"]["errors"]}
+
+
+def build(settings: Document, init: torch.Generator | None = None) -> core.MLP:
+    """The net that a run's settings describe."""
+    model = Model(**settings["model"])
+    side = DATASETS[settings["data"]["name"]].side
+    return core.MLP(
+        side * side, model.hidden, CLASSES, dropout=model.dropout, input_dropout=model.input_dropout, init=init
+    )
+
+
+def _fit(
+    run: Run, session: Session, transfer_set: Split, distill: tuple[Distill, Teacher] | None = None
+) -> tuple[core.MLP, Document]:
+    """Train a run's net, log every epoch, and save its weights. The last epoch counts, whatever came before it."""
+    spec, test = run.spec, session.dataset.test
+    train = Train(**spec.settings["train"])
+    net = build(spec.settings, core.generator(spec.seed, "init")).to(session.device)
+    started = time.perf_counter()
+    for epoch in fit(net, transfer_set, train, spec.seed, distill):
+        if not math.isfinite(epoch.metrics["loss"]):
+            raise RuntimeError(f"the loss is {epoch.metrics['loss']} in epoch {epoch.metrics['epoch']}: lower the lr of {train.lr:g}")
+        net, counted = epoch.model, metrics.count_errors(predict(epoch.model, test), test.labels)
+        logged = epoch.metrics | {"test_errors": counted["errors"], "seconds": round(time.perf_counter() - started, 3)}
+        run.log(logged)
+        session.progress(run.name, train.epochs, logged)
+    run.save("weights", net.state_dict())
+    return net, {
+        "seconds": logged["seconds"],
+        "samples": len(transfer_set),
+        "evaluated_on": "test images" if session.experiment.data.evaluate_on == "test" else "held-out training images",
+        "test": counted,
+        "last_epoch": epoch.metrics,
+    }
+
+
+def _nets(run: Run, session: Session) -> list[core.MLP]:
+    """The trained net of a run, or those of an ensemble's members: frozen, in eval mode."""
+    nets = []
+    for member in _members(run):
+        net = build(member.spec.settings)
+        try:
+            net.load_state_dict(member.load("weights"))
+        except RuntimeError:
+            raise BadInput(f"{member.path}: its weights do not fit its config.yaml: {member.remedy}") from None
+        nets.append(net.to(session.device).eval().requires_grad_(False))
+    return nets
+
+
+def _members(run: Run) -> list[Run]:
+    return [open_run(run.root, name) for name in run.spec.parents] if run.spec.command == "ensemble" else [run]
+
+
+def _member_logits(run: Run, split: str) -> Tensor:
+    """The logits [M, N, C] that a teacher's members kept on the `train` or `test` images."""
+    return torch.stack([member.load("logits")[split] for member in _members(run)])
+
+
+def _soft_targets(source: Run, session: Session, spec: Spec, transfer: Tensor) -> Teacher:
+    """The teacher as `fit` asks it. Its logits on the images at `transfer` are read once; for a jittered transfer set
+    no cached logits would be right, so the nets themselves are asked."""
+    T, how = spec.settings["distill"]["T"], source.spec.settings.get("average", "arithmetic")
+    if spec.settings["train"]["jitter"]:
+        nets = _nets(source, session)
+        return lambda index, x: core.average(torch.stack([net(x) for net in nets]), T, how).exp()
+    logits = _member_logits(source, "train").to(session.device)[:, transfer]
+    targets = core.average(logits, T, how).exp()
+    return lambda index, x: targets[index]
+
+
+def _corrections(logits: dict[str, Tensor], data: Dataset, omitted: list[int]) -> Document:
+    """The bias correction chosen on the test set (the paper's way), on the held-out images, and by the class prior."""
+    train, test, held = data.train.labels, data.test.labels, data.heldout
+    share = float(torch.isin(train, torch.tensor(omitted, device=train.device)).double().mean())
+    shifts = {
+        "test": metrics.fewest_errors_shift(logits["test"], test, omitted),
+        "heldout": metrics.fewest_errors_shift(logits["train"][held], train[held], omitted),
+        "prior": metrics.prior_shift(logits["train"], omitted, share),
+    }
+
+    def corrected(shift: float) -> Document:
+        counted = metrics.count_errors(metrics.shift_bias(logits["test"], omitted, shift), test)
+        return {"shift": shift, "errors": counted["errors"], "per_class_errors": counted["per_class_errors"]}
+
+    return {name: corrected(shift) for name, shift in shifts.items()}
+
+
+def _log_probabilities(run: Run, session: Session) -> Tensor:
+    """log p [N, C] at T = 1 on the test images, from the weights; of an ensemble, by its own average."""
+    logits = torch.stack([predict(net, session.dataset.test) for net in _nets(run, session)])
+    return core.average(logits, 1.0, run.spec.settings.get("average", "arithmetic"))
+
+
+def _evaluation(run: Run, runs: list[Run], log_p: dict[str, Tensor], session: Session) -> Document:
+    test, spec = session.dataset.test, run.spec
+    scored = metrics.score(log_p[run.name], test.labels)
+    document = {k: run.result[k] for k in ("command", "experiment", "run", "seed", "status", "device", "seconds")}
+    document["test"] = {k: scored.pop(k) for k in ("errors", "total", "per_class_errors")}
+    document |= scored
+    if spec.command in STUDENTS:
+        same_seed = [r.name for r in runs if r.spec.command == "train-teacher" and r.spec.seed == spec.seed]
+        for name in (*spec.parents, *same_seed)[:1]:
+            if name not in log_p:
+                log_p[name] = _log_probabilities(open_run(run.root, name), session)
+            document["teacher"] = {"run": name} | metrics.compare(log_p[run.name], log_p[name])
+    nets = _nets(run, session)
+    weights = [p for net in nets for p in net.parameters()]
+    document["cost"] = {
+        "parameters": sum(p.numel() for p in weights),
+        "multiply_adds": sum(p.numel() for p in weights if p.dim() == 2),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
+        "latency_ms": {
+            str(n): round(metrics.latency(lambda x: torch.stack([net(x) for net in nets]), test.inputs(slice(n))), 4)
+            for n in (1, 128)
+        },
+    }
+    return document

@@ -1,0 +1,375 @@
+"""What a person sees: progress, tables, the verdict, the pictures. Reads results, trains nothing."""
+
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from kdcli.config import BIASES, CLASSES, Experiment
+from kdcli.runs import Document, open_run, write_aside
+
+ALPHA = 0.05  # the level of the tests behind a verdict
+
+
+class Display:
+    """Progress on stderr: a bar on a terminal; elsewhere a plain line an epoch, at most two a second."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=self.console)
+        self.task: TaskID | None = None
+        self.printed = 0.0
+
+    def epoch(self, run: str, epochs: int, metrics: Document) -> None:
+        """Show the metrics of one finished epoch out of `epochs`."""
+        last = metrics["epoch"] == epochs
+        loss = f"T²KL {metrics['t2_kl']:.3g}" if "t2_kl" in metrics else f"loss {metrics['loss']:.3g}"
+        text = f"epoch {metrics['epoch']}/{epochs}, {loss}, test errors {metrics['test_errors']}, {metrics['seconds']:.1f} s"
+        if self.console.is_terminal and not last:
+            if self.task is None:
+                self.task = self.bar.add_task(run, total=epochs, text=text)
+                self.bar.start()
+            self.bar.update(self.task, completed=metrics["epoch"], text=text)
+            return
+        self.close()
+        if last or time.monotonic() - self.printed > 0.5:
+            self.printed = time.monotonic()
+            self.note(f"{run}: {text}")
+
+    def note(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.bar.stop()
+            self.task = None
+
+
+class Table(NamedTuple):
+    """A table before it is printed or written: cells are text; the first column is on the left, others on the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        ruler = ["---", *["---:"] * (len(self.columns) - 1)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, ruler, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *lines])
+
+    def print(self, console: Console) -> None:
+        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+# The tables of each command, from its documents.
+
+
+def tables(command: str, documents: Sequence[Document]) -> list[Table]:
+    """What a command has to show for the documents of its runs, one for each seed (and entry)."""
+    return {
+        "train-teacher": _trained,
+        "ensemble": _ensembles,
+        "distill": _distilled,
+        "omit-classes": _omissions,
+        "evaluate": _evaluations,
+    }[command](documents)
+
+
+def _rate(errors: float, total: int) -> str:
+    return f"{100 * errors / total:.2f} %"
+
+
+def _trained(documents: Sequence[Document]) -> list[Table]:
+    rows = [
+        [d["run"], str(d["test"]["errors"]), _rate(**_counts(d)), f"{d['seconds']:.0f} s"] for d in documents
+    ]
+    return [Table(f"Errors on {documents[0]['test']['total']} {documents[0]['evaluated_on']}", ("run", "errors", "rate", "trained in"), rows)]
+
+
+def _counts(document: Document) -> Document:
+    return {k: document["test"][k] for k in ("errors", "total")}
+
+
+def _ensembles(documents: Sequence[Document]) -> list[Table]:
+    result = []
+    for d in documents:
+        rows = [[m["run"], str(m["errors"]), ""] for m in d["members"]]
+        mean = statistics.mean(m["errors"] for m in d["members"])
+        rows.append(["mean member", f"{mean:.1f}", ""])
+        best = min(m["errors"] for m in d["members"])
+        for how, counted in d["averages"].items():
+            errors = counted["errors"]
+            rows.append([f"{how} average", str(errors), f"{best - errors:+d} / {mean - errors:+.1f}"])
+        title = f"{d['run']}: errors on {d['test']['total']} {d['evaluated_on']}"
+        result.append(Table(title, ("member", "errors", "fewer than best / mean member"), rows))
+    return result
+
+
+def _distilled(documents: Sequence[Document]) -> list[Table]:
+    with_baseline = "baseline" in documents[0]
+    columns = ["run", "teacher", *(["baseline"] if with_baseline else []), "student", "rate"]
+    rows = []
+    for d in documents:
+        errors = [d["teacher"]["errors"], *([d["baseline"]["errors"]] if with_baseline else []), d["test"]["errors"]]
+        rows.append([d["run"], *map(str, errors), _rate(**_counts(d))])
+    return [Table(f"Errors on {documents[0]['test']['total']} {documents[0]['evaluated_on']}", columns, rows)]
+
+
+def _omissions(documents: Sequence[Document]) -> list[Table]:
+    result = []
+    for d in documents:
+        stages = {"before": d["test"]} | {f"{name} bias": d["bias"][name] for name in BIASES}
+        rows = []
+        for name, stage in stages.items():
+            per_class = stage["per_class_errors"]
+            shift = f"{stage['shift']:+.2f}" if "shift" in stage else ""
+            unseen = sum(per_class[c] for c in d["omitted"])
+            rows.append([name, shift, str(stage["errors"]), str(unseen), *map(str, per_class)])
+        keeps = d["label"].startswith("keep")
+        moved = "b: the kept biases minus b" if keeps else "b: the omitted biases plus b"
+        title = f"{d['run']} ({d['label']}): errors on {d['test']['total']} {d['evaluated_on']}; {moved}"
+        result.append(Table(title, ("", "b", "all", "unseen", *map(str, range(CLASSES))), rows))
+    return result
+
+
+BIAS_LEGEND = (
+    "test bias: chosen on the test set, as the paper did; heldout: on training images outside the transfer set; "
+    "prior: from the unlabelled training images and the classes' known share."
+)
+
+
+def _evaluations(documents: Sequence[Document]) -> list[Table]:
+    quality, cost, classes = [], [], []
+    for d in documents:
+        teacher = d.get("teacher", {})
+        quality.append(
+            [
+                d["run"],
+                f"{d['test']['errors']}/{d['test']['total']}",
+                f"{d['nll']:.4f}",
+                f"{d['brier']:.4f}",
+                f"{d['ece']:.4f}",
+                _rate(teacher["agreement"], 1) if teacher else "",
+                f"{teacher['kl_from_teacher']:.4f}" if teacher else "",
+            ]
+        )
+        price = d["cost"]
+        latencies = [f"{price['latency_ms'][n]:.3f}" for n in ("1", "128")]
+        counts = [f"{price[k]:,}" for k in ("parameters", "multiply_adds", "weight_bytes")]
+        cost.append([d["run"], *counts, *latencies])
+        classes.append([d["run"], *map(str, d["test"]["per_class_errors"])])
+    result = [
+        Table("Quality on the test images", ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"), quality),
+        Table("Cost", ("run", "parameters", "multiply-adds", "bytes", "ms, batch 1", "ms, 128"), cost),
+        Table("Errors per class", ("run", *map(str, range(CLASSES))), classes),
+    ]
+    for d in documents:
+        rows = [[str(label), *map(str, counts)] for label, counts in enumerate(d["confusion"])]
+        columns = ("label", *map(str, range(CLASSES)))
+        result.append(Table(f"{d['run']}: images of each label (row) by prediction (column)", columns, rows))
+    return result
+
+
+# The whole experiment.
+
+
+class Verdict(NamedTuple):
+    """Did the soft targets help? `fewer_errors` is the baseline's errors minus the student's, the mean over seeds."""
+
+    verdict: str
+    fewer_errors: float
+    interval: tuple[float, float] | None
+    p: float
+    n: int
+
+    def sentence(self) -> str:
+        start = {
+            "helped": "The soft targets helped",
+            "hurt": "The soft targets hurt",
+            "no evidence": f"No evidence at n = {self.n} that the soft targets helped or hurt",
+        }[self.verdict]
+        amount = f"{abs(self.fewer_errors):.1f} {'fewer' if self.fewer_errors >= 0 else 'more'} errors than the baseline"
+        if self.interval is None:
+            return f"{start}: {amount} (McNemar's exact test on the predictions of one seed: p = {self.p:.2g})."
+        low, high = self.interval
+        test = f"95 % interval of the mean over {self.n} seeds {low:.1f} to {high:.1f} fewer; paired t-test: p = {self.p:.2g}"
+        return f"{start}: {amount} ({test})."
+
+
+def verdict(distilled: Sequence[Document]) -> Verdict:
+    """The verdict on student against baseline of the same seed, from `distill` documents.
+
+    Several seeds: a paired t-test on their errors. One seed: McNemar's exact test on the images that only one of the
+    two gets right. The interval is of the mean over seeds; it does not cover the sampling of the test set.
+    """
+    from scipy import stats
+
+    fewer = [d["baseline"]["errors"] - d["test"]["errors"] for d in distilled]
+    n, mean = len(fewer), statistics.mean(fewer)
+    interval: tuple[float, float] | None = None
+    if n == 1:
+        fixed, broken = distilled[0]["baseline"]["fixed"], distilled[0]["baseline"]["broken"]
+        p = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
+    elif len(set(fewer)) == 1:  # no spread for a t-test to use: a sign test
+        p, interval = (2 * 0.5**n if mean else 1.0), (mean, mean)
+    else:
+        test = stats.ttest_1samp(fewer, 0)
+        low, high = test.confidence_interval(1 - ALPHA)
+        p, interval = float(test.pvalue), (float(low), float(high))
+    word = "no evidence" if p >= ALPHA else "helped" if mean > 0 else "hurt"
+    return Verdict(word, mean, interval, p, n)
+
+
+def summary(experiment: Experiment, documents: Sequence[Document], evaluation: Document) -> Document:
+    """The document of `kd run`: a row for each thing the experiment compares, the verdict, and the runs."""
+    errors: dict[str, list[int]] = {row: [] for row in experiment.rows}
+    runs: dict[str, list[str]] = {row: [] for row in experiment.rows}
+    for d in documents:
+        if d["command"] == "train-teacher" and d["seed"] not in experiment.seed:
+            continue  # a further member of an ensemble
+        row = {"train-teacher": "teacher", "distill": "student"}.get(d["command"], d.get("label", d["command"]))
+        errors[row].append(d["test"]["errors"])
+        runs[row].append(d["run"])
+        for bias, corrected in d.get("bias", {}).items():
+            errors[f"{row}, {bias} bias"].append(corrected["errors"])
+    scores = {e["run"]: e for e in evaluation["runs"]}
+    rows = [_row(experiment, row, errors[row], [scores[run] for run in runs[row]]) for row in experiment.rows]
+    total = documents[0]["test"]["total"]
+    return {
+        "command": "run",
+        "experiment": experiment.name,
+        "seeds": experiment.seed,
+        "evaluated_on": f"{total} {documents[0]['evaluated_on']}",
+        "total": total,
+        "table": rows,
+        "verdict": verdict([d for d in documents if d["command"] == "distill"])._asdict(),
+        "runs": list(documents),
+    }
+
+
+def _row(experiment: Experiment, name: str, errors: Sequence[int], scores: Sequence[Document]) -> Document:
+    row: Document = {"row": name, "mean": statistics.mean(errors), "n": len(errors), "errors": list(errors)}
+    row["std"] = statistics.stdev(errors) if len(errors) > 1 else None
+    for key in ("nll", "ece") if scores else ():
+        row[key] = statistics.mean(s[key] for s in scores)
+    if scores:
+        row["multiply_adds"] = scores[0]["cost"]["multiply_adds"]
+    if name in experiment.expect:
+        row |= {"expect": experiment.expect[name], "met": row["mean"] <= experiment.expect[name]}
+    return row
+
+
+def final_table(document: Document) -> Table:
+    """The one table that `kd run` ends with."""
+    rows = []
+    for r in document["table"]:
+        spread = f" ± {r['std']:.1f}" if r["std"] is not None else ""
+        expected = f"{'met' if r['met'] else 'MISSED'}: ≤ {r['expect']:g}" if "expect" in r else ""
+        scores = [f"{r['nll']:.3f}", f"{r['ece']:.3f}", f"{r['multiply_adds']:,}"] if "nll" in r else [""] * 3
+        rows.append([r["row"], f"{r['mean']:.1f}{spread}", _rate(r["mean"], document["total"]), *scores, expected])
+    n = len(document["seeds"])
+    title = f"{document['experiment']}: errors on {document['evaluated_on']}, mean ± std over {n} seed{'s'[: n > 1]}"
+    columns = ("", "errors", "rate", "NLL", "ECE", "mult-adds", "expected")
+    kept = [i for i in range(len(columns)) if i < 6 or any(row[i] for row in rows)]
+    return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def write_report(document: Document, folder: Path, root: Path) -> list[Path]:
+    """Write the table, the document and the pictures of `kd run` to a folder; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "errors.png": lambda figure: _draw_errors(figure, document),
+        "learning-curves.png": lambda figure: _draw_curves(figure, document, root),
+    }
+    if any(d["command"] == "omit-classes" for d in document["runs"]):
+        pictures["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
+    text = [f"# {document['experiment']}", final_table(document).markdown(), Verdict(**document["verdict"]).sentence()]
+    text += [BIAS_LEGEND] * ("omitted-classes.png" in pictures) + [f"![{name}]({name})" for name in pictures]
+    write_aside(folder / "report.md", ("\n\n".join(text) + "\n").encode())
+    write_aside(folder / "report.json", (json.dumps(document, indent=1) + "\n").encode())
+    for name, draw in pictures.items():
+        write_aside(folder / name, _picture(draw))
+    return [folder / name for name in ("report.md", "report.json", *pictures)]
+
+
+# Pictures.
+
+
+def _picture(draw: Callable[[Any], None]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    draw(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_errors(figure: Any, document: Document) -> None:
+    """Mean errors of every row as bars, each seed as a dot."""
+    axes = figure.subplots()
+    rows = document["table"][::-1]
+    axes.barh([r["row"] for r in rows], [r["mean"] for r in rows], color="#9ecae1", height=0.7)
+    for i, r in enumerate(rows):
+        axes.plot(r["errors"], [i] * r["n"], "o", color="#08519c", markersize=4, alpha=0.7)
+        axes.annotate(f"{r['mean']:.1f}", (max(r["errors"]), i), xytext=(6, 0), textcoords="offset points", va="center")
+    if max(r["mean"] for r in rows) > 20 * min(max(r["mean"], 1) for r in rows):
+        axes.set_xscale("symlog", linthresh=10)
+    axes.set_xlabel(f"errors on {document['evaluated_on']} (bar: mean; dots: seeds)")
+    axes.margins(x=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{document['experiment']}: errors", loc="left")
+
+
+def _draw_curves(figure: Any, document: Document, root: Path) -> None:
+    """Test errors by epoch of teachers, baselines and students, a thin line a seed."""
+    axes = figure.subplots()
+    colours = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
+    for d in document["runs"]:
+        for row, run in (("teacher", d.get("teacher", {})), ("baseline", d.get("baseline", {})), ("student", d)):
+            if d["command"] != "distill" or not run:
+                continue
+            metrics = open_run(root, run["run"]).metrics()
+            seen = row in axes.get_legend_handles_labels()[1]
+            x, y = [m["epoch"] for m in metrics], [m["test_errors"] for m in metrics]
+            if metrics:  # an ensemble as the teacher has no curve of its own
+                axes.plot(x, y, color=colours[row], linewidth=1, alpha=0.8, label=None if seen else row)
+    axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(f"{document['experiment']}: learning curves, a line a seed", loc="left")
+
+
+def _draw_omissions(figure: Any, document: Document) -> None:
+    """Errors per class of the students that never saw some classes, before and after the held-out bias."""
+    runs = [d for d in document["runs"] if d["command"] == "omit-classes"]
+    labels = list(dict.fromkeys(d["label"] for d in runs))
+    for axes, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
+        mine = [d for d in runs if d["label"] == label]
+        stages = [("before", [d["test"] for d in mine], "#fdae6b"), ("heldout bias", [d["bias"]["heldout"] for d in mine], "#3182bd")]
+        for i, (name, stage, colour) in enumerate(stages):
+            means = [statistics.mean(s["per_class_errors"][c] for s in stage) for c in range(CLASSES)]
+            axes.bar([c + 0.4 * i - 0.2 for c in range(CLASSES)], means, 0.4, color=colour, label=name)
+        unseen = mine[0]["omitted"]
+        axes.set_xticks(range(CLASSES), [f"{c}*" if c in unseen else str(c) for c in range(CLASSES)])
+        axes.set(xlabel="class (*: not in the transfer set)", ylabel="errors on its test images", title=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)

@@ -1,0 +1,278 @@
+"""Run directories: `runs/<experiment>/<command>/<seed>-<hash>/`, one for each distinct thing that can be trained.
+
+    config.yaml          the command, seed, settings and parents that the hash is taken of
+    environment.json     versions, device, threads, command line, git commit
+    metrics.jsonl        one line an epoch
+    weights.safetensors  and logits.safetensors (of the test images, a teacher's of the training images too)
+    result.json          the status, the errors, the checksums of the files above; completed runs are never overwritten
+    report.md            the same for a reader
+
+A file is written aside and renamed, so that it is whole or absent. Nothing read here can execute code.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from kdcli import BadInput, __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a run is. `settings` hold all that its result depends on besides its parents; `parents` are run names."""
+
+    experiment: str
+    command: str
+    seed: int
+    settings: Document
+    parents: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`<experiment>/<command>/<seed>-<hash>`, the run's directory below the runs folder."""
+        identity = [self.command, self.seed, self.settings, self.parents]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return f"{self.experiment}/{self.command}/{self.seed}-{digest[:10]}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, finished, half-way or not there yet."""
+
+    root: Path
+    spec: Spec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def result(self) -> Document:
+        """What result.json says; an absent one says that the run is missing. Raises BadInput when it is damaged."""
+        try:
+            result = json.loads((self.path / "result.json").read_text())
+        except FileNotFoundError:
+            return {"status": "missing"}
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.path / 'result.json'}: cannot be read ({error}): delete {self.path} to train it again") from None
+        if not isinstance(result, dict) or "status" not in result:
+            raise BadInput(f"{self.path / 'result.json'}: is not a run's result: delete {self.path} to train it again")
+        return result
+
+    @property
+    def completed(self) -> bool:
+        return bool(self.result["status"] == "completed")
+
+    @property
+    def status(self) -> str:
+        """completed, failed, interrupted, missing, or running; a run whose process died says interrupted."""
+        status = str(self.result["status"])
+        if status == "running":
+            with (self.path / "lock").open("a") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return "interrupted"
+        return status
+
+    @contextlib.contextmanager
+    def writing(self, device: str, threads: int) -> Iterator[None]:
+        """Hold the run for writing, from an empty start; the status is right however the body ends.
+
+        Raises BadInput when another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting") from None
+            for leftover in self.path.iterdir():
+                if leftover.name != "lock":
+                    leftover.unlink()
+            self._write_json("result.json", self._header("running"))
+            self._write("config.yaml", yaml.safe_dump(self._config(), sort_keys=False).encode())
+            self._write_json("environment.json", environment(device, threads))
+            try:
+                yield
+            except BaseException as error:
+                status = "failed" if isinstance(error, Exception) else "interrupted"
+                self._write_json("result.json", self._header(status) | {"error": f"{type(error).__name__}: {error}"})
+                raise
+
+    def log(self, metrics: Document) -> None:
+        """Append a line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[Document]:
+        """The lines of metrics.jsonl, one an epoch."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def save(self, kind: str, tensors: "dict[str, Tensor]") -> None:
+        """Write `<kind>.safetensors`."""
+        from safetensors.torch import save
+
+        self._write(f"{kind}.safetensors", save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+
+    def load(self, kind: str) -> "dict[str, Tensor]":
+        """The tensors of `<kind>.safetensors`. Raises BadInput when the file is absent, damaged or truncated."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        path = self.path / f"{kind}.safetensors"
+        try:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.result.get("sha256", {}).get(path.name):
+                raise BadInput(f"{path}: is damaged or truncated (its checksum differs): {self.remedy}")
+            return load(content)
+        except FileNotFoundError:
+            raise BadInput(f"{path}: is missing: {self.remedy}") from None
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{path}: cannot be read ({error}): {self.remedy}") from None
+
+    @property
+    def remedy(self) -> str:
+        return f"delete {self.path} and train it again"
+
+    def finish(self, result: Document, report: str) -> None:
+        """Write the report and, last of all, the result that makes the run completed."""
+        self._write("report.md", report.encode())
+        files = sorted(self.path.glob("*.safetensors"))
+        checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        self._write_json("result.json", self._header("completed") | result | {"sha256": checksums})
+
+    @property
+    def commit(self) -> str | None:
+        """The git commit of the kd that made the run."""
+        try:
+            commit = json.loads((self.path / "environment.json").read_text())["git_commit"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return commit if isinstance(commit, str) else None
+
+    def _config(self) -> Document:
+        spec = self.spec
+        head = {"command": spec.command, "experiment": spec.experiment, "seed": spec.seed, "parents": list(spec.parents)}
+        return head | {"settings": spec.settings}
+
+    def _header(self, status: str) -> Document:
+        spec = self.spec
+        return {"command": spec.command, "experiment": spec.experiment, "run": self.name, "seed": spec.seed, "status": status}
+
+    def _write_json(self, name: str, document: Document) -> None:
+        self._write(name, (json.dumps(document, indent=1) + "\n").encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        write_aside(self.path / name, content)
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: aside, flushed to the disk, then renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def open_run(root: Path, name: str) -> Run:
+    """The run that the user names: `<experiment>/<command>/<id>`, or a path to its directory. Raises BadInput."""
+    path = root / name if (root / name / "config.yaml").is_file() else Path(name)
+    path = Path(os.path.abspath(path))
+    if not (path / "config.yaml").is_file():
+        raise BadInput(f"{name}: there is no such run; `ls {root}/*/*/` lists what there is")
+    run = _open(path)
+    if run.path != path:
+        raise BadInput(f"{path / 'config.yaml'}: does not match the directory's name: {run.name} was expected")
+    return run
+
+
+def _open(path: Path) -> Run:
+    """The run in a directory. Raises BadInput when its config.yaml is not one that kd wrote."""
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        parents = tuple(str(parent) for parent in config["parents"])
+        spec = Spec(str(config["experiment"]), str(config["command"]), int(config["seed"]), dict(config["settings"]), parents)
+        return Run(path.parents[2], spec)
+    except (OSError, ValueError, TypeError, KeyError, IndexError, yaml.YAMLError, RecursionError):
+        raise BadInput(f"{path / 'config.yaml'}: is not a run's configuration") from None
+
+
+def list_runs(root: Path, experiment: str, commands: Sequence[str]) -> list[Run]:
+    """The runs of an experiment made by these commands, by command, then seed."""
+    runs = [
+        _open(config.parent)
+        for command in commands
+        for config in (Path(os.path.abspath(root)) / experiment / command).glob("*/config.yaml")
+    ]
+    return sorted(runs, key=lambda run: (commands.index(run.spec.command), run.spec.seed, run.name))
+
+
+def environment(device: str, threads: int) -> Document:
+    """Where and by what a run was made."""
+    packages = ("torch", "numpy", "pydantic", "safetensors")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kd": __version__,
+        "git_commit": git_commit(),
+        "command_line": shlex.join(["kd", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "platform": platform.platform(),
+        "device": device,
+        "threads": threads,
+        "cores": os.cpu_count(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that kd runs from, `-dirty` when its code was changed since; None when installed."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    changed = git("status", "--porcelain", "--", ".")
+    return f"{git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"
+
+
+def differences(wanted: Document, found: Document, prefix: str = "") -> list[str]:
+    """`key: found instead of wanted` for every setting in which two nested documents differ."""
+    lines = []
+    for key in sorted(wanted.keys() | found.keys()):
+        a, b = wanted.get(key), found.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key} is {b}, not {a}")
+    return lines
