@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,10 @@ class Job:
         sections = ("name", "data", "teacher", "ensemble")
         words = [self.common.experiment]
         words += [w for o in self.overrides if o.key.split(".")[0] in sections for w in o.origin.split(" ", 1)]
-        for flag, path, usual in (("--data-dir", self.common.data_dir, None), ("--runs-dir", self.common.runs_dir, Path("runs"))):
+        for flag, path, usual in (
+            ("--data-dir", self.common.data_dir, None),
+            ("--runs-dir", self.common.runs_dir, Path("runs")),
+        ):
             words += [flag, str(path)] if path != usual else []
         return shlex.join(words)
 
@@ -134,7 +137,10 @@ class Job:
         device, nets = str(select_device(self.common.device)), plan(experiment)
         document = {"command": self.command, "dry_run": True, "device": device, "nets": nets, "resolved": resolved}
         lines = [f"# device: {device}, threads: {experiment.threads or os.cpu_count()}"]
-        lines += [f"# {n['net']}: {n['parameters']:,} parameters, {n['steps']:,} steps of {n['batch_size']} images" for n in nets]
+        lines += [
+            f"# {n['net']}: {n['parameters']:,} parameters, {n['steps']:,} steps of {n['batch_size']} images"
+            for n in nets
+        ]
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100)
         self.show(document, text + "\n".join([*lines, "# --dry-run: nothing was written"]))
 
@@ -258,7 +264,8 @@ def evaluate(
 
 @command("run")
 def run(
-    job: Job, check: Annotated[bool, typer.Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False
+    job: Job,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False,
 ) -> None:
     """Do everything the file describes, and end with one table."""
     experiment = job.experiment()

@@ -5,7 +5,7 @@ Precedence, highest first: a flag, then `--set a.b=c`, then the experiment file,
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -198,7 +198,9 @@ class Experiment(Section):
         if len(set(self.seed)) < len(self.seed):
             raise _problem("seed", f"names a seed twice: {self.seed}")
         if self.distill.teacher == "ensemble" and self.ensemble is None:
-            raise _problem("distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`")
+            raise _problem(
+                "distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"
+            )
         if len({entry.label for entry in self.omit_classes}) < len(self.omit_classes):
             raise _problem("omit_classes", "names the same classes twice")
         for row in self.expect:
@@ -277,7 +279,7 @@ def find(name: str) -> Path:
             raise BadInput(f"{name}: there is no such experiment file")
         return path
     if name not in experiments():
-        raise BadInput(f"{name}: not the name of an experiment (kd has {', '.join(experiments())}) nor a .yaml file")
+        raise BadInput(f"{name}: neither an experiment's name nor a .yaml file{_nearest(name, experiments())}")
     return experiments()[name]
 
 
@@ -323,6 +325,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
         raise BadInput(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
     except RecursionError:
         raise BadInput(f"{path}: not valid YAML: nested too deeply") from None
+    except BadInput:
+        raise
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -346,7 +350,7 @@ def _locate(node: yaml.Node | None, key: Key, file: str, origins: dict[Key, str]
         if name.value == "<<":
             for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 _locate(merged, key, file, origins, problems)
-        elif isinstance(name.value, Hashable) and isinstance(name, yaml.ScalarNode):
+        elif isinstance(name, yaml.ScalarNode):
             if name.value in seen:
                 dotted = _dotted((*key, name.value))
                 problems.append(f"{file}:{line}: {dotted}: duplicate key, first given on line {seen[name.value]}")
@@ -385,12 +389,12 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _fields(key: Key) -> Iterable[str]:
     """The keys known in the section at `key`."""
-    section: Any = Experiment
+    section: type[Section] = Experiment
     for part in key:
         if isinstance(part, str):
             annotation = section.model_fields[part].annotation
             section = next(c for c in _leaves(annotation) if isinstance(c, type) and issubclass(c, Section))
-    return section.model_fields
+    return list(section.model_fields)
 
 
 def _leaves(annotation: Any) -> list[Any]:

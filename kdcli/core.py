@@ -6,6 +6,7 @@ Section and equation numbers are those of Hinton, Vinyals and Dean, arXiv:1503.0
 import hashlib
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -55,9 +56,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [inputs, *hidden, classes]
-        self.layers = nn.ModuleList(
-            nn.utils.skip_init(nn.Linear, n, m) for n, m in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
         self.dropout, self.input_dropout = dropout, input_dropout
         with torch.no_grad():
             for layer in self.linears():

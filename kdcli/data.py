@@ -164,7 +164,9 @@ def read_idx(path: Path, md5: str | None = None) -> np.ndarray:
                 )
             file.seek(0)
             if md5 and hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != md5:
-                raise BadInput(f"{path}: its content is not MNIST's (md5 differs): delete it to have it downloaded again")
+                raise BadInput(
+                    f"{path}: its content is not MNIST's (md5 differs): delete it to have it downloaded again"
+                )
         return np.memmap(path, np.uint8, "c", offset, shape)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None

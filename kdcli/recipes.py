@@ -57,7 +57,9 @@ def train_teacher(session: Session, seed: int, model: Model | None = None) -> Do
 def ensemble(session: Session, seed: int) -> Document:
     """The members with seeds `seed`, `seed` + 1, …, and both averages of their predictions on the test images."""
     experiment = session.experiment
-    members = [train_teacher(session, spec.seed, Model(**spec.settings["model"])) for spec in member_specs(experiment, seed)]
+    members = [
+        train_teacher(session, spec.seed, Model(**spec.settings["model"])) for spec in member_specs(experiment, seed)
+    ]
     run = session.run(ensemble_spec(experiment, seed))
 
     def work() -> Document:
@@ -160,7 +162,11 @@ def evaluate(session: Session, names: list[str]) -> Document:
     for run in runs:
         _usable(run, session, "evaluated")
     log_p = {run.name: _log_probabilities(run, session) for run in runs}
-    return {"command": "evaluate", "experiment": experiment.name, "runs": [_evaluation(r, runs, log_p, session) for r in runs]}
+    return {
+        "command": "evaluate",
+        "experiment": experiment.name,
+        "runs": [_evaluation(r, runs, log_p, session) for r in runs],
+    }
 
 
 def run(session: Session) -> tuple[list[Document], Document]:
@@ -180,7 +186,10 @@ def plan(experiment: Experiment) -> list[Document]:
     images = DATASETS[experiment.data.name].train
     images -= experiment.data.heldout if experiment.data.evaluate_on == "heldout" else 0
     nets = []
-    for name, spec in (("teacher", teacher_spec(experiment, 0)), ("baseline and student", baseline_spec(experiment, 0))):
+    for name, spec in (
+        ("teacher", teacher_spec(experiment, 0)),
+        ("baseline and student", baseline_spec(experiment, 0)),
+    ):
         train = Train(**spec.settings["train"])
         with torch.device("meta"):
             parameters = sum(p.numel() for p in build(spec.settings).parameters())
@@ -261,7 +270,9 @@ def find_teacher(session: Session, seed: int, name: str | None = None) -> Run:
     if name is not None:
         run = open_run(session.runs_dir, name)
         if run.spec.command not in TEACHERS:
-            raise BadInput(f"--teacher {name}: is a {run.spec.command} run; a teacher is a train-teacher or ensemble run")
+            raise BadInput(
+                f"--teacher {name}: is a {run.spec.command} run; a teacher is a train-teacher or ensemble run"
+            )
         return _usable(run, session, "a teacher")
     command = "ensemble" if experiment.distill.teacher == "ensemble" else "train-teacher"
     run = session.run((ensemble_spec if command == "ensemble" else teacher_spec)(experiment, seed))
@@ -351,7 +362,9 @@ def _fit(
     started = time.perf_counter()
     for epoch in fit(net, transfer_set, train, spec.seed, distill):
         if not math.isfinite(epoch.metrics["loss"]):
-            raise RuntimeError(f"the loss is {epoch.metrics['loss']} in epoch {epoch.metrics['epoch']}: lower the lr of {train.lr:g}")
+            raise RuntimeError(
+                f"the loss is {epoch.metrics['loss']} in epoch {epoch.metrics['epoch']}: lower the lr of {train.lr:g}"
+            )
         net, counted = epoch.model, metrics.count_errors(predict(epoch.model, test), test.labels)
         logged = epoch.metrics | {"test_errors": counted["errors"], "seconds": round(time.perf_counter() - started, 3)}
         run.log(logged)

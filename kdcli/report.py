@@ -3,7 +3,6 @@
 import io
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,12 @@ class Display:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=self.console)
         self.task: TaskID | None = None
         self.printed = 0.0
@@ -33,7 +37,7 @@ class Display:
         """Show the metrics of one finished epoch out of `epochs`."""
         last = metrics["epoch"] == epochs
         loss = f"T²KL {metrics['t2_kl']:.3g}" if "t2_kl" in metrics else f"loss {metrics['loss']:.3g}"
-        text = f"epoch {metrics['epoch']}/{epochs}, {loss}, test errors {metrics['test_errors']}, {metrics['seconds']:.1f} s"
+        text = f"epoch {metrics['epoch']}/{epochs}, {loss}, {metrics['test_errors']} errors, {metrics['seconds']:.1f} s"
         if self.console.is_terminal and not last:
             if self.task is None:
                 self.task = self.bar.add_task(run, total=epochs, text=text)
@@ -95,10 +99,14 @@ def _rate(errors: float, total: int) -> str:
 
 
 def _trained(documents: Sequence[Document]) -> list[Table]:
-    rows = [
-        [d["run"], str(d["test"]["errors"]), _rate(**_counts(d)), f"{d['seconds']:.0f} s"] for d in documents
+    rows = [[d["run"], str(d["test"]["errors"]), _rate(**_counts(d)), f"{d['seconds']:.0f} s"] for d in documents]
+    return [
+        Table(
+            f"Errors on {documents[0]['test']['total']} {documents[0]['evaluated_on']}",
+            ("run", "errors", "rate", "trained in"),
+            rows,
+        )
     ]
-    return [Table(f"Errors on {documents[0]['test']['total']} {documents[0]['evaluated_on']}", ("run", "errors", "rate", "trained in"), rows)]
 
 
 def _counts(document: Document) -> Document:
@@ -203,12 +211,14 @@ class Verdict(NamedTuple):
             "hurt": "The soft targets hurt",
             "no evidence": f"No evidence at n = {self.n} that the soft targets helped or hurt",
         }[self.verdict]
-        amount = f"{abs(self.fewer_errors):.1f} {'fewer' if self.fewer_errors >= 0 else 'more'} errors than the baseline"
+        amount = (
+            f"{abs(self.fewer_errors):.1f} {'fewer' if self.fewer_errors >= 0 else 'more'} errors than the baseline"
+        )
         if self.interval is None:
             return f"{start}: {amount} (McNemar's exact test on the predictions of one seed: p = {self.p:.2g})."
         low, high = self.interval
-        test = f"95 % interval of the mean over {self.n} seeds {low:.1f} to {high:.1f} fewer; paired t-test: p = {self.p:.2g}"
-        return f"{start}: {amount} ({test})."
+        spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} fewer"
+        return f"{start}: {amount} ({spread}; paired t-test: p = {self.p:.2g})."
 
 
 def verdict(distilled: Sequence[Document]) -> Verdict:
@@ -242,7 +252,8 @@ def summary(experiment: Experiment, documents: Sequence[Document], evaluation: D
     for d in documents:
         if d["command"] == "train-teacher" and d["seed"] not in experiment.seed:
             continue  # a further member of an ensemble
-        row = {"train-teacher": "teacher", "distill": "student"}.get(d["command"], d.get("label", d["command"]))
+        names = {"train-teacher": "teacher", "distill": "student", "omit-classes": d.get("label", "")}
+        row = names.get(d["command"], str(d["command"]))
         errors[row].append(d["test"]["errors"])
         runs[row].append(d["run"])
         for bias, corrected in d.get("bias", {}).items():
@@ -330,6 +341,7 @@ def _draw_errors(figure: Any, document: Document) -> None:
         axes.annotate(f"{r['mean']:.1f}", (max(r["errors"]), i), xytext=(6, 0), textcoords="offset points", va="center")
     if max(r["mean"] for r in rows) > 20 * min(max(r["mean"], 1) for r in rows):
         axes.set_xscale("symlog", linthresh=10)
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"errors on {document['evaluated_on']} (bar: mean; dots: seeds)")
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
@@ -364,7 +376,10 @@ def _draw_omissions(figure: Any, document: Document) -> None:
     labels = list(dict.fromkeys(d["label"] for d in runs))
     for axes, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
         mine = [d for d in runs if d["label"] == label]
-        stages = [("before", [d["test"] for d in mine], "#fdae6b"), ("heldout bias", [d["bias"]["heldout"] for d in mine], "#3182bd")]
+        stages = [
+            ("before", [d["test"] for d in mine], "#fdae6b"),
+            ("heldout bias", [d["bias"]["heldout"] for d in mine], "#3182bd"),
+        ]
         for i, (name, stage, colour) in enumerate(stages):
             means = [statistics.mean(s["per_class_errors"][c] for s in stage) for c in range(CLASSES)]
             axes.bar([c + 0.4 * i - 0.2 for c in range(CLASSES)], means, 0.4, color=colour, label=name)
@@ -372,4 +387,4 @@ def _draw_omissions(figure: Any, document: Document) -> None:
         axes.set_xticks(range(CLASSES), [f"{c}*" if c in unseen else str(c) for c in range(CLASSES)])
         axes.set(xlabel="class (*: not in the transfer set)", ylabel="errors on its test images", title=label)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

@@ -77,7 +77,9 @@ class Run:
         except FileNotFoundError:
             return {"status": "missing"}
         except (OSError, ValueError) as error:
-            raise BadInput(f"{self.path / 'result.json'}: cannot be read ({error}): delete {self.path} to train it again") from None
+            raise BadInput(
+                f"{self.path / 'result.json'}: cannot be read ({error}): delete {self.path} to train it again"
+            ) from None
         if not isinstance(result, dict) or "status" not in result:
             raise BadInput(f"{self.path / 'result.json'}: is not a run's result: delete {self.path} to train it again")
         return result
@@ -107,7 +109,9 @@ class Run:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting") from None
+                raise BadInput(
+                    f"{self.name}: is being written by another kd; wait for it, or change a setting"
+                ) from None
             for leftover in self.path.iterdir():
                 if leftover.name != "lock":
                     leftover.unlink()
@@ -175,12 +179,23 @@ class Run:
 
     def _config(self) -> Document:
         spec = self.spec
-        head = {"command": spec.command, "experiment": spec.experiment, "seed": spec.seed, "parents": list(spec.parents)}
+        head = {
+            "command": spec.command,
+            "experiment": spec.experiment,
+            "seed": spec.seed,
+            "parents": list(spec.parents),
+        }
         return head | {"settings": spec.settings}
 
     def _header(self, status: str) -> Document:
         spec = self.spec
-        return {"command": spec.command, "experiment": spec.experiment, "run": self.name, "seed": spec.seed, "status": status}
+        return {
+            "command": spec.command,
+            "experiment": spec.experiment,
+            "run": self.name,
+            "seed": spec.seed,
+            "status": status,
+        }
 
     def _write_json(self, name: str, document: Document) -> None:
         self._write(name, (json.dumps(document, indent=1) + "\n").encode())
@@ -216,7 +231,9 @@ def _open(path: Path) -> Run:
     try:
         config = yaml.safe_load((path / "config.yaml").read_text())
         parents = tuple(str(parent) for parent in config["parents"])
-        spec = Spec(str(config["experiment"]), str(config["command"]), int(config["seed"]), dict(config["settings"]), parents)
+        spec = Spec(
+            str(config["experiment"]), str(config["command"]), int(config["seed"]), dict(config["settings"]), parents
+        )
         return Run(path.parents[2], spec)
     except (OSError, ValueError, TypeError, KeyError, IndexError, yaml.YAMLError, RecursionError):
         raise BadInput(f"{path / 'config.yaml'}: is not a run's configuration") from None

@@ -23,7 +23,9 @@ class Epoch(NamedTuple):
     model: MLP
 
 
-def fit(model: MLP, transfer_set: Split, train: Train, seed: int, distill: tuple[Distill, Teacher] | None = None) -> Iterator[Epoch]:
+def fit(
+    model: MLP, transfer_set: Split, train: Train, seed: int, distill: tuple[Distill, Teacher] | None = None
+) -> Iterator[Epoch]:
     """Train `model` in place, yielding after every epoch; on hard labels, or on `distill`'s soft targets too.
 
     The transfer set lies on the model's device. Batches, shifts and dropout depend on (seed, epoch) alone.
@@ -41,7 +43,7 @@ def fit(model: MLP, transfer_set: Split, train: Train, seed: int, distill: tuple
         draws = generator(seed, "dropout", epoch, device)
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # of loss, T^2 KL, L_CE, errors; read once an epoch
 
-        for step, index in enumerate(order.split(train.batch_size)):
+        for step, index in enumerate(torch.split(order, train.batch_size)):
             labels = transfer_set.labels[index]
             if jittered:
                 x = jittered.inputs(index, shifts[:, step * train.batch_size :][:, : len(index)])
@@ -57,10 +59,9 @@ def fit(model: MLP, transfer_set: Split, train: Train, seed: int, distill: tuple
             optimizer.step()
             if train.max_norm:
                 model.constrain(train.max_norm)
-            if train.ema:
-                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - train.ema)
-
             with torch.no_grad():
+                if train.ema:
+                    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - train.ema)
                 errors = (logits.argmax(1) != labels).sum()
                 sums += torch.stack([loss.total * len(index), loss.soft * len(index), loss.hard * len(index), errors])
 
@@ -89,11 +90,11 @@ def _loss(logits: Tensor, labels: Tensor, index: Tensor, x: Tensor, distill: tup
 
 def make_optimizer(model: MLP, train: Train) -> torch.optim.Optimizer:
     """The optimizer of a `train` section, in its fused form."""
-    common = {"lr": train.lr, "weight_decay": train.weight_decay, "fused": True}
+    parameters, lr, decay = list(model.parameters()), train.lr, train.weight_decay
     if train.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=train.momentum or 0.0, **common)
+        return torch.optim.SGD(parameters, lr, momentum=train.momentum or 0.0, weight_decay=decay, fused=True)
     kind = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
-    return kind(model.parameters(), **common)
+    return kind(parameters, lr, weight_decay=decay, fused=True)
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:
@@ -116,6 +117,8 @@ def predict(model: MLP, split: Split, batch_size: int = 2_000) -> Tensor:
     """Logits [N, C] of a split's images as they are, in eval mode; the model's mode is put back."""
     was_training = model.training
     model.eval()
-    logits = [model(split.inputs(index)) for index in torch.arange(len(split)).to(split.labels.device).split(batch_size)]
+    logits = [
+        model(split.inputs(index)) for index in torch.arange(len(split)).to(split.labels.device).split(batch_size)
+    ]
     model.train(was_training)
     return torch.cat(logits)

@@ -1,0 +1,29 @@
+# Every target sets up what it needs; `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+COMMANDS := train-teacher ensemble distill omit-classes evaluate run
+
+.PHONY: demo test lint clean $(COMMANDS)
+demo: .venv/ready
+	$(BIN)/kd run digits
+
+# make distill EXPERIMENT=digits ARGS="--T 3 --lambda1 0.9"
+$(COMMANDS): .venv/ready
+	$(BIN)/kd $@ $(EXPERIMENT) $(ARGS)
+
+test: .venv/ready
+	$(BIN)/pytest -q
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

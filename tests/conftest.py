@@ -1,0 +1,85 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from kdcli.data import MNIST_FILES
+
+torch.set_num_threads(1)
+
+# The whole of an experiment on the embedded digits, small enough to train in a second.
+TINY = """\
+name: tiny
+threads: 1
+data: {name: digits, heldout: 200}
+teacher:
+  model: {hidden: [64], dropout: 0.5}
+  train: {epochs: 6, batch_size: 50, optimizer: adam, lr: 3e-3, jitter: 1, max_norm: 3}
+ensemble: {members: 2}
+student:
+  model: {hidden: [16]}
+  train: {epochs: 6, batch_size: 50, optimizer: adam, lr: 1e-2}
+distill: {T: 4, lambda1: 0.9}
+omit_classes:
+  - omit: [3]
+"""
+
+
+class Done(NamedTuple):
+    """A finished `kd` process."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.out)
+        return document
+
+
+class Shell:
+    """Runs `kd` as a user would, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "tiny.yaml").write_text(TINY)
+
+    def __call__(self, *arguments: str, **environment: str) -> Done:
+        variables = {k: v for k, v in os.environ.items() if k != "KD_DATA"} | environment
+        done = subprocess.run(
+            [sys.executable, "-m", "kdcli", *arguments], cwd=self.folder, env=variables, capture_output=True, text=True
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def kd(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A folder in which `kd run tiny.yaml` was run; tests read it and do not change it."""
+    shell = Shell(tmp_path_factory.mktemp("trained"))
+    done = shell("run", "tiny.yaml", "--json")
+    assert done.code == 0, done.err
+    (shell.folder / "run.json").write_text(done.out)
+    return shell
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The folder with real MNIST. Without it the test is skipped, or fails where CI=true."""
+    folder = Path(os.environ.get("KD_DATA", "data")).resolve()
+    if not all((folder / "MNIST" / "raw" / name).is_file() for name in MNIST_FILES):
+        reason = f"needs MNIST in {folder}: set KD_DATA to the folder that holds MNIST/raw"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
