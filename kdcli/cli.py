@@ -97,8 +97,13 @@ class Job:
             words += [flag, str(path)] if path != usual else []
         return shlex.join(words)
 
-    def run(self, experiment: Experiment, *recipes: "Callable[[Session, int], Document]") -> None:
-        """Run each recipe for every seed and print what comes out."""
+    def run(
+        self,
+        experiment: Experiment,
+        *recipes: "Callable[[Session, int], Document]",
+        first: "Callable[[Session, int], Any] | None" = None,
+    ) -> None:
+        """Run each recipe for every seed and print what comes out; `first`, for every seed, before any of them."""
         from kdcli import report
 
         if self.common.dry_run:
@@ -106,6 +111,9 @@ class Job:
         display = report.Display()
         try:
             session = self.session(experiment, display)
+            if first:
+                for seed in experiment.seed:
+                    first(session, seed)
             documents = [recipe(session, seed) for recipe in recipes for seed in experiment.seed]
         finally:
             display.close()
@@ -219,7 +227,11 @@ def distill(
     experiment = job.experiment()
     from kdcli import recipes
 
-    job.run(experiment, partial(recipes.distill, teacher=teacher, with_baseline=baseline))
+    job.run(
+        experiment,
+        partial(recipes.distill, teacher=teacher, with_baseline=baseline),
+        first=partial(recipes.find_teacher, name=teacher),
+    )
 
 
 @command("omit-classes")
@@ -244,7 +256,8 @@ def omit_classes(
         raise BadInput(f"{job.common.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
     from kdcli import recipes
 
-    job.run(experiment, *(partial(recipes.omit_classes, entry=entry, teacher=teacher) for entry in entries))
+    students = [partial(recipes.omit_classes, entry=entry, teacher=teacher) for entry in entries]
+    job.run(experiment, *students, first=partial(recipes.find_teacher, name=teacher))
 
 
 @command("evaluate")

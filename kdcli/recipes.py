@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcli import BadInput, core, metrics
 from kdcli.config import CLASSES, DATASETS, Data, Distill, Experiment, Model, Omission, Section, Train
 from kdcli.data import Dataset, Split, load
-from kdcli.runs import Document, Run, Spec, differences, list_runs, open_run
+from kdcli.runs import Document, Run, Spec, differences, git_commit, list_runs, open_run
 from kdcli.train import Teacher, fit, predict
 
 TEACHERS = ("train-teacher", "ensemble")
@@ -310,7 +310,8 @@ def _usable(run: Run, session: Session, role: str) -> Run:
 def _obtain(run: Run, session: Session, work: Callable[[], Document]) -> Document:
     """The result of a run, trained by `work` unless it is finished already."""
     if run.completed:
-        session.note(f"{run.name}: finished before, by commit {run.commit or 'unknown'}: shown as it is")
+        made_by = f", by commit {run.commit}" if run.commit != git_commit() else ""
+        session.note(f"{run.name}: finished before{made_by}")
         return run.result
     device, threads = _device_name(session.device), torch.get_num_threads()
     with run.writing(device, threads):
@@ -439,7 +440,10 @@ def _log_probabilities(run: Run, session: Session) -> Tensor:
 def _evaluation(run: Run, runs: list[Run], log_p: dict[str, Tensor], session: Session) -> Document:
     test, spec = session.dataset.test, run.spec
     scored = metrics.score(log_p[run.name], test.labels)
-    document = {k: run.result[k] for k in ("command", "experiment", "run", "seed", "status", "device", "seconds")}
+    document = {
+        k: run.result[k]
+        for k in ("command", "experiment", "run", "seed", "status", "device", "seconds", "evaluated_on")
+    }
     document["test"] = {k: scored.pop(k) for k in ("errors", "total", "per_class_errors")}
     document |= scored
     if spec.command in STUDENTS:

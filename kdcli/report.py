@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from kdcli.config import BIASES, CLASSES, Experiment
+from kdcli.config import CLASSES, Experiment
 from kdcli.runs import Document, open_run, write_aside
 
 ALPHA = 0.05  # the level of the tests behind a verdict
@@ -72,7 +73,8 @@ class Table(NamedTuple):
         return "\n".join([f"**{self.title}**", "", *lines])
 
     def print(self, console: Console) -> None:
-        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        style: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+        table = RichTable(title=self.title, title_justify="left", title_style="bold", **style)
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="right" if i else "left", overflow="fold")
         for row in self.rows:
@@ -83,113 +85,114 @@ class Table(NamedTuple):
 # The tables of each command, from its documents.
 
 
-def tables(command: str, documents: Sequence[Document]) -> list[Table]:
+def tables(command: str, documents: Sequence[Document]) -> list[Table | str]:
     """What a command has to show for the documents of its runs, one for each seed (and entry)."""
-    return {
+    make: dict[str, Callable[[Sequence[Document]], list[Table | str]]] = {
         "train-teacher": _trained,
         "ensemble": _ensembles,
         "distill": _distilled,
         "omit-classes": _omissions,
         "evaluate": _evaluations,
-    }[command](documents)
+    }
+    return make[command](documents)
 
 
 def _rate(errors: float, total: int) -> str:
     return f"{100 * errors / total:.2f} %"
 
 
-def _trained(documents: Sequence[Document]) -> list[Table]:
-    rows = [[d["run"], str(d["test"]["errors"]), _rate(**_counts(d)), f"{d['seconds']:.0f} s"] for d in documents]
-    return [
-        Table(
-            f"Errors on {documents[0]['test']['total']} {documents[0]['evaluated_on']}",
-            ("run", "errors", "rate", "trained in"),
-            rows,
-        )
-    ]
+def _on(document: Document) -> str:
+    return f"{document['test']['total']:,} {document['evaluated_on']}"
 
 
-def _counts(document: Document) -> Document:
-    return {k: document["test"][k] for k in ("errors", "total")}
-
-
-def _ensembles(documents: Sequence[Document]) -> list[Table]:
-    result = []
+def _trained(documents: Sequence[Document]) -> list[Table | str]:
+    rows = []
     for d in documents:
-        rows = [[m["run"], str(m["errors"]), ""] for m in d["members"]]
-        mean = statistics.mean(m["errors"] for m in d["members"])
-        rows.append(["mean member", f"{mean:.1f}", ""])
-        best = min(m["errors"] for m in d["members"])
+        test = d["test"]
+        rows.append([d["run"], str(test["errors"]), _rate(test["errors"], test["total"]), f"{d['seconds']:.0f} s"])
+    return [Table(f"Errors on {_on(documents[0])}", ("run", "errors", "rate", "trained in"), rows)]
+
+
+def _ensembles(documents: Sequence[Document]) -> list[Table | str]:
+    result: list[Table | str] = []
+    for d in documents:
+        errors = [m["errors"] for m in d["members"]]
+        rows = [[m["run"], str(m["errors"]), "", ""] for m in d["members"]]
+        rows.append(["mean member", f"{statistics.mean(errors):.1f}", "", ""])
         for how, counted in d["averages"].items():
-            errors = counted["errors"]
-            rows.append([f"{how} average", str(errors), f"{best - errors:+d} / {mean - errors:+.1f}"])
-        title = f"{d['run']}: errors on {d['test']['total']} {d['evaluated_on']}"
-        result.append(Table(title, ("member", "errors", "fewer than best / mean member"), rows))
+            beats = [min(errors) - counted["errors"], statistics.mean(errors) - counted["errors"]]
+            rows.append([f"{how} average", str(counted["errors"]), f"{beats[0]:+d}", f"{beats[1]:+.1f}"])
+        columns = ("member", "errors", "fewer than the best", "than the mean")
+        result.append(Table(f"{d['run']}: errors on {_on(d)}", columns, rows))
     return result
 
 
-def _distilled(documents: Sequence[Document]) -> list[Table]:
+def _distilled(documents: Sequence[Document]) -> list[Table | str]:
+    counts = []
+    for d in documents:
+        beside = [d[key]["errors"] for key in ("teacher", "baseline") if key in d]
+        counts.append([*beside, d["test"]["errors"]])
+    names, total = [d["run"] for d in documents], documents[0]["test"]["total"]
+    if len(documents) > 1:
+        names, counts = [*names, "mean"], [*counts, [statistics.mean(column) for column in zip(*counts, strict=True)]]
+    rows = [[name, *(f"{c:g}" for c in row), _rate(row[-1], total)] for name, row in zip(names, counts, strict=True)]
     with_baseline = "baseline" in documents[0]
-    columns = ["run", "teacher", *(["baseline"] if with_baseline else []), "student", "rate"]
-    rows = []
-    for d in documents:
-        errors = [d["teacher"]["errors"], *([d["baseline"]["errors"]] if with_baseline else []), d["test"]["errors"]]
-        rows.append([d["run"], *map(str, errors), _rate(**_counts(d))])
-    return [Table(f"Errors on {documents[0]['test']['total']} {documents[0]['evaluated_on']}", columns, rows)]
+    columns = ("run", "teacher", *(["baseline"] if with_baseline else []), "student", "rate")
+    return [
+        Table(f"Errors on {_on(documents[0])}", columns, rows),
+        *([verdict(documents).sentence()] if with_baseline else []),
+    ]
 
 
-def _omissions(documents: Sequence[Document]) -> list[Table]:
-    result = []
+def _omissions(documents: Sequence[Document]) -> list[Table | str]:
+    result: list[Table | str] = []
     for d in documents:
-        stages = {"before": d["test"]} | {f"{name} bias": d["bias"][name] for name in BIASES}
         rows = []
-        for name, stage in stages.items():
+        for name, stage in {"before": d["test"], **d["bias"]}.items():
             per_class = stage["per_class_errors"]
             shift = f"{stage['shift']:+.2f}" if "shift" in stage else ""
             unseen = sum(per_class[c] for c in d["omitted"])
             rows.append([name, shift, str(stage["errors"]), str(unseen), *map(str, per_class)])
-        keeps = d["label"].startswith("keep")
-        moved = "b: the kept biases minus b" if keeps else "b: the omitted biases plus b"
-        title = f"{d['run']} ({d['label']}): errors on {d['test']['total']} {d['evaluated_on']}; {moved}"
-        result.append(Table(title, ("", "b", "all", "unseen", *map(str, range(CLASSES))), rows))
-    return result
+        seen = [c for c in range(CLASSES) if c not in d["omitted"]]
+        kept, omitted = (f"class {', '.join(map(str, classes))}" for classes in (seen, d["omitted"]))
+        moved = f"b lowers the biases of {kept}" if d["label"].startswith("keep") else f"b raises the bias of {omitted}"
+        title = f"{d['run']}\n{d['label']}: errors on {_on(d)}; {moved}"
+        result.append(Table(title, ("bias", "b", "all", "unseen", *map(str, range(CLASSES))), rows))
+    return [*result, BIAS_LEGEND]
 
 
 BIAS_LEGEND = (
-    "test bias: chosen on the test set, as the paper did; heldout: on training images outside the transfer set; "
-    "prior: from the unlabelled training images and the classes' known share."
+    "Bias chosen by test: on the test set, as the paper did; heldout: on training images outside the transfer set; "
+    "prior: on the unlabelled training images, from the known shares of the classes."
 )
+MATRICES = 4  # confusion matrices are shown for so many runs at most
 
 
-def _evaluations(documents: Sequence[Document]) -> list[Table]:
+def _evaluations(documents: Sequence[Document]) -> list[Table | str]:
     quality, cost, classes = [], [], []
     for d in documents:
-        teacher = d.get("teacher", {})
-        quality.append(
-            [
-                d["run"],
-                f"{d['test']['errors']}/{d['test']['total']}",
-                f"{d['nll']:.4f}",
-                f"{d['brier']:.4f}",
-                f"{d['ece']:.4f}",
-                _rate(teacher["agreement"], 1) if teacher else "",
-                f"{teacher['kl_from_teacher']:.4f}" if teacher else "",
-            ]
-        )
-        price = d["cost"]
+        test, price, teacher = d["test"], d["cost"], d.get("teacher", {})
+        name = d["run"].partition("/")[2]
+        follows = [_rate(teacher["agreement"], 1), f"{teacher['kl_from_teacher']:.4f}"] if teacher else ["", ""]
+        quality.append([name, str(test["errors"]), *(f"{d[key]:.4f}" for key in ("nll", "brier", "ece")), *follows])
         latencies = [f"{price['latency_ms'][n]:.3f}" for n in ("1", "128")]
-        counts = [f"{price[k]:,}" for k in ("parameters", "multiply_adds", "weight_bytes")]
-        cost.append([d["run"], *counts, *latencies])
-        classes.append([d["run"], *map(str, d["test"]["per_class_errors"])])
-    result = [
-        Table("Quality on the test images", ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"), quality),
-        Table("Cost", ("run", "parameters", "multiply-adds", "bytes", "ms, batch 1", "ms, 128"), cost),
-        Table("Errors per class", ("run", *map(str, range(CLASSES))), classes),
+        cost.append([name, *(f"{price[k]:,}" for k in ("parameters", "multiply_adds", "weight_bytes")), *latencies])
+        classes.append([name, *map(str, test["per_class_errors"])])
+    first, digits = documents[0], [str(c) for c in range(CLASSES)]
+    result: list[Table | str] = [
+        Table(
+            f"{first['experiment']}: errors on {_on(first)}; agreement with and KL from the teacher",
+            ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"),
+            quality,
+        ),
+        Table("Cost", ("run", "parameters", "mult-adds", "bytes", "ms, batch 1", "ms, 128"), cost),
+        Table("Errors per class", ("run", *digits), classes),
     ]
+    if len(documents) > MATRICES:
+        return [*result, "Confusion matrices: with --json, or for a few runs named with --run."]
     for d in documents:
         rows = [[str(label), *map(str, counts)] for label, counts in enumerate(d["confusion"])]
-        columns = ("label", *map(str, range(CLASSES)))
-        result.append(Table(f"{d['run']}: images of each label (row) by prediction (column)", columns, rows))
+        result.append(Table(f"{d['run']}\nimages by label (row) and prediction (column)", ("", *digits), rows))
     return result
 
 
