@@ -13,7 +13,7 @@ $(COMMANDS): .venv/ready
 	$(BIN)/kd $@ $(EXPERIMENT) $(ARGS)
 
 test: .venv/ready
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -321,10 +321,10 @@ def main() -> None:
 def _main() -> int:
     debug = "--debug" in sys.argv
     try:
-        return app(standalone_mode=False) or 0
-    except typer.Abort:
-        print("interrupted: type the same command again to go on", file=sys.stderr)
-        return 130
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # what typer makes of Ctrl-C
+            print("interrupted: type the same command again; what was finished is kept", file=sys.stderr)
+        return code
     except BadInput as error:
         if debug:
             raise
@@ -334,7 +334,7 @@ def _main() -> int:
         if debug:
             raise
         if hasattr(error, "format_message"):  # a usage error of typer's
-            print(f"kd: {error.format_message()} See kd --help.", file=sys.stderr)
+            print(f"kd: {error.format_message().rstrip('.')} (see kd --help)", file=sys.stderr)
             return 2
         print(f"kd: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

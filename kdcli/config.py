@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 class Data(Section):
     name: Literal["mnist", "digits"]
-    heldout: int = Field(5_000, ge=CLASSES)  # training images, stratified, that choose the bias of omit-classes
+    heldout: int = Field(default=5_000, ge=CLASSES)  # training images, stratified, that choose the bias of omit-classes
     evaluate_on: Literal["test", "heldout"] = "test"  # heldout: train without those images and count errors on them
 
     @model_validator(mode="after")
@@ -73,16 +73,16 @@ class Model(Section):
 
 class Train(Section):
     epochs: int = Field(ge=1, le=1_000_000)
-    batch_size: int = Field(128, ge=1, le=1_000_000)
+    batch_size: int = Field(default=128, ge=1, le=1_000_000)
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(gt=0)
-    momentum: float | None = Field(None, ge=0, lt=1)  # sgd alone; left out it is 0.9
-    weight_decay: float = Field(0.0, ge=0)
+    momentum: float | None = Field(default=None, ge=0, lt=1)  # sgd alone; left out it is 0.9
+    weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # linear and cosine fall to zero at the last step
-    warmup: float = Field(0.0, ge=0)  # epochs over which the learning rate rises from zero
-    jitter: int = Field(0, ge=0, le=7)  # each image shifts by up to so many pixels each way, anew every epoch
-    max_norm: float | None = Field(None, gt=0)  # bound on the norm of the weights into each hidden unit
-    ema: float | None = Field(None, gt=0, lt=1)  # decay a step of the exponential average of the weights
+    warmup: float = Field(default=0.0, ge=0)  # epochs over which the learning rate rises from zero
+    jitter: int = Field(default=0, ge=0, le=7)  # each image shifts by up to so many pixels each way, anew every epoch
+    max_norm: float | None = Field(default=None, gt=0)  # bound on the norm of the weights into each hidden unit
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay a step of the exponential average of the weights
 
     @model_validator(mode="before")
     @classmethod
@@ -108,7 +108,7 @@ class Network(Section):
 class Ensemble(Section):
     members: int = Field(ge=2, le=1_000)
     average: Literal["arithmetic", "geometric"] = "arithmetic"
-    models: list[Model] | None = Field(None, min_length=1)  # member i has models[i % n]; left out: the teacher's
+    models: list[Model] | None = Field(default=None, min_length=1)  # member i has models[i % n]; else the teacher's
 
 
 class Baseline(Section):
@@ -183,7 +183,7 @@ class Experiment(Section):
         BeforeValidator(lambda seed: seed if isinstance(seed, list) else [seed]),
         Field(min_length=1),
     ] = [0]
-    threads: int | None = Field(None, ge=1, le=4096)  # left out: all cores
+    threads: int | None = Field(default=None, ge=1, le=4096)  # left out: all cores
     data: Data
     teacher: Network
     ensemble: Ensemble | None = None

@@ -32,6 +32,7 @@ class Session:
     retype: str = ""  # the arguments that describe the same teachers, for messages
     progress: Callable[[str, int, Document], None] = field(default=lambda run, epochs, metrics: None)
     note: Callable[[str], None] = field(default=lambda line: None)
+    known: set[str] = field(default_factory=set)  # the runs trained or noted in this session
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -280,7 +281,7 @@ def find_teacher(session: Session, seed: int, name: str | None = None) -> Run:
         lines = [f"teacher {run.name}: is {run.status}; train it: kd {command} {session.retype} --seed {seed}"]
         lines += [f"  close: {line}" for line in _close_runs(run, session)]
         raise BadInput(*lines)
-    return run
+    return _usable(run, session, "a teacher")
 
 
 def _close_runs(wanted: Run, session: Session) -> list[str]:
@@ -304,19 +305,22 @@ def _usable(run: Run, session: Session, role: str) -> Run:
     wanted = _data_settings(session.experiment.data)
     if unlike := differences(wanted, run.spec.settings["data"], "data."):
         raise BadInput(f"{run.name}: cannot be {role} in this experiment: {'; '.join(unlike)}")
+    for member in _members(run):
+        member.load("weights")
     return run
 
 
 def _obtain(run: Run, session: Session, work: Callable[[], Document]) -> Document:
     """The result of a run, trained by `work` unless it is finished already."""
-    if run.completed:
+    if not run.completed:
+        device, threads = _device_name(session.device), torch.get_num_threads()
+        with run.writing(device, threads):
+            result = {"device": device, "threads": threads} | work()
+            run.finish(result, _report(run, result))
+    elif run.name not in session.known:
         made_by = f", by commit {run.commit}" if run.commit != git_commit() else ""
         session.note(f"{run.name}: finished before{made_by}")
-        return run.result
-    device, threads = _device_name(session.device), torch.get_num_threads()
-    with run.writing(device, threads):
-        result = {"device": device, "threads": threads} | work()
-        run.finish(result, _report(run, result))
+    session.known.add(run.name)
     return run.result
 
 

@@ -74,7 +74,7 @@ class Run:
         """What result.json says; an absent one says that the run is missing. Raises BadInput when it is damaged."""
         try:
             result = json.loads((self.path / "result.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {"status": "missing"}
         except (OSError, ValueError) as error:
             raise BadInput(
@@ -104,7 +104,10 @@ class Run:
 
         Raises BadInput when another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--runs-dir {self.root}: cannot be written: {error.strerror}") from None
         with (self.path / "lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

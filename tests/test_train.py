@@ -13,7 +13,7 @@ DIGITS = data.load(Data(name="digits", heldout=200))
 
 
 def train(**settings: Any) -> Train:
-    return Train(**({"epochs": 2, "batch_size": 50, "optimizer": "sgd", "lr": 0.1} | settings))
+    return Train.model_validate({"epochs": 2, "batch_size": 50, "optimizer": "sgd", "lr": 0.1} | settings)
 
 
 def net(seed: int = 0, **options: Any) -> core.MLP:
@@ -99,7 +99,7 @@ def test_students_learn_the_teachers_logits_and_ignore_labels_when_lambda2_is_0(
     teacher = trained(train(epochs=20))
     targets = core.average(predict(teacher, DIGITS.train)[None], 4, "arithmetic").exp()
     wrong = data.Split(DIGITS.train.images, torch.zeros_like(DIGITS.train.labels), DIGITS.train.white)
-    distill = Distill(T=4, lambda1=1.0)
+    distill = Distill(T=4, lambda1=1.0, lambda2=0.0)
     student = net(1)
     epochs = [e.metrics for e in fit(student, wrong, train(epochs=20), 0, (distill, lambda i, _: targets[i]))]
     assert epochs[-1]["t2_kl"] < 0.05 * epochs[0]["t2_kl"]
@@ -109,7 +109,7 @@ def test_students_learn_the_teachers_logits_and_ignore_labels_when_lambda2_is_0(
 
 def test_lambda1_0_is_the_baseline() -> None:
     settings, targets = train(), torch.full((1297, 10), 0.1, dtype=torch.float64)
-    hard = Distill(T=20, lambda1=0.0)
+    hard = Distill(T=20, lambda1=0.0, lambda2=1.0)
     for epoch in fit(net(), DIGITS.train, settings, 0, (hard, lambda i, _: targets[i])):
         student = epoch.model
     assert torch.allclose(weights(student), weights(trained(settings)), atol=1e-6)

@@ -1,0 +1,429 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY, Shell
+from safetensors.torch import load_file
+
+from kdcli.report import verdict
+
+COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", "run")
+
+
+@pytest.fixture
+def kd(kd: Shell, trained: Shell) -> Shell:
+    """A folder of the test's own that starts with the finished runs of tiny.yaml."""
+    shutil.copytree(trained.folder / "runs", kd.folder / "runs")
+    return kd
+
+
+def only(folder: Path, command: str) -> Path:
+    """The first run directory of a command."""
+    return sorted((folder / "runs" / "tiny" / command).iterdir())[0]
+
+
+# What is wrong, the words after `kd`, and what the one line on stderr must hold.
+MISTAKES: dict[str, tuple[str, str]] = {
+    "no such command": ("distil tiny.yaml", "No such command 'distil'"),
+    "no such option": ("distill tiny.yaml --Tt 3", "No such option: --Tt"),
+    "not a number": ("distill tiny.yaml --T x", "Invalid value for '--T'"),
+    "no such experiment": ("distill mnst", "mnst: neither an experiment's name nor a .yaml file; did you mean mnist?"),
+    "missing file": ("distill absent.yaml", "absent.yaml: there is no such experiment file"),
+    "negative T": ("distill tiny.yaml --T -3", "--T -3.0: distill.T: must be greater than 0, not -3.0"),
+    "lambda1 of -1": (
+        "distill tiny.yaml --lambda1 -1",
+        "--lambda1 -1.0: distill.lambda1: must be greater than or equal to 0",
+    ),
+    "lambda1 of 2": ("distill tiny.yaml --lambda1 2", "above 1 it needs a lambda2 too"),
+    "misspelled --set": ("distill tiny.yaml --set distill.Temp=3", "--set distill.Temp=3: distill.Temp: unknown key"),
+    "--set without =": ("distill tiny.yaml --set T", "write it as --set section.key=value"),
+    "unknown class": ("omit-classes tiny.yaml --omit 11", "--omit 11: there is no class 11: the classes are 0 to 9"),
+    "class that is no number": ("omit-classes tiny.yaml --omit three", "--omit three: must be digits"),
+    "omit and keep": ("omit-classes tiny.yaml --omit 3 --keep 7", "--omit 3 --keep 7: needs either omit or keep"),
+    "all classes": (
+        "omit-classes tiny.yaml --omit 0,1,2,3,4,5,6,7,8,9",
+        "must name at least one class and leave one out",
+    ),
+    "no CUDA": ("distill tiny.yaml --device cuda:7", "--device cuda:7: this machine has"),
+    "no such device": ("distill tiny.yaml --device gpu", "--device gpu: must be auto, cpu, cuda or cuda:N"),
+    "bad seeds": ("distill tiny.yaml --seed 4-0", "--seed 4-0: must be a seed, a range or a list"),
+    "no threads": ("distill tiny.yaml --threads 0", "--threads 0: threads: must be greater than or equal to 1"),
+    "teacher not trained": ("distill tiny.yaml --seed 5", "is missing; train it: kd train-teacher tiny.yaml --seed 5"),
+    "teacher that is no run": ("distill tiny.yaml --teacher nonsense", "nonsense: there is no such run"),
+    "runs folder is a file": (
+        "train-teacher tiny.yaml --runs-dir tiny.yaml",
+        "--runs-dir tiny.yaml: cannot be written",
+    ),
+    "nothing to evaluate": ("evaluate tiny.yaml --runs-dir none", "no finished runs; train some: kd run tiny.yaml"),
+    "no such run": ("evaluate tiny.yaml --run tiny/distill/0-ffffffffff", "there is no such run"),
+    "one member": (
+        "ensemble tiny.yaml --members 1",
+        "--members 1: ensemble.members: must be greater than or equal to 2",
+    ),
+    "unknown average": (
+        "ensemble tiny.yaml --average mean",
+        "--average mean: ensemble.average: must be one of arithmetic",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> None:
+    words, line = MISTAKES[mistake]
+    done = kd(*words.split())
+    assert (done.code, done.out) == (2, "")
+    assert line in done.err
+    _, *more = done.err.splitlines()
+    assert all(extra.startswith("  close: ") for extra in more)
+
+
+def test_a_broken_file_is_told_with_its_line(kd: Shell) -> None:
+    (kd.folder / "tiny.yaml").write_text(TINY.replace("epochs: 6", "epochs: six", 1).replace("T: 4", "T: 4, T: 5"))
+    done = kd("distill", "tiny.yaml")
+    assert done.code == 2
+    assert done.err.splitlines() == [
+        "tiny.yaml:11: distill.T: duplicate key, first given on line 11",
+        "tiny.yaml:6: teacher.train.epochs: must be a whole number, not 'six'",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("words", ["distill tiny.yaml --T 9", "evaluate tiny.yaml"])
+def test_damaged_teachers_weights_stop_the_run(damage: str, words: str, kd: Shell) -> None:
+    weights = only(kd.folder, "train-teacher") / "weights.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if damage == "truncated":
+        weights.write_bytes(content[:100])
+    done = kd(*words.split())
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+    assert "weights.safetensors: is " in done.err
+    assert "train it again" in done.err
+
+
+def test_a_teacher_of_another_dataset_is_refused(kd: Shell) -> None:
+    teacher = f"tiny/train-teacher/{only(kd.folder, 'train-teacher').name}"
+    done = kd("distill", "mnist", "--teacher", teacher)
+    assert done.code == 2
+    assert done.err == f"{teacher}: cannot be a teacher in this experiment: data.name is digits, not mnist\n"
+
+
+def test_a_student_is_no_teacher(kd: Shell) -> None:
+    done = kd("distill", "tiny.yaml", "--teacher", f"tiny/distill/{only(kd.folder, 'distill').name}")
+    assert done.code == 2
+    assert "is a distill run; a teacher is a train-teacher or ensemble run" in done.err
+
+
+def test_a_mismatched_teacher_names_the_close_runs_and_what_to_type(kd: Shell) -> None:
+    done = kd("distill", "tiny.yaml", "--set", "teacher.train.lr=0.5", "--seed", "1")
+    assert done.code == 2
+    first, close, *_ = done.err.splitlines()
+    assert first.endswith("train it: kd train-teacher tiny.yaml --set teacher.train.lr=0.5 --seed 1")
+    assert close.startswith("  close: tiny/train-teacher/1-")
+    assert close.endswith("(completed): train.lr is 0.003, not 0.5")
+
+
+def test_mnist_that_is_absent_or_damaged_is_told_in_one_line(kd: Shell) -> None:
+    done = kd(
+        "train-teacher",
+        "mnist",
+        "--data-dir",
+        "nowhere",
+        http_proxy="http://127.0.0.1:9",
+        https_proxy="http://127.0.0.1:9",
+    )
+    assert done.code == 2
+    assert "MNIST is not there and could not be downloaded" in done.err
+    assert "digits" in done.err
+    raw = kd.folder / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (60_000, 28, 28))
+    for name in (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ):
+        (raw / name).write_bytes(header + b"\0" * 1000)
+    done = kd("train-teacher", "mnist")
+    assert done.code == 2
+    assert "train-images-idx3-ubyte: is truncated: 1,016 bytes where its header promises 47,040,016" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_help_and_version(kd: Shell) -> None:
+    for words in ([], ["--help"]):
+        done = kd(*words)
+        assert done.code == 0
+        assert all(command in done.out for command in COMMANDS)
+    assert kd("--version").out.startswith("kd ")
+    assert "--lambda1" in kd("distill", "--help").out
+
+
+def test_usage_never_imports_torch() -> None:
+    code = "import sys; sys.argv = ['kd', '--help']\ntry: from kdcli.cli import main; main()\nfinally: print([m for m in ('torch', 'torchvision', 'matplotlib', 'sklearn', 'scipy') if m in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+
+
+def test_dry_run_shows_the_resolved_experiment_and_writes_nothing(kd: Shell) -> None:
+    shutil.rmtree(kd.folder / "runs")
+    before = sorted(kd.folder.rglob("*"))
+    for command in ("distill", "run"):
+        done = kd(command, "tiny.yaml", "--dry-run", "--set", "distill.T=7")
+        assert done.code == 0, done.err
+        loss = {"teacher": "teacher", "T": 7.0, "lambda1": 0.9, "lambda2": 0.1, "t_squared": True}
+        assert yaml.safe_load(done.out)["distill"] == loss
+        assert "# teacher: 4,810 parameters, 156 steps of 50 images" in done.out
+    document = kd("evaluate", "tiny.yaml", "--dry-run", "--json").json
+    assert document["nets"][1]["parameters"] == 65 * 16 + 17 * 10
+    assert sorted(kd.folder.rglob("*")) == before
+
+
+# What the finished experiment looks like.
+
+
+def test_run_ends_with_one_table_and_a_verdict(trained: Shell) -> None:
+    document = json.loads((trained.folder / "run.json").read_text())
+    rows = {row["row"]: row for row in document["table"]}
+    assert list(rows) == [
+        "teacher",
+        "ensemble",
+        "baseline",
+        "student",
+        "omit 3",
+        "omit 3, test bias",
+        "omit 3, heldout bias",
+        "omit 3, prior bias",
+    ]
+    assert document["verdict"]["verdict"] in ("helped", "hurt", "no evidence")
+    assert document["verdict"]["fewer_errors"] == rows["baseline"]["mean"] - rows["student"]["mean"]
+    folder = trained.folder / "runs" / "tiny" / "report"
+    assert json.loads((folder / "report.json").read_text()) == document
+    for name in ("errors.png", "learning-curves.png", "omitted-classes.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert "| student |" in (folder / "report.md").read_text()
+
+
+def test_asking_again_prints_the_finished_run(kd: Shell, trained: Shell) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (kd.folder / "runs").rglob("*.safetensors")}
+    again = kd("run", "tiny.yaml", "--json")
+    assert again.code == 0
+    assert "finished before" in again.err
+    assert "epoch" not in again.err
+    first = json.loads((trained.folder / "run.json").read_text())
+    assert again.json["table"] == first["table"]
+    assert {path: path.stat().st_mtime_ns for path in (kd.folder / "runs").rglob("*.safetensors")} == before
+
+
+def epochs(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run but for the times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_the_same_seed_gives_the_same_weights(kd: Shell, trained: Shell) -> None:
+    shutil.rmtree(kd.folder / "runs")
+    assert kd("train-teacher", "tiny.yaml").code == 0
+    assert kd("distill", "tiny.yaml").code == 0
+    for command in ("train-teacher", "baseline", "distill"):
+        one, two = (only(folder, command) for folder in (kd.folder, trained.folder))
+        assert one.name == two.name
+        assert (one / "weights.safetensors").read_bytes() == (two / "weights.safetensors").read_bytes()
+        assert epochs(one) == epochs(two)
+
+
+KEYS = {"command", "experiment", "run", "seed", "status", "device", "seconds", "test"}
+
+
+def test_json_documents_hold_what_they_promise(kd: Shell) -> None:
+    teacher = kd("train-teacher", "tiny.yaml", "--json").json
+    assert teacher.keys() >= KEYS
+    assert teacher["status"] == "completed"
+    assert teacher["test"]["total"] == 500
+    assert sum(teacher["test"]["per_class_errors"]) == teacher["test"]["errors"]
+    student = kd("distill", "tiny.yaml", "--json").json
+    assert student["teacher"] == {"run": teacher["run"], "errors": teacher["test"]["errors"]}
+    assert student["baseline"]["run"].startswith("tiny/baseline/0-")
+    assert (
+        student["baseline"]["errors"] - student["test"]["errors"]
+        == student["baseline"]["fixed"] - student["baseline"]["broken"]
+    )
+    assert "baseline" not in kd("distill", "tiny.yaml", "--json", "--no-baseline").json
+    omitted = kd("omit-classes", "tiny.yaml", "--json", "--omit", "3").json
+    assert omitted["bias"].keys() == {"test", "heldout", "prior"}
+    for bias in omitted["bias"].values():
+        assert bias.keys() == {"shift", "errors", "per_class_errors"}
+    assert omitted["bias"]["test"]["errors"] <= min(omitted["test"]["errors"], omitted["bias"]["prior"]["errors"])
+    several = kd("train-teacher", "tiny.yaml", "--json", "--seeds", "0-1").json
+    assert [run["seed"] for run in several["runs"]] == [0, 1]
+
+
+def test_omitted_classes_and_heldout_images_are_outside_the_transfer_set(trained: Shell) -> None:
+    result = json.loads((only(trained.folder, "omit-classes") / "result.json").read_text())
+    threes, heldout_threes = 132, 20  # of 1,297 and of 200: see the split's shares in test_data
+    assert result["samples"] == pytest.approx(1297 - 200 - threes + heldout_threes, abs=3)
+
+
+def test_an_ensemble_reports_members_both_averages_and_its_gain(kd: Shell) -> None:
+    arithmetic = kd("ensemble", "tiny.yaml", "--json").json
+    geometric = kd("ensemble", "tiny.yaml", "--json", "--average", "geometric").json
+    assert arithmetic["run"] != geometric["run"]
+    assert arithmetic["members"] == geometric["members"]
+    assert arithmetic["averages"] == geometric["averages"]
+    assert geometric["test"] == geometric["averages"]["geometric"]
+    errors = [member["errors"] for member in arithmetic["members"]]
+    gain = arithmetic["fewer_errors_than"]
+    assert gain == {
+        "best_member": min(errors) - arithmetic["test"]["errors"],
+        "mean_member": sum(errors) / 2 - arithmetic["test"]["errors"],
+    }
+
+
+def test_either_ensemble_can_be_distilled(kd: Shell) -> None:
+    options = ("--json", "--no-baseline", "--set", "distill.teacher=ensemble")
+    described = kd("distill", "tiny.yaml", *options).json
+    assert described["teacher"]["run"].startswith("tiny/ensemble/0-")
+    missing = kd("distill", "tiny.yaml", *options, "--set", "ensemble.average=geometric")
+    assert missing.code == 2
+    assert "train it: kd ensemble tiny.yaml --set ensemble.average=geometric --seed 0" in missing.err
+    geometric = kd("ensemble", "tiny.yaml", "--average", "geometric", "--json").json["run"]
+    named = kd("distill", "tiny.yaml", "--json", "--no-baseline", "--teacher", geometric).json
+    assert named["teacher"]["run"] == geometric
+    one, two = (load_file(kd.folder / "runs" / d["run"] / "weights.safetensors") for d in (described, named))
+    assert any(bool((one[key] != two[key]).any()) for key in one)
+
+
+def test_an_ensemble_of_different_models(kd: Shell) -> None:
+    done = kd("ensemble", "tiny.yaml", "--json", "--set", "ensemble.models=[{hidden: [8]}, {hidden: [12]}]")
+    assert done.code == 0, done.err
+    widths = [
+        yaml.safe_load((kd.folder / "runs" / m["run"] / "config.yaml").read_text())["settings"]["model"]["hidden"]
+        for m in done.json["members"]
+    ]
+    assert widths == [[8], [12]]
+
+
+def test_a_jittered_student_asks_its_teacher_anew(kd: Shell) -> None:
+    done = kd("distill", "tiny.yaml", "--json", "--no-baseline", "--set", "student.train.jitter=1")
+    assert done.code == 0, done.err
+    assert done.json["run"] != kd("distill", "tiny.yaml", "--json").json["run"]
+
+
+def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
+    document = kd("evaluate", "tiny.yaml", "--json").json
+    assert {run["command"] for run in document["runs"]} == {
+        "train-teacher",
+        "ensemble",
+        "baseline",
+        "distill",
+        "omit-classes",
+    }
+    for run in document["runs"]:
+        result = json.loads((kd.folder / "runs" / run["run"] / "result.json").read_text())
+        assert run["test"] == result["test"]
+        assert sum(map(sum, run["confusion"])) == 500
+        assert run["cost"]["weight_bytes"] == 4 * run["cost"]["parameters"]
+        assert ("teacher" in run) == (run["command"] in ("baseline", "distill", "omit-classes"))
+    ensemble = next(run for run in document["runs"] if run["command"] == "ensemble")
+    assert ensemble["cost"]["parameters"] == 2 * 4810
+    text = kd("evaluate", "tiny.yaml", "--run", document["runs"][0]["run"])
+    assert "label (row)" in text.out
+
+
+def test_check_exits_with_3_where_an_expectation_is_missed(kd: Shell) -> None:
+    met = kd("run", "tiny.yaml", "--check", "--set", "expect={student: 500}")
+    assert met.code == 0, met.err
+    missed = kd("run", "tiny.yaml", "--check", "--set", "expect={student: 0}")
+    assert missed.code == 3
+    assert "expect.student: " in missed.err
+    assert kd("run", "tiny.yaml", "--set", "expect={student: 0}").code == 0
+
+
+def test_epochs_reach_the_baseline_with_a_recipe_of_its_own(kd: Shell) -> None:
+    own = "baseline: {train: {epochs: 5, batch_size: 50, lr: 0.1}}\n"
+    (kd.folder / "tiny.yaml").write_text(TINY + own)
+    student = kd("distill", "tiny.yaml", "--epochs", "2", "--json").json
+    for run in (student["run"], student["baseline"]["run"]):
+        assert len((kd.folder / "runs" / run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_ctrl_c_leaves_130_and_a_run_that_can_be_asked_for_again(kd: Shell) -> None:
+    words = ["train-teacher", "tiny.yaml", "--set", "teacher.train.epochs=100000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "kdcli", *words], cwd=kd.folder, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        process.stderr.readline()  # the first epoch is done
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert "interrupted" in process.stderr.read()
+    results = [json.loads(p.read_text()) for p in (kd.folder / "runs/tiny/train-teacher").glob("0-*/result.json")]
+    assert sorted(result["status"] for result in results) == ["completed", "interrupted"]
+    done = kd("distill", "tiny.yaml", "--set", "teacher.train.epochs=100000")
+    assert done.code == 2
+    assert "is interrupted; train it: kd train-teacher" in done.err
+
+
+def test_a_failure_while_running_exits_with_1_and_is_no_teacher(kd: Shell) -> None:
+    wild = (
+        "--set",
+        "teacher.train.optimizer=sgd",
+        "--set",
+        "teacher.train.lr=1e30",
+        "--set",
+        "teacher.train.max_norm=null",
+    )
+    done = kd("train-teacher", "tiny.yaml", *wild)
+    assert done.code == 1
+    assert "the loss is nan in epoch" in done.err
+    assert "Traceback" not in done.err
+    refused = kd("distill", "tiny.yaml", *wild)
+    assert refused.code == 2
+    assert "is failed; train it" in refused.err
+
+
+# The verdict.
+
+
+def distilled(pairs: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [
+        {"baseline": {"errors": b, "fixed": max(b - s, 0), "broken": max(s - b, 0)}, "test": {"errors": s}}
+        for b, s in pairs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "word"),
+    [
+        ([(146, 74), (140, 80), (150, 77)], "helped"),
+        ([(74, 146), (80, 140), (77, 150)], "hurt"),
+        ([(146, 140), (140, 146), (150, 149)], "no evidence"),
+        ([(10, 9), (10, 9)], "no evidence"),
+        ([(10, 10), (12, 12)], "no evidence"),
+        ([(146, 74)], "helped"),
+        ([(12, 10)], "no evidence"),
+        ([(10, 10)], "no evidence"),
+    ],
+)
+def test_verdicts(pairs: list[tuple[int, int]], word: str) -> None:
+    found = verdict(distilled(pairs))
+    assert found.verdict == word
+    assert found.sentence()
+
+
+def test_the_verdict_is_scipys_paired_t_test() -> None:
+    from scipy.stats import ttest_rel
+
+    pairs = [(146, 120), (140, 139), (150, 131), (138, 140)]
+    wanted = ttest_rel([b for b, _ in pairs], [s for _, s in pairs])
+    found = verdict(distilled(pairs))
+    assert found.p == pytest.approx(float(wanted.pvalue))
+    assert found.interval == pytest.approx(wanted.confidence_interval(0.95))
