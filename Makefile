@@ -13,7 +13,7 @@ $(COMMANDS): .venv/ready
 	$(BIN)/kd $@ $(EXPERIMENT) $(ARGS)
 
 test: .venv/ready
-	$(BIN)/pytest -q -n auto
+	$(BIN)/pytest -q -n auto --dist loadscope
 
 lint: .venv/ready
 	$(BIN)/ruff check .
