@@ -97,7 +97,7 @@ def prior_shift(logits: Tensor, omitted: Sequence[int], share: float) -> float:
     return float(bisect(lambda shift: float(torch.sigmoid(odds + shift).mean()) - share, low, high, xtol=1e-9))
 
 
-def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float = 0.2) -> float:
+def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float = 0.05) -> float:
     """Median milliseconds of `forward` on one batch, over at least 5 calls and about `seconds` after a warm-up."""
     cuda = inputs.device.type == "cuda"
     times: list[float] = []

@@ -38,6 +38,10 @@ class Session:
     def dataset(self) -> Dataset:
         return load(self.experiment.data, self.data_dir).to(self.device)
 
+    @cached_property
+    def commit(self) -> str | None:
+        return git_commit()
+
     def run(self, spec: Spec) -> Run:
         return Run(self.runs_dir, spec)
 
@@ -318,7 +322,7 @@ def _obtain(run: Run, session: Session, work: Callable[[], Document]) -> Documen
             result = {"device": device, "threads": threads} | work()
             run.finish(result, _report(run, result))
     elif run.name not in session.known:
-        made_by = f", by commit {run.commit}" if run.commit != git_commit() else ""
+        made_by = f", by commit {run.commit}" if run.commit != session.commit else ""
         session.note(f"{run.name}: finished before{made_by}")
     session.known.add(run.name)
     return run.result

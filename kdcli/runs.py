@@ -270,7 +270,7 @@ def environment(device: str, threads: int) -> Document:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that kd runs from, `-dirty` when its code was changed since; None when installed."""
+    """The commit of the checkout that kd runs from, `-dirty` when it was changed since; None when installed."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -282,8 +282,7 @@ def git_commit() -> str | None:
 
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    changed = git("status", "--porcelain", "--", ".")
-    return f"{git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"
+    return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def differences(wanted: Document, found: Document, prefix: str = "") -> list[str]:
