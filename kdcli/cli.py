@@ -39,7 +39,12 @@ class Common:
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key: teacher.train.epochs=5.")
     ] = None
     seed: Annotated[str | None, typer.Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
-    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: all cores.")] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: all cores for a run alone, else one.")] = (
+        None
+    )
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs trained at once, each on one thread; left out: one a core.")
+    ] = None
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     data_dir: Annotated[
         Path | None, typer.Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")
@@ -80,6 +85,7 @@ class Job:
             runs_dir=self.common.runs_dir,
             device=select_device(self.common.device),
             data_dir=self.common.data_dir,
+            jobs=self.common.jobs or os.cpu_count() or 1,
             retype=self.retype(),
             progress=display.epoch,
             note=display.note,
@@ -97,24 +103,15 @@ class Job:
             words += [flag, str(path)] if path != usual else []
         return shlex.join(words)
 
-    def run(
-        self,
-        experiment: Experiment,
-        *recipes: "Callable[[Session, int], Document]",
-        first: "Callable[[Session, int], Any] | None" = None,
-    ) -> None:
-        """Run each recipe for every seed and print what comes out; `first`, for every seed, before any of them."""
+    def run(self, experiment: Experiment, recipe: "Callable[[Session], list[Document]]") -> None:
+        """Run a recipe and print what comes out, a document a seed."""
         from kdcli import report
 
         if self.common.dry_run:
             return self.dry_run(experiment)
         display = report.Display()
         try:
-            session = self.session(experiment, display)
-            if first:
-                for seed in experiment.seed:
-                    first(session, seed)
-            documents = [recipe(session, seed) for recipe in recipes for seed in experiment.seed]
+            documents = recipe(self.session(experiment, display))
         finally:
             display.close()
         whole = {"command": self.command, "experiment": experiment.name, "runs": documents}
@@ -227,11 +224,7 @@ def distill(
     experiment = job.experiment()
     from kdcli import recipes
 
-    job.run(
-        experiment,
-        partial(recipes.distill, teacher=teacher, with_baseline=baseline),
-        first=partial(recipes.find_teacher, name=teacher),
-    )
+    job.run(experiment, partial(recipes.distill, teacher=teacher, with_baseline=baseline))
 
 
 @command("omit-classes")
@@ -256,8 +249,7 @@ def omit_classes(
         raise BadInput(f"{job.common.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
     from kdcli import recipes
 
-    students = [partial(recipes.omit_classes, entry=entry, teacher=teacher) for entry in entries]
-    job.run(experiment, *students, first=partial(recipes.find_teacher, name=teacher))
+    job.run(experiment, partial(recipes.omit_classes, entries=entries, teacher=teacher))
 
 
 @command("evaluate")

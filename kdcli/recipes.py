@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from kdcli.config import CLASSES, DATASETS, Data, Distill, Experiment, Model, Om
 from kdcli.data import Dataset, Split, load
 from kdcli.runs import Document, Run, Spec, differences, git_commit, list_runs, open_run
 from kdcli.train import Teacher, fit, predict
+from kdcli.workers import train_all
 
 TEACHERS = ("train-teacher", "ensemble")
 STUDENTS = ("baseline", "distill", "omit-classes")
@@ -29,6 +30,7 @@ class Session:
     runs_dir: Path
     device: torch.device
     data_dir: Path | None = None
+    jobs: int = 1  # runs trained at once
     retype: str = ""  # the arguments that describe the same teachers, for messages
     progress: Callable[[str, int, Document], None] = field(default=lambda run, epochs, metrics: None)
     note: Callable[[str], None] = field(default=lambda line: None)
@@ -46,113 +48,49 @@ class Session:
         return Run(self.runs_dir, spec)
 
 
-def train_teacher(session: Session, seed: int, model: Model | None = None) -> Document:
-    """A teacher, or an ensemble member, from hard labels; its logits on the training images are kept for students."""
-    run = session.run(teacher_spec(session.experiment, seed, model))
-
-    def work() -> Document:
-        data = session.dataset
-        net, result = _fit(run, session, data.train)
-        run.save("logits", {"train": predict(net, data.train), "test": predict(net, data.test)})
-        return result
-
-    return _obtain(run, session, work)
+def train_teacher(session: Session) -> list[Document]:
+    """A teacher a seed, from hard labels; its logits on the training images are kept for students."""
+    return obtain(session, [teacher_spec(session.experiment, seed) for seed in session.experiment.seed])
 
 
-def ensemble(session: Session, seed: int) -> Document:
-    """The members with seeds `seed`, `seed` + 1, …, and both averages of their predictions on the test images."""
+def ensemble(session: Session) -> list[Document]:
+    """The members with seeds s, s + 1, … for each seed s, and both averages of their predictions on the test images."""
     experiment = session.experiment
-    members = [
-        train_teacher(session, spec.seed, Model(**spec.settings["model"])) for spec in member_specs(experiment, seed)
-    ]
-    run = session.run(ensemble_spec(experiment, seed))
-
-    def work() -> Document:
-        labels = session.dataset.test.labels.cpu()
-        logits = _member_logits(run, "test")
-        averages = {
-            how: metrics.count_errors(core.average(logits, T=1, how=how), labels) for how in ("arithmetic", "geometric")
-        }
-        errors = [member["test"]["errors"] for member in members]
-        test = averages[run.spec.settings["average"]]
-        return {
-            "seconds": sum(member["seconds"] for member in members),
-            "evaluated_on": members[0]["evaluated_on"],
-            "test": test,
-            "average": run.spec.settings["average"],
-            "averages": averages,
-            "members": [{k: m[k] for k in ("run", "seed")} | {"errors": m["test"]["errors"]} for m in members],
-            "fewer_errors_than": {
-                "best_member": min(errors) - test["errors"],
-                "mean_member": sum(errors) / len(errors) - test["errors"],
-            },
-        }
-
-    return _obtain(run, session, work)
+    obtain(session, [member for seed in experiment.seed for member in member_specs(experiment, seed)])
+    if session.jobs > 1:  # nothing to train: not worth a process
+        session = replace(session, jobs=1)
+    return obtain(session, [ensemble_spec(experiment, seed) for seed in experiment.seed])
 
 
-def baseline(session: Session, seed: int) -> Document:
-    """The student's net and seed, on hard labels alone."""
-    run = session.run(baseline_spec(session.experiment, seed))
-
-    def work() -> Document:
-        data = session.dataset
-        net, result = _fit(run, session, data.train)
-        run.save("logits", {"test": predict(net, data.test)})
-        return result
-
-    return _obtain(run, session, work)
-
-
-def distill(session: Session, seed: int, teacher: str | None = None, with_baseline: bool = True) -> Document:
+def distill(session: Session, teacher: str | None = None, with_baseline: bool = True) -> list[Document]:
     """The student on the soft targets of its teacher (of the run `teacher`, if named), beside its baseline.
 
-    Raises BadInput when the teacher is missing, unfinished or of another dataset.
+    Raises BadInput when a teacher is missing, unfinished or of another dataset.
     """
-    experiment = session.experiment
-    source = find_teacher(session, seed, teacher)
-    hard = baseline(session, seed) if with_baseline else None
-    run = session.run(student_spec(experiment, seed, source))
-
-    def work() -> Document:
-        data = session.dataset
-        everything = torch.arange(len(data.train), device=session.device)
-        targets = _soft_targets(source, session, run.spec, everything)
-        net, result = _fit(run, session, data.train, (Distill(**run.spec.settings["distill"]), targets))
-        run.save("logits", {"test": predict(net, data.test)})
-        return result
-
-    document = _obtain(run, session, work) | {"teacher": _brief(source.result)}
-    if hard:
-        labels = session.dataset.test.labels.cpu()
-        student_right, baseline_right = (
-            open_run(session.runs_dir, r["run"]).load("logits")["test"].argmax(1) == labels for r in (document, hard)
-        )
-        fixed, broken = int((student_right & ~baseline_right).sum()), int((baseline_right & ~student_right).sum())
-        document["baseline"] = _brief(hard) | {"fixed": fixed, "broken": broken}
-    return document
+    experiment, seeds = session.experiment, session.experiment.seed
+    sources = [find_teacher(session, seed, teacher) for seed in seeds]
+    students = [student_spec(experiment, seed, source) for seed, source in zip(seeds, sources, strict=True)]
+    baselines = [baseline_spec(experiment, seed) for seed in seeds if with_baseline]
+    found = obtain(session, [*baselines, *students])
+    hard, soft = found[: len(baselines)], found[len(baselines) :]
+    documents = [d | {"teacher": _brief(source.result)} for d, source in zip(soft, sources, strict=True)]
+    for document, other in zip(documents, hard, strict=False):
+        document["baseline"] = _brief(other) | _discordant(session, document, other)
+    return documents
 
 
-def omit_classes(session: Session, seed: int, entry: Omission, teacher: str | None = None) -> Document:
+def omit_classes(session: Session, entries: Sequence[Omission], teacher: str | None = None) -> list[Document]:
     """A student whose transfer set lacks classes, before and after the bias correction chosen in three ways.
 
     The held-out images are outside the transfer set too. Raises BadInput as `distill` does.
     """
-    source = find_teacher(session, seed, teacher)
-    run = session.run(omission_spec(session.experiment, seed, source, entry))
-
-    def work() -> Document:
-        data = session.dataset
-        absent = torch.isin(data.train.labels, torch.tensor(entry.omitted, device=session.device))
-        absent[data.heldout] = True
-        transfer = (~absent).nonzero()[:, 0]
-        targets = _soft_targets(source, session, run.spec, transfer)
-        net, result = _fit(run, session, data.train.at(transfer), (Distill(**run.spec.settings["distill"]), targets))
-        logits = {"train": predict(net, data.train), "test": predict(net, data.test)}
-        run.save("logits", logits)
-        return result | {"omitted": entry.omitted, "bias": _corrections(logits, data, entry.omitted)}
-
-    return _obtain(run, session, work) | {"label": entry.label, "teacher": _brief(source.result)}
+    sources = {seed: find_teacher(session, seed, teacher) for seed in session.experiment.seed}
+    jobs = [(entry, seed) for entry in entries for seed in session.experiment.seed]
+    found = obtain(session, [omission_spec(session.experiment, seed, sources[seed], entry) for entry, seed in jobs])
+    return [
+        document | {"label": entry.label, "teacher": _brief(sources[seed].result)}
+        for document, (entry, seed) in zip(found, jobs, strict=True)
+    ]
 
 
 def evaluate(session: Session, names: list[str]) -> Document:
@@ -176,13 +114,14 @@ def evaluate(session: Session, names: list[str]) -> Document:
 
 def run(session: Session) -> tuple[list[Document], Document]:
     """Everything the experiment file describes, for all its seeds: the documents of the runs, and their evaluation."""
-    experiment, seeds = session.experiment, session.experiment.seed
-    documents = [train_teacher(session, seed) for seed in seeds]
-    if experiment.ensemble:
-        documents += [ensemble(session, seed) for seed in seeds]
-    documents += [baseline(session, seed) for seed in seeds]
-    documents += [distill(session, seed) for seed in seeds]
-    documents += [omit_classes(session, seed, entry) for entry in experiment.omit_classes for seed in seeds]
+    experiment = session.experiment
+    first = [*_all_teachers(experiment), *(baseline_spec(experiment, seed) for seed in experiment.seed)]
+    obtain(session, first)  # together, since none waits for another
+    documents = train_teacher(session)
+    documents += ensemble(session) if experiment.ensemble else []
+    documents += obtain(session, [baseline_spec(experiment, seed) for seed in experiment.seed])
+    documents += distill(session)
+    documents += omit_classes(session, experiment.omit_classes)
     return documents, evaluate(session, [document["run"] for document in documents])
 
 
@@ -229,6 +168,14 @@ def member_specs(experiment: Experiment, seed: int) -> list[Spec]:
         raise BadInput("ensemble: the experiment has no such section: add `ensemble: {members: 5}` or --members 5")
     models = experiment.ensemble.models or [experiment.teacher.model]
     return [teacher_spec(experiment, seed + i, models[i % len(models)]) for i in range(experiment.ensemble.members)]
+
+
+def _all_teachers(experiment: Experiment) -> list[Spec]:
+    """Every teacher that `kd run` needs: one a seed, or the members of one ensemble a seed."""
+    if experiment.ensemble is None:
+        return [teacher_spec(experiment, seed) for seed in experiment.seed]
+    members = [member for seed in experiment.seed for member in member_specs(experiment, seed)]
+    return [*(teacher_spec(experiment, seed) for seed in experiment.seed), *members]
 
 
 def ensemble_spec(experiment: Experiment, seed: int) -> Spec:
@@ -314,18 +261,72 @@ def _usable(run: Run, session: Session, role: str) -> Run:
     return run
 
 
-def _obtain(run: Run, session: Session, work: Callable[[], Document]) -> Document:
-    """The result of a run, trained by `work` unless it is finished already."""
-    if not run.completed:
-        device, threads = _device_name(session.device), torch.get_num_threads()
-        with run.writing(device, threads):
-            result = {"device": device, "threads": threads} | work()
-            run.finish(result, _report(run, result))
-    elif run.name not in session.known:
-        made_by = f", by commit {run.commit}" if run.commit != session.commit else ""
-        session.note(f"{run.name}: finished before{made_by}")
-    session.known.add(run.name)
-    return run.result
+def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
+    """The results of runs, in order; those that are not finished are trained now."""
+    runs = {spec.name: session.run(spec) for spec in specs}
+    missing = [run for run in runs.values() if not run.completed]
+    for run in runs.values():
+        if run.completed and run.name not in session.known:
+            made_by = f", by commit {run.commit}" if run.commit != session.commit else ""
+            session.note(f"{run.name}: finished before{made_by}")
+    if session.jobs > 1 and len(missing) > 1 and session.device.type == "cpu":
+        _ = session.dataset  # met here first: a download, or a damaged file
+        train_all(session, missing)
+    else:
+        for run in missing:
+            train(session, run)
+    session.known.update(runs)
+    return [runs[spec.name].result for spec in specs]
+
+
+def train(session: Session, run: Run) -> None:
+    """Train a run, or combine an ensemble whose members are trained, and write its directory."""
+    device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
+    threads = torch.get_num_threads()
+    with run.writing(device, threads):
+        work = _combine if run.spec.command == "ensemble" else _train_net
+        result = {"device": device, "threads": threads} | work(session, run)
+        run.finish(result, _report(run, result))
+
+
+def _train_net(session: Session, run: Run) -> Document:
+    """Train a teacher, a baseline or a student, as the settings and parents of the run say."""
+    data, settings = session.dataset, run.spec.settings
+    omitted = settings.get("omitted", [])
+    absent = torch.isin(data.train.labels, torch.tensor(omitted, device=session.device))
+    if omitted:
+        absent[data.heldout] = True
+    transfer = (~absent).nonzero()[:, 0]
+    distillation = None
+    if "distill" in settings:
+        source = open_run(session.runs_dir, run.spec.parents[0])
+        distillation = Distill(**settings["distill"]), _soft_targets(session, source, run.spec, transfer)
+    net, result = _fit(session, run, data.train.at(transfer) if omitted else data.train, distillation)
+    logits = {"test": predict(net, data.test)}
+    if omitted or run.spec.command == "train-teacher":
+        logits["train"] = predict(net, data.train)
+    run.save("logits", logits)
+    return result | ({"omitted": omitted, "bias": _corrections(logits, data, omitted)} if omitted else {})
+
+
+def _combine(session: Session, run: Run) -> Document:
+    """Both averages of an ensemble's members, and by how many errors the chosen one beats them."""
+    members, how = [member.result for member in _members(run)], run.spec.settings["average"]
+    logits, labels = _member_logits(run, "test"), session.dataset.test.labels.cpu()
+    averages = {a: metrics.count_errors(core.average(logits, 1.0, a), labels) for a in ("arithmetic", "geometric")}
+    errors = [member["test"]["errors"] for member in members]
+    return {
+        "seconds": sum(member["seconds"] for member in members),
+        "evaluated_on": members[0]["evaluated_on"],
+        "test": averages[how],
+        "average": how,
+        "averages": averages,
+        "members": [_brief(member) | {"seed": member["seed"]} for member in members],
+        "fewer_errors_than": {
+            "best_member": min(errors) - averages[how]["errors"],
+            "mean_member": sum(errors) / len(errors) - averages[how]["errors"],
+        },
+    }
 
 
 def _report(run: Run, result: Document) -> str:
@@ -344,12 +345,19 @@ def _report(run: Run, result: Document) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
 def _brief(result: Document) -> Document:
     return {"run": result["run"], "errors": result["test"]["errors"]}
+
+
+def _discordant(session: Session, student: Document, baseline: Document) -> Document:
+    """The test images that only the student gets right (`fixed`), and those that only the baseline does (`broken`)."""
+    labels = session.dataset.test.labels.cpu()
+    runs = [open_run(session.runs_dir, document["run"]) for document in (student, baseline)]
+    student_right, baseline_right = (run.load("logits")["test"].argmax(1) == labels for run in runs)
+    return {
+        "fixed": int((student_right & ~baseline_right).sum()),
+        "broken": int((baseline_right & ~student_right).sum()),
+    }
 
 
 def build(settings: Document, init: torch.Generator | None = None) -> core.MLP:
@@ -362,7 +370,7 @@ def build(settings: Document, init: torch.Generator | None = None) -> core.MLP:
 
 
 def _fit(
-    run: Run, session: Session, transfer_set: Split, distill: tuple[Distill, Teacher] | None = None
+    session: Session, run: Run, transfer_set: Split, distill: tuple[Distill, Teacher] | None = None
 ) -> tuple[core.MLP, Document]:
     """Train a run's net, log every epoch, and save its weights. The last epoch counts, whatever came before it."""
     spec, test = run.spec, session.dataset.test
@@ -410,7 +418,7 @@ def _member_logits(run: Run, split: str) -> Tensor:
     return torch.stack([member.load("logits")[split] for member in _members(run)])
 
 
-def _soft_targets(source: Run, session: Session, spec: Spec, transfer: Tensor) -> Teacher:
+def _soft_targets(session: Session, source: Run, spec: Spec, transfer: Tensor) -> Teacher:
     """The teacher as `fit` asks it. Its logits on the images at `transfer` are read once; for a jittered transfer set
     no cached logits would be right, so the nets themselves are asked."""
     T, how = spec.settings["distill"]["T"], source.spec.settings.get("average", "arithmetic")

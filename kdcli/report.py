@@ -20,18 +20,13 @@ ALPHA = 0.05  # the level of the tests behind a verdict
 
 
 class Display:
-    """Progress on stderr: a bar on a terminal; elsewhere a plain line an epoch, at most two a second."""
+    """Progress on stderr: a bar a run on a terminal; elsewhere a plain line an epoch, at most two a second."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=self.console)
-        self.task: TaskID | None = None
+        name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        self.bars = Progress(name, BarColumn(10), text, TimeRemainingColumn(), console=self.console)
+        self.tasks: dict[str, TaskID] = {}
         self.printed = 0.0
 
     def epoch(self, run: str, epochs: int, metrics: Document) -> None:
@@ -39,14 +34,14 @@ class Display:
         last = metrics["epoch"] == epochs
         loss = f"T²KL {metrics['t2_kl']:.3g}" if "t2_kl" in metrics else f"loss {metrics['loss']:.3g}"
         text = f"epoch {metrics['epoch']}/{epochs}, {loss}, {metrics['test_errors']} errors, {metrics['seconds']:.1f} s"
-        if self.console.is_terminal and not last:
-            if self.task is None:
-                self.task = self.bar.add_task(run, total=epochs, text=text)
-                self.bar.start()
-            self.bar.update(self.task, completed=metrics["epoch"], text=text)
-            return
-        self.close()
-        if last or time.monotonic() - self.printed > 0.5:
+        if self.console.is_terminal:
+            if run not in self.tasks:
+                self.tasks[run] = self.bars.add_task(run.partition("/")[2], total=epochs)
+                self.bars.start()
+            self.bars.update(self.tasks[run], completed=metrics["epoch"], text=text)
+            if last:
+                self.bars.remove_task(self.tasks.pop(run))
+        if last or (not self.console.is_terminal and time.monotonic() - self.printed > 0.5):
             self.printed = time.monotonic()
             self.note(f"{run}: {text}")
 
@@ -54,10 +49,8 @@ class Display:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self.task is not None:
-            self.bar.remove_task(self.task)
-            self.bar.stop()
-            self.task = None
+        if self.bars.live.is_started:
+            self.bars.stop()
 
 
 class Table(NamedTuple):

@@ -1,0 +1,126 @@
+"""Several runs at once: single-threaded processes, each training one run after another.
+
+Two single-threaded processes finish more work than one process with two threads. A worker reads from stdin what to
+train and tells on stdout how it goes, a JSON document a line; all else is in the run directories, as always.
+"""
+
+import json
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from kdcli.config import Experiment
+from kdcli.runs import Document, Run, Spec
+
+if TYPE_CHECKING:
+    from kdcli.recipes import Session
+
+Child = subprocess.Popen[str]
+
+
+def train_all(session: "Session", runs: Sequence[Run]) -> None:
+    """Train runs in up to `session.jobs` processes at once. One that fails takes no other down: when all have ended,
+    raises RuntimeError with what went wrong."""
+    waiting, children, failures, lock = deque(runs), list[Child](), list[str](), Lock()
+
+    def feed() -> None:
+        """Give one process run after run; start another in its place if it dies."""
+        child = None
+        while waiting:
+            try:
+                run = waiting.popleft()
+            except IndexError:  # another thread was quicker
+                break
+            if child is None or child.poll() is not None:
+                children.append(child := _start(session))
+            if error := _train(session, child, run, lock):
+                failures.append(f"{run.name}: {error}")
+        if child:
+            child.communicate()
+
+    with ThreadPoolExecutor(session.jobs) as pool:
+        try:
+            for done in [pool.submit(feed) for _ in range(min(session.jobs, len(runs)))]:
+                done.result()
+        except BaseException:
+            waiting.clear()
+            for child in children:
+                child.terminate()
+            raise
+    if failures:
+        raise RuntimeError("; ".join(failures))
+
+
+def _start(session: "Session") -> Child:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "kdcli.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    _send(
+        child,
+        {
+            "arguments": sys.argv[1:],
+            "experiment": session.experiment.model_dump(),
+            "runs_dir": str(session.runs_dir),
+            "data_dir": session.data_dir and str(session.data_dir),
+        },
+    )
+    return child
+
+
+def _send(child: Child, document: Document) -> None:
+    assert child.stdin
+    with suppress(BrokenPipeError):  # it died: whoever reads its answer finds out
+        print(json.dumps(document), file=child.stdin, flush=True)
+
+
+def _train(session: "Session", child: Child, run: Run, lock: Lock) -> str | None:
+    """Have a worker train a run and pass its progress on; returns what went wrong, if anything did."""
+    _send(child, asdict(run.spec))
+    assert child.stdout
+    for line in child.stdout:
+        message = json.loads(line)
+        if "error" in message:
+            error: str | None = message["error"]
+            return error
+        with lock:
+            session.progress(run.name, message["epochs"], message["metrics"])
+    return f"its process ended with exit code {child.wait()}"
+
+
+def main() -> None:
+    """The worker process."""
+    import torch
+
+    from kdcli.recipes import Session, train
+
+    def tell(run: str, epochs: int, metrics: Document) -> None:
+        print(json.dumps({"epochs": epochs, "metrics": metrics}), flush=True)
+
+    start = json.loads(sys.stdin.readline())
+    sys.argv[1:] = start["arguments"]  # for the environment record
+    experiment = Experiment.model_validate(start["experiment"])
+    torch.set_num_threads(experiment.threads or 1)
+    data_dir = start["data_dir"] and Path(start["data_dir"])
+    session = Session(experiment, Path(start["runs_dir"]), torch.device("cpu"), data_dir, progress=tell)
+    for line in sys.stdin:
+        spec = json.loads(line)
+        error = None
+        try:
+            train(session, session.run(Spec(**spec | {"parents": tuple(spec["parents"])})))
+        except Exception as problem:  # the next run may do better
+            error = " ".join(str(problem).split()) or type(problem).__name__
+        print(json.dumps({"error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
