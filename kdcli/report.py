@@ -261,7 +261,7 @@ def summary(experiment: Experiment, documents: Sequence[Document], evaluation: D
         "command": "run",
         "experiment": experiment.name,
         "seeds": experiment.seed,
-        "evaluated_on": f"{total} {documents[0]['evaluated_on']}",
+        "evaluated_on": _on(documents[0]),
         "total": total,
         "table": rows,
         "verdict": verdict([d for d in documents if d["command"] == "distill"])._asdict(),
@@ -288,9 +288,11 @@ def final_table(document: Document) -> Table:
         spread = f" ± {r['std']:.1f}" if r["std"] is not None else ""
         expected = f"{'met' if r['met'] else 'MISSED'}: ≤ {r['expect']:g}" if "expect" in r else ""
         scores = [f"{r['nll']:.3f}", f"{r['ece']:.3f}", f"{r['multiply_adds']:,}"] if "nll" in r else [""] * 3
-        rows.append([r["row"], f"{r['mean']:.1f}{spread}", _rate(r["mean"], document["total"]), *scores, expected])
-    n = len(document["seeds"])
-    title = f"{document['experiment']}: errors on {document['evaluated_on']}, mean ± std over {n} seed{'s'[: n > 1]}"
+        mean = f"{r['mean']:.1f}" if r["n"] > 1 else f"{r['mean']}"
+        rows.append([r["row"], f"{mean}{spread}", _rate(r["mean"], document["total"]), *scores, expected])
+    seeds = document["seeds"]
+    over = f"mean ± std over {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    title = f"{document['experiment']}: errors on {document['evaluated_on']}, {over}"
     columns = ("", "errors", "rate", "NLL", "ECE", "mult-adds", "expected")
     kept = [i for i in range(len(columns)) if i < 6 or any(row[i] for row in rows)]
     return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
