@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 COMMANDS := train-teacher ensemble distill omit-classes evaluate run
 
-.PHONY: demo test lint clean $(COMMANDS)
+.PHONY: demo test bench lint clean $(COMMANDS)
 demo: .venv/ready
 	$(BIN)/kd run digits
 
@@ -14,6 +14,9 @@ $(COMMANDS): .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest -q -n auto --dist loadscope
+
+bench: .venv/ready
+	$(BIN)/python tests/bench.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
