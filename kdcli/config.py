@@ -82,7 +82,7 @@ class Train(Section):
     warmup: float = Field(default=0.0, ge=0)  # epochs over which the learning rate rises from zero
     jitter: int = Field(default=0, ge=0, le=7)  # each image shifts by up to so many pixels each way, anew every epoch
     max_norm: float | None = Field(default=None, gt=0)  # bound on the norm of the weights into each hidden unit
-    ema: float | None = Field(default=None, gt=0, lt=1)  # decay a step of the exponential average of the weights
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of the weights' exponential average, at most
 
     @model_validator(mode="before")
     @classmethod

@@ -375,9 +375,11 @@ def _fit(
     """Train a run's net, log every epoch, and save its weights. The last epoch counts, whatever came before it."""
     spec, test = run.spec, session.dataset.test
     train = Train(**spec.settings["train"])
-    net = build(spec.settings, core.generator(spec.seed, "init")).to(session.device)
+    # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
+    stream = 2 * spec.seed + (spec.command in STUDENTS)
+    net = build(spec.settings, core.generator(stream, "init")).to(session.device)
     started = time.perf_counter()
-    for epoch in fit(net, transfer_set, train, spec.seed, distill):
+    for epoch in fit(net, transfer_set, train, stream, distill):
         if not math.isfinite(epoch.metrics["loss"]):
             raise RuntimeError(
                 f"the loss is {epoch.metrics['loss']} in epoch {epoch.metrics['epoch']}: lower the lr of {train.lr:g}"

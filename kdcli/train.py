@@ -60,8 +60,9 @@ def fit(
             if train.max_norm:
                 model.constrain(train.max_norm)
             with torch.no_grad():
-                if train.ema:
-                    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - train.ema)
+                if train.ema:  # with a decay that starts low, so that the average forgets the random start
+                    decay = min(train.ema, (1 + epoch * steps + step) / (10 + epoch * steps + step))
+                    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
                 errors = (logits.argmax(1) != labels).sum()
                 sums += torch.stack([loss.total * len(index), loss.soft * len(index), loss.hard * len(index), errors])
 

@@ -88,11 +88,16 @@ def test_max_norm_holds_after_every_epoch() -> None:
 
 
 def test_ema_is_the_exponential_average_of_the_weights() -> None:
-    """One step with decay 0.75: 0.75 of the start and 0.25 of the stepped weights."""
+    """After one step the decay is (1 + 0) / (10 + 0): a tenth of the start and nine of the stepped weights."""
     settings = train(epochs=1, batch_size=1297, momentum=0, schedule="constant")
     averaged = trained(settings.model_copy(update={"ema": 0.75}))
-    wanted = 0.75 * weights(net()) + 0.25 * weights(trained(settings))
+    wanted = 0.1 * weights(net()) + 0.9 * weights(trained(settings))
     assert torch.allclose(weights(averaged), wanted, atol=1e-6)
+
+
+def test_a_long_ema_does_not_keep_the_random_start() -> None:
+    model = trained(train(epochs=20, ema=0.99999))
+    assert int((predict(model, DIGITS.test).argmax(1) != DIGITS.test.labels).sum()) < 50
 
 
 def test_students_learn_the_teachers_logits_and_ignore_labels_when_lambda2_is_0() -> None:
