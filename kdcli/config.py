@@ -4,6 +4,7 @@ Precedence, highest first: a flag, then `--set a.b=c`, then the experiment file,
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,15 +21,17 @@ Key = tuple[str | int, ...]
 
 
 class DatasetFacts(NamedTuple):
-    """What is known of a dataset before it is read: counts of images, pixels a side, the value that becomes 1.0."""
+    """What is known of a dataset before it is read: counts of images, those held out unless the file says otherwise,
+    pixels a side, the value that becomes 1.0."""
 
     train: int
     test: int
+    heldout: int
     side: int
     white: int
 
 
-DATASETS = {"mnist": DatasetFacts(60_000, 10_000, 28, 255), "digits": DatasetFacts(1_297, 500, 8, 16)}
+DATASETS = {"mnist": DatasetFacts(60_000, 10_000, 5_000, 28, 255), "digits": DatasetFacts(1_297, 500, 200, 8, 16)}
 
 
 def _problem(key: str, message: str) -> PydanticCustomError:
@@ -44,18 +47,26 @@ class Section(BaseModel):
 
 class Data(Section):
     name: Literal["mnist", "digits"]
-    heldout: int = Field(default=5_000, ge=CLASSES)  # training images, stratified, that choose the bias of omit-classes
+    heldout: int = Field(default=0, ge=CLASSES)  # training images, stratified, that choose the bias of omit-classes
     evaluate_on: Literal["test", "heldout"] = "test"  # heldout: train without those images and count errors on them
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_heldout(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "heldout" not in values and str(values.get("name")) in DATASETS:
+            return {**values, "heldout": DATASETS[values["name"]].heldout}
+        return values
 
     @model_validator(mode="after")
     def _leaves_images_to_train_on(self) -> Self:
-        if self.heldout > DATASETS[self.name].train - CLASSES:
-            raise _problem("heldout", f"{self.name} has only {DATASETS[self.name].train} training images")
+        if self.heldout > (most := DATASETS[self.name].train // 3):
+            raise _problem("heldout", f"must be at most {most}, a third of the training images, not {self.heldout}")
         return self
 
 
 def _dropout(p: Any) -> Any:
-    if isinstance(p, int | float) and not isinstance(p, bool) and p and not 1 <= round(256 * p) <= 255:
+    number = isinstance(p, int | float) and not isinstance(p, bool) and math.isfinite(p)
+    if number and p and not 1 <= round(256 * p) <= 255:
         raise _problem("", f"is a probability of dropping, drawn in steps of 1/256: 0, or 1/256 to 255/256, not {p}")
     return p
 
@@ -110,6 +121,12 @@ class Ensemble(Section):
     average: Literal["arithmetic", "geometric"] = "arithmetic"
     models: list[Model] | None = Field(default=None, min_length=1)  # member i has models[i % n]; else the teacher's
 
+    @model_validator(mode="after")
+    def _all_models_are_used(self) -> Self:
+        if len(self.models or []) > self.members:
+            raise _problem("models", f"has {len(self.models or [])} entries for only {self.members} members")
+        return self
+
 
 class Baseline(Section):
     train: Train | None = None  # replaces the student's, whole
@@ -117,9 +134,9 @@ class Baseline(Section):
 
 class Distill(Section):
     teacher: Literal["teacher", "ensemble"] = "teacher"
-    T: float = Field(gt=0)
-    lambda1: float = Field(ge=0)
-    lambda2: float = Field(ge=0)  # left out it is 1 - lambda1
+    T: float = Field(ge=1e-3, le=1e4)
+    lambda1: float = Field(ge=0, le=1e6)
+    lambda2: float = Field(ge=0, le=1e6)  # left out it is 1 - lambda1
     t_squared: bool = True  # false: the talk's formula, without the paper's factor T^2
 
     @model_validator(mode="before")
@@ -128,7 +145,7 @@ class Distill(Section):
         if not isinstance(values, dict) or values.get("lambda2") is not None:
             return values
         lambda1 = values.get("lambda1")
-        if not isinstance(lambda1, int | float):
+        if not isinstance(lambda1, int | float) or not math.isfinite(lambda1):
             return {**values, "lambda2": 0.0}
         if lambda1 > 1:
             raise _problem("lambda1", f"is {lambda1:g}; above 1 it needs a lambda2 too (left out, that is 1 - lambda1)")
@@ -201,8 +218,14 @@ class Experiment(Section):
             raise _problem(
                 "distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"
             )
-        if len({entry.label for entry in self.omit_classes}) < len(self.omit_classes):
+        if len({tuple(entry.omitted) for entry in self.omit_classes}) < len(self.omit_classes):
             raise _problem("omit_classes", "names the same classes twice")
+        trains = {"teacher": self.teacher.train, "student": self.student.train, "baseline": self.baseline.train}
+        trains |= {f"omit_classes.{i}": entry.train for i, entry in enumerate(self.omit_classes)}
+        side = DATASETS[self.data.name].side
+        for section, train in trains.items():
+            if train and 2 * train.jitter >= side:
+                raise _problem(f"{section}.train.jitter", f"is too far for images of {side} x {side} pixels")
         for row in self.expect:
             if row not in self.rows:
                 raise _problem(f"expect.{row}", f"is not a row of this experiment{_nearest(row, self.rows)}")
@@ -241,13 +264,10 @@ def parse_seeds(text: str) -> list[int]:
     """`3`, `0-4` or `0,2,5` as a list of seeds. Raises BadInput."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            range_ = range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            range_ = range(0)
+        ends = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        range_ = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
         if not 1 <= len(range_) <= 10_000:
-            raise BadInput(f"--seed {text}: must be a seed, a range or a list: 3, 0-4, or 0,2,5")
+            raise BadInput(f"--seeds {text}: must be a seed, a range or a list: 3, 0-4, or 0,2,5")
         seeds += range_
     return seeds
 
@@ -302,12 +322,19 @@ def load(name: str, overrides: Iterable[Override] = ()) -> Experiment:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as YAML 1.2 and everyone else has it."""
+    """YAML with the numbers of YAML 1.2: 1e-3 is one; 010, 1_000 and 1:30 are not."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9]\d*)$",
+    "tag:yaml.org,2002:float": r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
@@ -361,12 +388,13 @@ def _locate(node: yaml.Node | None, key: Key, file: str, origins: dict[Key, str]
 
 def _apply(override: Override, values: dict[str, Any], origins: dict[Key, str]) -> None:
     """Set one dotted key, creating the sections above it."""
-    *sections, last = key = tuple(int(part) if part.isdecimal() else part for part in override.key.split("."))
+    *sections, last = key = _split(override.key)
     place: Any = values
     try:
-        for part in sections:
+        for i, part in enumerate(sections):
             if isinstance(place, dict) and place.get(part) is None:
                 place[part] = {}
+                origins[key[: i + 1]] = override.origin
             place = place[part]
         place[last] = override.value
     except (TypeError, IndexError, KeyError):
@@ -374,6 +402,10 @@ def _apply(override: Override, values: dict[str, Any], origins: dict[Key, str]) 
     for old in [k for k in origins if k[: len(key)] == key]:
         del origins[old]
     origins[key] = override.origin
+
+
+def _split(dotted: str, most: int = -1) -> Key:
+    return tuple(int(part) if part.isdecimal() else part for part in dotted.split(".", most))
 
 
 def _dotted(key: Sequence[str | int]) -> str:
@@ -407,16 +439,16 @@ def _describe(error: Any, origins: dict[Key, str], file: str) -> str:
     """One line, `file:line: key: problem`, for one of pydantic's errors."""
     key: Key = error["loc"]
     if error["type"] == "kd" and error["ctx"]["key"]:
-        key = (*key, *error["ctx"]["key"].split(".", 1))
+        key = (*key, *_split(error["ctx"]["key"], 1 if error["ctx"]["key"].startswith("expect.") else -1))
     place = key
     while place and place not in origins:
         place = place[:-1]
-    return f"{origins.get(place, file)}: {_dotted(key) or 'experiment'}: {_message(error, key)}"
+    return f"{origins.get(place, f'{file}:1')}: {_dotted(key) or 'experiment'}: {_message(error, key)}"
 
 
 def _message(error: Any, key: Key) -> str:
     kind, ctx, given = error["type"], error.get("ctx", {}), error["input"]
-    shown = repr(given) if len(repr(given)) <= 40 else repr(given)[:37] + "…"
+    shown = "nothing" if given is None else repr(given) if len(repr(given)) <= 40 else repr(given)[:37] + "…"
     match kind:
         case "kd":
             return str(ctx["message"])
@@ -424,6 +456,10 @@ def _message(error: Any, key: Key) -> str:
             return f"unknown key{_nearest(str(key[-1]), _fields(key[:-1]))}"
         case "missing":
             return "is missing"
+        case "too_short":
+            return "must not be empty"
+        case "invalid_key":
+            return "is not a word: keys are words"
         case "literal_error":
             choices = re.findall(r"'([^']*)'", ctx["expected"])
             return f"must be one of {', '.join(choices)}, not {shown}" + (
@@ -441,5 +477,7 @@ def _message(error: Any, key: Key) -> str:
             return f"must be a section of keys and values, not {shown}"
         case "string_pattern_mismatch":
             return f"must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', not {shown}"
+        case "string_type":
+            return f"must be a word, not {shown}"
     text = str(error["msg"]).removeprefix("Input should ")
     return f"{'must ' + text if text != error['msg'] else text}, not {shown}"

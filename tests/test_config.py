@@ -29,7 +29,7 @@ MISTAKES = {
     "a bool is no number": (edited("epochs: 6", "epochs: true"), "f:6: teacher.train.epochs: must be a whole number, not True"),
     "not a section": (edited("data: {name: digits, heldout: 200}", "data: digits"), "f:3: data: must be a section of keys and values, not 'digits'"),
     "duplicate key": (edited("seed" if "seed" in TINY else "threads: 1", "threads: 1\nthreads: 2"), "f:3: threads: duplicate key, first given on line 2"),
-    "negative T": (edited("T: 4", "T: -3"), "f:11: distill.T: must be greater than 0, not -3"),
+    "negative T": (edited("T: 4", "T: -3"), "f:11: distill.T: must be greater than or equal to 0.001, not -3"),
     "infinite T": (edited("T: 4", "T: .inf"), "f:11: distill.T: must be a finite number, not inf"),
     "negative lambda1": (edited("lambda1: 0.9", "lambda1: -1"), "f:11: distill.lambda1: must be greater than or equal to 0, not -1"),
     "lambda1 above 1 alone": (edited("lambda1: 0.9", "lambda1: 2"), "f:11: distill.lambda1: is 2; above 1 it needs a lambda2 too (left out, that is 1 - lambda1)"),
@@ -47,7 +47,18 @@ MISTAKES = {
     "escaping name": (edited("name: tiny", "name: ../tiny"), "f:1: name: must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', not '../tiny'"),
     "ensemble without members": (edited("ensemble: {members: 2}\n", "").replace("{T: 4", "{teacher: ensemble, T: 4"), "f:10: distill.teacher: is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"),
     "unknown row": (TINY + "expect: {studnt: 5}\n", "f:14: expect.studnt: is not a row of this experiment; did you mean student?"),
-    "too many held out": (edited("heldout: 200", "heldout: 1297"), "f:3: data.heldout: digits has only 1297 training images"),
+    "too many held out": (edited("heldout: 200", "heldout: 1297"), "f:3: data.heldout: must be at most 432, a third of the training images, not 1297"),
+    "octal": (edited("epochs: 6", "epochs: 010"), "f:6: teacher.train.epochs: must be a whole number, not '010'"),
+    "too hot": (edited("T: 4", "T: 1e300"), "f:11: distill.T: must be less than or equal to 10000, not 1e+300"),
+    "dropout that is no number": (edited("dropout: 0.5", "dropout: .nan"), "f:5: teacher.model.dropout: must be a finite number, not nan"),
+    "lambda1 that is no number": (edited("lambda1: 0.9", "lambda1: .nan"), "f:11: distill.lambda1: must be a finite number, not nan"),
+    "more models than members": (edited("members: 2", "members: 2, models: [{hidden: [1]}, {hidden: [2]}, {hidden: [3]}]"), "f:7: ensemble.models: has 3 entries for only 2 members"),
+    "no models": (edited("members: 2", "members: 2, models: []"), "f:7: ensemble.models: must not be empty"),
+    "the same classes in two ways": (edited("- omit: [3]", "- omit: [3]\n  - keep: [0, 1, 2, 4, 5, 6, 7, 8, 9]"), "f:12: omit_classes: names the same classes twice"),
+    "jitter over the edge": (edited("jitter: 1", "jitter: 4"), "f:6: teacher.train.jitter: is too far for images of 8 x 8 pixels"),
+    "no name": (edited("name: tiny", "name:"), "f:1: name: must be a word, not nothing"),
+    "a number for a key": (TINY + "3: 4\n", "f:1: 3: is not a word: keys are words"),
+    "a missing section": (edited("distill: {T: 4, lambda1: 0.9}\n", ""), "f:1: distill: is missing"),
     "broken YAML": (edited("{name: digits", "{name: [digits"), "f:3: not valid YAML: expected ',' or ']', but got '}'"),
     "not a mapping": ("- 1\n", "f:1: an experiment file is a mapping (name: …, data: …, teacher: …)"),
     "empty": ("", "f:1: an experiment file is a mapping (name: …, data: …, teacher: …)"),
@@ -81,8 +92,9 @@ def test_billion_laughs_are_refused(tmp_path: Path) -> None:
             "teacher.train.epoch=5",
             "--set teacher.train.epoch=5: teacher.train.epoch: unknown key; did you mean epochs?",
         ),
-        ("distill.T=-3", "--set distill.T=-3: distill.T: must be greater than 0, not -3"),
+        ("distill.T=-3", "--set distill.T=-3: distill.T: must be greater than or equal to 0.001, not -3"),
         ("omit_classes.7.omit=[1]", "--set omit_classes.7.omit=[1]: omit_classes.7.omit: there is no such key to set"),
+        ("studnt.x=3", "--set studnt.x=3: studnt: unknown key; did you mean student?"),
         ("name.x=3", "--set name.x=3: name.x: there is no such key to set"),
     ],
 )
@@ -141,9 +153,11 @@ def test_seeds(text: str, seeds: list[int]) -> None:
     assert config.parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "x", "-3", "4-0", "0-4-5", "1,", "0-99999999999"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "-3", "4-0", "0-4-5", "1,", "0-99999999999", "1_0", "0-9999999999999999999999"]
+)
 def test_malformed_seeds_are_refused(text: str) -> None:
-    with pytest.raises(BadInput, match=r"^--seed"):
+    with pytest.raises(BadInput, match=r"^--seeds"):
         config.parse_seeds(text)
 
 
