@@ -15,7 +15,7 @@ import typer
 
 from kdcli import BadInput, __version__, config
 from kdcli.config import Experiment, Override
-from kdcli.runs import Document
+from kdcli.runs import Document, open_run
 
 if TYPE_CHECKING:
     from kdcli.recipes import Session
@@ -25,7 +25,10 @@ app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False
 
 T = Annotated[float | None, typer.Option("--T", help="Temperature of the soft targets (distill.T).")]
 Lambda1 = Annotated[float | None, typer.Option("--lambda1", help="Weight of the soft targets (distill.lambda1).")]
-Lambda2 = Annotated[float | None, typer.Option("--lambda2", help="Weight of the hard labels; left out: 1 - lambda1.")]
+Lambda2 = Annotated[
+    float | None,
+    typer.Option("--lambda2", help="Weight of the hard labels; left out, here and in the file: 1 - lambda1."),
+]
 TeacherRun = Annotated[str | None, typer.Option("--teacher", metavar="RUN", help="Learn from this run instead.")]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Epochs of each training of this command.")]
 
@@ -63,12 +66,13 @@ class Job:
         self.overrides = [config.parse_set(text) for text in common.sets or []]
         self.override("--threads", common.threads, "threads")
         if common.seed is not None:
-            self.overrides.append(Override("seed", config.parse_seeds(common.seed), f"--seed {common.seed}"))
+            self.overrides.append(Override("seed", config.parse_seeds(common.seed), f"--seeds {common.seed}"))
 
     def override(self, flag: str, value: Any, *keys: str) -> None:
         """Let a flag, if it was given, set keys of the experiment file."""
         if value is not None:
-            self.overrides += [Override(key, value, f"{flag} {value}") for key in keys]
+            shown = f"{value:g}" if isinstance(value, float) else value
+            self.overrides += [Override(key, value, f"{flag} {shown}") for key in keys]
 
     def experiment(self) -> Experiment:
         return config.load(self.common.experiment, self.overrides)
@@ -103,12 +107,14 @@ class Job:
             words += [flag, str(path)] if path != usual else []
         return shlex.join(words)
 
-    def run(self, experiment: Experiment, recipe: "Callable[[Session], list[Document]]") -> None:
-        """Run a recipe and print what comes out, a document a seed."""
+    def run(
+        self, experiment: Experiment, recipe: "Callable[[Session], list[Document]]", teacher: str | None = None
+    ) -> None:
+        """Run a recipe and print what comes out, a document a seed; `teacher` is the run that --teacher named."""
         from kdcli import report
 
         if self.common.dry_run:
-            return self.dry_run(experiment)
+            return self.dry_run(experiment, *([("--teacher", teacher)] if teacher is not None else []))
         display = report.Display()
         try:
             documents = recipe(self.session(experiment, display))
@@ -131,21 +137,26 @@ class Job:
             else:
                 part.print(console)
 
-    def dry_run(self, experiment: Experiment) -> None:
-        """Show the resolved experiment, the device, and each net's parameters and steps; write nothing."""
+    def dry_run(self, experiment: Experiment, *named: tuple[str, str]) -> None:
+        """Show the resolved experiment, the device, and each net's parameters and steps; write nothing.
+
+        `named`: flags and the runs that they name, which must be there.
+        """
         import yaml
 
         from kdcli.core import select_device
         from kdcli.recipes import plan
 
+        for flag, name in named:
+            open_run(self.common.runs_dir, name, flag)
         resolved = experiment.model_dump(exclude_none=True)
         device, nets = str(select_device(self.common.device)), plan(experiment)
         document = {"command": self.command, "dry_run": True, "device": device, "nets": nets, "resolved": resolved}
         lines = [f"# device: {device}, threads: {experiment.threads or os.cpu_count()}"]
-        lines += [
-            f"# {n['net']}: {n['parameters']:,} parameters, {n['steps']:,} steps of {n['batch_size']} images"
-            for n in nets
-        ]
+        for n in nets:
+            steps = f"{n['steps']:,} steps of {n['batch_size']} images"
+            at_most = "at most " if n["net"] in {entry.label for entry in experiment.omit_classes} else ""
+            lines.append(f"# {n['net']}: {n['parameters']:,} parameters, {at_most}{steps}, {n['seeds']} seed(s)")
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100)
         self.show(document, text + "\n".join([*lines, "# --dry-run: nothing was written"]))
 
@@ -224,7 +235,7 @@ def distill(
     experiment = job.experiment()
     from kdcli import recipes
 
-    job.run(experiment, partial(recipes.distill, teacher=teacher, with_baseline=baseline))
+    job.run(experiment, partial(recipes.distill, teacher=teacher, with_baseline=baseline), teacher)
 
 
 @command("omit-classes")
@@ -249,7 +260,8 @@ def omit_classes(
         raise BadInput(f"{job.common.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
     from kdcli import recipes
 
-    job.run(experiment, partial(recipes.omit_classes, entries=entries, teacher=teacher))
+    experiment = experiment.model_copy(update={"omit_classes": entries})
+    job.run(experiment, partial(recipes.omit_classes, entries=entries, teacher=teacher), teacher)
 
 
 @command("evaluate")
@@ -257,13 +269,18 @@ def evaluate(
     job: Job, run: Annotated[list[str] | None, typer.Option(metavar="RUN", help="A run to evaluate; repeat it.")] = None
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
+    for override in job.overrides:
+        if override.key.split(".")[0] not in ("name", "data", "seed", "threads", "distill", "teacher", "ensemble"):
+            raise BadInput(f"{override.origin}: has no effect on evaluate, which scores runs as they were trained")
     experiment = job.experiment()
+    names = run or []
     if job.common.dry_run:
-        return job.dry_run(experiment)
+        return job.dry_run(experiment, *(("--run", name) for name in names))
     from kdcli import recipes, report
 
     display = report.Display()
-    document = recipes.evaluate(job.session(experiment, display), run or [])
+    seeds = experiment.seed if job.common.seed is not None else None
+    document = recipes.evaluate(job.session(experiment, display), names, seeds)
     job.show(document, *report.tables("evaluate", document["runs"]))
 
 
@@ -274,6 +291,8 @@ def run(
 ) -> None:
     """Do everything the file describes, and end with one table."""
     experiment = job.experiment()
+    if check and not experiment.expect:
+        raise BadInput(f"--check: {job.common.experiment} has no expect section to check")
     if job.common.dry_run:
         return job.dry_run(experiment)
     from kdcli import recipes, report
@@ -286,8 +305,7 @@ def run(
         display.close()
     document = report.summary(experiment, documents, evaluation)
     files = report.write_report(document, session.runs_dir / experiment.name / "report", session.runs_dir)
-    sentence = report.Verdict(**document["verdict"]).sentence()
-    job.show(document, report.final_table(document), sentence, *(f"wrote {file}" for file in files))
+    job.show(document, report.final_table(document), *report.remarks(document), *(f"wrote {file}" for file in files))
     if missed := [row for row in document["table"] if check and not row.get("met", True)]:
         for row in missed:
             display.note(f"expect.{row['row']}: {row['mean']:.1f} errors, not {row['expect']:g} or fewer")
@@ -317,6 +335,8 @@ def _main() -> int:
         if code == 130:  # what typer makes of Ctrl-C
             print("interrupted: type the same command again; what was finished is kept", file=sys.stderr)
         return code
+    except KeyboardInterrupt:
+        return 130
     except BadInput as error:
         if debug:
             raise

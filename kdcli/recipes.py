@@ -68,7 +68,7 @@ def distill(session: Session, teacher: str | None = None, with_baseline: bool = 
     Raises BadInput when a teacher is missing, unfinished or of another dataset.
     """
     experiment, seeds = session.experiment, session.experiment.seed
-    sources = [find_teacher(session, seed, teacher) for seed in seeds]
+    sources = find_teachers(session, teacher)
     students = [student_spec(experiment, seed, source) for seed, source in zip(seeds, sources, strict=True)]
     baselines = [baseline_spec(experiment, seed) for seed in seeds if with_baseline]
     found = obtain(session, [*baselines, *students])
@@ -84,7 +84,7 @@ def omit_classes(session: Session, entries: Sequence[Omission], teacher: str | N
 
     The held-out images are outside the transfer set too. Raises BadInput as `distill` does.
     """
-    sources = {seed: find_teacher(session, seed, teacher) for seed in session.experiment.seed}
+    sources = dict(zip(session.experiment.seed, find_teachers(session, teacher), strict=True))
     jobs = [(entry, seed) for entry in entries for seed in session.experiment.seed]
     found = obtain(session, [omission_spec(session.experiment, seed, sources[seed], entry) for entry, seed in jobs])
     return [
@@ -93,23 +93,23 @@ def omit_classes(session: Session, entries: Sequence[Omission], teacher: str | N
     ]
 
 
-def evaluate(session: Session, names: list[str]) -> Document:
-    """Every finished run of the experiment, or the named ones, scored from its weights on the test images."""
-    experiment = session.experiment
-    if names:
-        runs = [open_run(session.runs_dir, name) for name in names]
-    else:
-        runs = [r for r in list_runs(session.runs_dir, experiment.name, (*TEACHERS, *STUDENTS)) if r.completed]
-    if not runs:
-        raise BadInput(f"{session.runs_dir / experiment.name}: no finished runs; train some: kd run {session.retype}")
+def evaluate(session: Session, names: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Document:
+    """Every finished run of the experiment (of these seeds, if any are given), or the named ones, scored from its
+    weights on the test images. Unnamed runs of other data settings or without their parents are noted and left out."""
+    name = session.experiment.name
+    runs = [open_run(session.runs_dir, run, "--run") for run in dict.fromkeys(names)]
     for run in runs:
-        _usable(run, session, "evaluated")
-    log_p = {run.name: _log_probabilities(run, session) for run in runs}
-    return {
-        "command": "evaluate",
-        "experiment": experiment.name,
-        "runs": [_evaluation(r, runs, log_p, session) for r in runs],
-    }
+        _usable(session, run, "evaluated")
+    for run in [] if names else list_runs(session.runs_dir, name, (*TEACHERS, *STUDENTS), session.note):
+        if run.completed and (seeds is None or run.spec.seed in seeds):
+            if reason := _unlike_data(session, run) or _orphaned(run):
+                session.note(f"left out: {run.name}: {reason}")
+            else:
+                runs.append(_usable(session, run, "evaluated"))
+    if not runs:
+        raise BadInput(f"{session.runs_dir / name}: no finished runs; train some: kd run {session.retype}")
+    log_p = {run.name: _log_probabilities(session, run) for run in runs}
+    return {"command": "evaluate", "experiment": name, "runs": [_evaluation(session, run, log_p) for run in runs]}
 
 
 def run(session: Session) -> tuple[list[Document], Document]:
@@ -122,23 +122,27 @@ def run(session: Session) -> tuple[list[Document], Document]:
     documents += obtain(session, [baseline_spec(experiment, seed) for seed in experiment.seed])
     documents += distill(session)
     documents += omit_classes(session, experiment.omit_classes)
-    return documents, evaluate(session, [document["run"] for document in documents])
+    return documents, evaluate(session, [str(document["run"]) for document in documents])
 
 
 def plan(experiment: Experiment) -> list[Document]:
-    """The nets that the experiment trains, before it does: their parameters, steps and batch sizes."""
+    """The nets that the experiment trains, before it does: parameters, steps at most, batch sizes, runs a net."""
     images = DATASETS[experiment.data.name].train
     images -= experiment.data.heldout if experiment.data.evaluate_on == "heldout" else 0
+    seed, seeds, nobody = 0, len(experiment.seed), Run(Path(), Spec(experiment.name, "train-teacher", 0, {}))
+    specs = {"teacher": teacher_spec(experiment, seed)}
+    if experiment.ensemble:
+        specs |= {f"member {i}": spec for i, spec in enumerate(member_specs(experiment, seed))}
+    specs |= {"baseline": baseline_spec(experiment, seed), "student": student_spec(experiment, seed, nobody)}
+    specs |= {e.label: omission_spec(experiment, seed, nobody, e) for e in experiment.omit_classes}
     nets = []
-    for name, spec in (
-        ("teacher", teacher_spec(experiment, 0)),
-        ("baseline and student", baseline_spec(experiment, 0)),
-    ):
+    for name, spec in specs.items():
         train = Train(**spec.settings["train"])
         with torch.device("meta"):
             parameters = sum(p.numel() for p in build(spec.settings).parameters())
         steps = math.ceil(images / train.batch_size) * train.epochs
-        nets.append({"net": name, "parameters": parameters, "steps": steps, "batch_size": train.batch_size})
+        net = {"net": name, "parameters": parameters, "steps": steps, "batch_size": train.batch_size, "seeds": seeds}
+        nets.append(net)
     return nets
 
 
@@ -212,52 +216,74 @@ def omission_spec(experiment: Experiment, seed: int, teacher: Run, entry: Omissi
 # Finding and training.
 
 
-def find_teacher(session: Session, seed: int, name: str | None = None) -> Run:
-    """The run that a student learns from: the one named, else the one that the experiment file describes.
+def find_teachers(session: Session, name: str | None = None) -> list[Run]:
+    """The runs that students learn from, one a seed: the one named, else those that the experiment file describes.
 
-    Raises BadInput when it is missing, unfinished or of another dataset: with the runs that come close, how they
+    Raises BadInput when any is missing, unfinished or of another dataset: with the runs that come close, how they
     differ, and what to type.
     """
-    experiment = session.experiment
+    seeds = session.experiment.seed
     if name is not None:
-        run = open_run(session.runs_dir, name)
+        run = open_run(session.runs_dir, name, "--teacher")
         if run.spec.command not in TEACHERS:
-            raise BadInput(
-                f"--teacher {name}: is a {run.spec.command} run; a teacher is a train-teacher or ensemble run"
-            )
-        return _usable(run, session, "a teacher")
-    command = "ensemble" if experiment.distill.teacher == "ensemble" else "train-teacher"
-    run = session.run((ensemble_spec if command == "ensemble" else teacher_spec)(experiment, seed))
-    if not run.completed:
-        lines = [f"teacher {run.name}: is {run.status}; train it: kd {command} {session.retype} --seed {seed}"]
-        lines += [f"  close: {line}" for line in _close_runs(run, session)]
+            kind = run.spec.command
+            raise BadInput(f"--teacher {name}: is a {kind} run; a teacher is a train-teacher or ensemble run")
+        return [_usable(session, run, "a teacher")] * len(seeds)
+    teachers = [_described_teacher(session, seed) for seed in seeds]
+    lines: list[str] = []
+    for run in teachers:
+        if run.status == "running":
+            lines.append(f"teacher {run.name}: is being trained; wait for it")
+        elif not run.completed:
+            missing = ",".join(str(t.spec.seed) for t in teachers if not t.completed)
+            typed = f"kd {run.spec.command} {session.retype} --seed {missing}"
+            lines += [f"teacher {run.name}: is {run.status}; train it: {typed}"]
+            lines += [f"  close: {line}" for line in _close_runs(session, run)]
+    if lines:
         raise BadInput(*lines)
-    return _usable(run, session, "a teacher")
+    return [_usable(session, open_run(session.runs_dir, run.name), "a teacher") for run in teachers]
 
 
-def _close_runs(wanted: Run, session: Session) -> list[str]:
+def _described_teacher(session: Session, seed: int) -> Run:
+    """The run, trained or not, that the experiment file describes as the teacher of a student with this seed."""
+    spec = ensemble_spec if session.experiment.distill.teacher == "ensemble" else teacher_spec
+    return session.run(spec(session.experiment, seed))
+
+
+def _close_runs(session: Session, wanted: Run) -> list[str]:
     """The runs of the same command that differ least from the wanted one, and how."""
 
     def described(spec: Spec) -> Document:
-        return spec.settings | {"seed": spec.seed} | ({"members": list(spec.parents)} if spec.parents else {})
+        return spec.settings | {"seed": spec.seed} | ({"members": len(spec.parents)} if spec.parents else {})
 
     found = []
-    for run in list_runs(session.runs_dir, wanted.spec.experiment, [wanted.spec.command]):
-        unlike = differences(described(wanted.spec), described(run.spec))
-        if unlike:
+    for run in list_runs(session.runs_dir, wanted.spec.experiment, [wanted.spec.command], session.note):
+        unlike = differences(described(wanted.spec), described(run.spec)) or ["its members differ"]
+        if run.name != wanted.name:
             found.append((len(unlike), run.status != "completed", f"{run.name} ({run.status}): {'; '.join(unlike)}"))
     return [line for _, _, line in sorted(found)[:3]]
 
 
-def _usable(run: Run, session: Session, role: str) -> Run:
-    """The run itself, if it is finished and of the session's dataset; else raises BadInput."""
+def _unlike_data(session: Session, run: Run) -> str:
+    """In what the run's dataset differs from the session's; empty if in nothing."""
+    return "; ".join(differences(_data_settings(session.experiment.data), run.spec.settings["data"], "data."))
+
+
+def _orphaned(run: Run) -> str:
+    """The members that an ensemble needs and that are gone; empty if all are there."""
+    members = run.spec.parents if run.spec.command == "ensemble" else ()
+    return ", ".join(f"its member {name} is gone" for name in members if not (run.root / name).is_dir())
+
+
+def _usable(session: Session, run: Run, role: str) -> Run:
+    """The run itself, if it is finished, whole and of the session's dataset; else raises BadInput."""
     if not run.completed:
         raise BadInput(f"{run.name}: is {run.status}: cannot be {role}; train it first")
-    wanted = _data_settings(session.experiment.data)
-    if unlike := differences(wanted, run.spec.settings["data"], "data."):
-        raise BadInput(f"{run.name}: cannot be {role} in this experiment: {'; '.join(unlike)}")
+    if unlike := _unlike_data(session, run):
+        raise BadInput(f"{run.name}: cannot be {role} in this experiment: {unlike}")
     for member in _members(run):
-        member.load("weights")
+        for kind in ("weights", "logits"):
+            member.load(kind)
     return run
 
 
@@ -267,6 +293,7 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
     missing = [run for run in runs.values() if not run.completed]
     for run in runs.values():
         if run.completed and run.name not in session.known:
+            _usable(session, run, "shown")
             made_by = f", by commit {run.commit}" if run.commit != session.commit else ""
             session.note(f"{run.name}: finished before{made_by}")
     if session.jobs > 1 and len(missing) > 1 and session.device.type == "cpu":
@@ -398,7 +425,7 @@ def _fit(
     }
 
 
-def _nets(run: Run, session: Session) -> list[core.MLP]:
+def _nets(session: Session, run: Run) -> list[core.MLP]:
     """The trained net of a run, or those of an ensemble's members: frozen, in eval mode."""
     nets = []
     for member in _members(run):
@@ -425,7 +452,7 @@ def _soft_targets(session: Session, source: Run, spec: Spec, transfer: Tensor) -
     no cached logits would be right, so the nets themselves are asked."""
     T, how = spec.settings["distill"]["T"], source.spec.settings.get("average", "arithmetic")
     if spec.settings["train"]["jitter"]:
-        nets = _nets(source, session)
+        nets = _nets(session, source)
         return lambda index, x: core.average(torch.stack([net(x) for net in nets]), T, how).exp()
     logits = _member_logits(source, "train").to(session.device)[:, transfer]
     targets = core.average(logits, T, how).exp()
@@ -449,28 +476,29 @@ def _corrections(logits: dict[str, Tensor], data: Dataset, omitted: list[int]) -
     return {name: corrected(shift) for name, shift in shifts.items()}
 
 
-def _log_probabilities(run: Run, session: Session) -> Tensor:
+def _log_probabilities(session: Session, run: Run) -> Tensor:
     """log p [N, C] at T = 1 on the test images, from the weights; of an ensemble, by its own average."""
-    logits = torch.stack([predict(net, session.dataset.test) for net in _nets(run, session)])
+    logits = torch.stack([predict(net, session.dataset.test) for net in _nets(session, run)])
     return core.average(logits, 1.0, run.spec.settings.get("average", "arithmetic"))
 
 
-def _evaluation(run: Run, runs: list[Run], log_p: dict[str, Tensor], session: Session) -> Document:
+def _evaluation(session: Session, run: Run, log_p: dict[str, Tensor]) -> Document:
+    """The scores of one run; `log_p` holds the log-probabilities of runs by name, and gains those of its teacher."""
     test, spec = session.dataset.test, run.spec
     scored = metrics.score(log_p[run.name], test.labels)
-    document = {
-        k: run.result[k]
-        for k in ("command", "experiment", "run", "seed", "status", "device", "seconds", "evaluated_on")
-    }
+    kept = ("command", "experiment", "run", "seed", "status", "device", "seconds", "evaluated_on")
+    document = {k: run.result[k] for k in kept}
     document["test"] = {k: scored.pop(k) for k in ("errors", "total", "per_class_errors")}
     document |= scored
-    if spec.command in STUDENTS:
-        same_seed = [r.name for r in runs if r.spec.command == "train-teacher" and r.spec.seed == spec.seed]
-        for name in (*spec.parents, *same_seed)[:1]:
-            if name not in log_p:
-                log_p[name] = _log_probabilities(open_run(run.root, name), session)
+    if spec.command in STUDENTS:  # a baseline is compared with the teacher that the experiment describes
+        name = spec.parents[0] if spec.parents else _described_teacher(session, spec.seed).name
+        if (run.root / name).is_dir():
+            teacher = open_run(run.root, name)
+            if name not in log_p and teacher.completed and not _orphaned(teacher):
+                log_p[name] = _log_probabilities(session, teacher)
+        if name in log_p:
             document["teacher"] = {"run": name} | metrics.compare(log_p[run.name], log_p[name])
-    nets = _nets(run, session)
+    nets = _nets(session, run)
     weights = [p for net in nets for p in net.parameters()]
     document["cost"] = {
         "parameters": sum(p.numel() for p in weights),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
+from kdcli import BadInput
 from kdcli.config import CLASSES, Experiment
 from kdcli.runs import Document, open_run, write_aside
 
@@ -66,12 +67,12 @@ class Table(NamedTuple):
         return "\n".join([f"**{self.title}**", "", *lines])
 
     def print(self, console: Console) -> None:
-        style: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
-        table = RichTable(title=self.title, title_justify="left", title_style="bold", **style)
+        table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="right" if i else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
+        console.print(self.title, style="bold", highlight=False, markup=False)
         console.print(table)
 
 
@@ -143,13 +144,12 @@ def _omissions(documents: Sequence[Document]) -> list[Table | str]:
         rows = []
         for name, stage in {"before": d["test"], **d["bias"]}.items():
             per_class = stage["per_class_errors"]
-            shift = f"{stage['shift']:+.2f}" if "shift" in stage else ""
+            keeps = d["label"].startswith("keep")  # then b is what the kept biases gain: the same predictions
+            shift = f"{-stage['shift'] if keeps else stage['shift']:+.2f}" if "shift" in stage else ""
             unseen = sum(per_class[c] for c in d["omitted"])
             rows.append([name, shift, str(stage["errors"]), str(unseen), *map(str, per_class)])
-        seen = [c for c in range(CLASSES) if c not in d["omitted"]]
-        kept, omitted = (f"class {', '.join(map(str, classes))}" for classes in (seen, d["omitted"]))
-        moved = f"b lowers the biases of {kept}" if d["label"].startswith("keep") else f"b raises the bias of {omitted}"
-        title = f"{d['run']}\n{d['label']}: errors on {_on(d)}; {moved}"
+        moved = [c for c in range(CLASSES) if (c in d["omitted"]) != keeps]
+        title = f"{d['run']}\n{d['label']}: errors on {_on(d)}; b is added to the bias of {', '.join(map(str, moved))}"
         result.append(Table(title, ("bias", "b", "all", "unseen", *map(str, range(CLASSES))), rows))
     return [*result, BIAS_LEGEND]
 
@@ -200,21 +200,23 @@ class Verdict(NamedTuple):
     interval: tuple[float, float] | None
     p: float
     n: int
+    test: str
 
     def sentence(self) -> str:
+        one = self.n == 1
         start = {
             "helped": "The soft targets helped",
             "hurt": "The soft targets hurt",
             "no evidence": f"No evidence at n = {self.n} that the soft targets helped or hurt",
-        }[self.verdict]
-        amount = (
-            f"{abs(self.fewer_errors):.1f} {'fewer' if self.fewer_errors >= 0 else 'more'} errors than the baseline"
-        )
-        if self.interval is None:
-            return f"{start}: {amount} (McNemar's exact test on the predictions of one seed: p = {self.p:.2g})."
-        low, high = self.interval
-        spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} fewer"
-        return f"{start}: {amount} ({spread}; paired t-test: p = {self.p:.2g})."
+        }[self.verdict] + (", on this one seed" if one and self.verdict != "no evidence" else "")
+        sign, word = (1, "fewer") if self.fewer_errors >= 0 else (-1, "more")
+        amount = f"{abs(self.fewer_errors):.{0 if one else 1}f} {word} errors than the baseline"
+        if one:
+            test = f"McNemar's exact test on the two nets' predictions: p = {self.p:.2g}"
+            return f"{start}: {amount} ({test}). Other seeds may differ: --seeds 0-4 would tell."
+        low, high = sorted(sign * end for end in self.interval or ())
+        spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} {word}"
+        return f"{start}: {amount} ({spread}; {self.test}: p = {self.p:.2g})."
 
 
 def verdict(distilled: Sequence[Document]) -> Verdict:
@@ -226,19 +228,19 @@ def verdict(distilled: Sequence[Document]) -> Verdict:
     from scipy import stats
 
     fewer = [d["baseline"]["errors"] - d["test"]["errors"] for d in distilled]
-    n, mean = len(fewer), statistics.mean(fewer)
+    n, mean, name = len(fewer), statistics.mean(fewer), "McNemar's test" if len(fewer) == 1 else "paired t-test"
     interval: tuple[float, float] | None = None
     if n == 1:
         fixed, broken = distilled[0]["baseline"]["fixed"], distilled[0]["baseline"]["broken"]
         p = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
     elif len(set(fewer)) == 1:  # no spread for a t-test to use: a sign test
-        p, interval = (2 * 0.5**n if mean else 1.0), (mean, mean)
+        p, interval, name = (2 * 0.5**n if mean else 1.0), (mean, mean), "sign test"
     else:
         test = stats.ttest_1samp(fewer, 0)
         low, high = test.confidence_interval(1 - ALPHA)
         p, interval = float(test.pvalue), (float(low), float(high))
     word = "no evidence" if p >= ALPHA else "helped" if mean > 0 else "hurt"
-    return Verdict(word, mean, interval, p, n)
+    return Verdict(word, mean, interval, p, n, name)
 
 
 def summary(experiment: Experiment, documents: Sequence[Document], evaluation: Document) -> Document:
@@ -286,29 +288,41 @@ def final_table(document: Document) -> Table:
     rows = []
     for r in document["table"]:
         spread = f" ± {r['std']:.1f}" if r["std"] is not None else ""
-        expected = f"{'met' if r['met'] else 'MISSED'}: ≤ {r['expect']:g}" if "expect" in r else ""
+        expected = f"{r['expect']:g} {'met' if r['met'] else 'MISSED'}" if "expect" in r else ""
         scores = [f"{r['nll']:.3f}", f"{r['ece']:.3f}", f"{r['multiply_adds']:,}"] if "nll" in r else [""] * 3
         mean = f"{r['mean']:.1f}" if r["n"] > 1 else f"{r['mean']}"
         rows.append([r["row"], f"{mean}{spread}", _rate(r["mean"], document["total"]), *scores, expected])
     seeds = document["seeds"]
     over = f"mean ± std over {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     title = f"{document['experiment']}: errors on {document['evaluated_on']}, {over}"
-    columns = ("", "errors", "rate", "NLL", "ECE", "mult-adds", "expected")
+    columns = ("", "errors", "rate", "NLL", "ECE", "mult-adds", "expect")
     kept = [i for i in range(len(columns)) if i < 6 or any(row[i] for row in rows)]
     return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
+def remarks(document: Document) -> list[str]:
+    """The verdict, and what the reader of the table must know."""
+    lines = [Verdict(**document["verdict"]).sentence()]
+    commands = {d["command"] for d in document["runs"]}
+    if "ensemble" in commands and len(document["seeds"]) > 1:
+        lines.append("The ensembles of successive seeds share members: their spread is not that of independent ones.")
+    return lines + [BIAS_LEGEND] * ("omit-classes" in commands)
+
+
 def write_report(document: Document, folder: Path, root: Path) -> list[Path]:
     """Write the table, the document and the pictures of `kd run` to a folder; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
     pictures = {
         "errors.png": lambda figure: _draw_errors(figure, document),
         "learning-curves.png": lambda figure: _draw_curves(figure, document, root),
     }
     if any(d["command"] == "omit-classes" for d in document["runs"]):
         pictures["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
-    text = [f"# {document['experiment']}", final_table(document).markdown(), Verdict(**document["verdict"]).sentence()]
-    text += [BIAS_LEGEND] * ("omitted-classes.png" in pictures) + [f"![{name}]({name})" for name in pictures]
+    text = [f"# {document['experiment']}", final_table(document).markdown(), *remarks(document)]
+    text += [f"![{name}]({name})" for name in pictures]
     write_aside(folder / "report.md", ("\n\n".join(text) + "\n").encode())
     write_aside(folder / "report.json", (json.dumps(document, indent=1) + "\n").encode())
     for name, draw in pictures.items():
@@ -330,20 +344,30 @@ def _picture(draw: Callable[[Any], None]) -> bytes:
 
 
 def _draw_errors(figure: Any, document: Document) -> None:
-    """Mean errors of every row as bars, each seed as a dot."""
+    """The errors of every row: each seed as a dot, the mean as a bar across, on a logarithmic scale."""
     axes = figure.subplots()
     rows = document["table"][::-1]
-    axes.barh([r["row"] for r in rows], [r["mean"] for r in rows], color="#9ecae1", height=0.7)
     for i, r in enumerate(rows):
-        axes.plot(r["errors"], [i] * r["n"], "o", color="#08519c", markersize=4, alpha=0.7)
-        axes.annotate(f"{r['mean']:.1f}", (max(r["errors"]), i), xytext=(6, 0), textcoords="offset points", va="center")
-    if max(r["mean"] for r in rows) > 20 * min(max(r["mean"], 1) for r in rows):
-        axes.set_xscale("symlog", linthresh=10)
-        axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"errors on {document['evaluated_on']} (bar: mean; dots: seeds)")
+        axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
+        axes.plot(r["errors"], [i] * r["n"], "o", color="#3182bd", markersize=5, alpha=0.6)
+        axes.plot(r["mean"], i, "|", color="black", markersize=16, markeredgewidth=2)
+        axes.annotate(f"{r['mean']:g}", (max(r["errors"]), i), xytext=(8, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [r["row"] for r in rows])
+    _log_scale(axes.xaxis, axes.set_xscale)
     axes.margins(x=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(f"errors on {document['evaluated_on']}, logarithmic scale (dots: seeds; bar: their mean)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(f"{document['experiment']}: errors", loc="left")
+
+
+def _log_scale(axis: Any, set_scale: Callable[..., None]) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5, on which 0 has a place."""
+    from matplotlib.ticker import NullFormatter, SymmetricalLogLocator
+
+    set_scale("symlog", linthresh=1)
+    axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curves(figure: Any, document: Document, root: Path) -> None:
@@ -359,10 +383,8 @@ def _draw_curves(figure: Any, document: Document, root: Path) -> None:
             x, y = [m["epoch"] for m in metrics], [m["test_errors"] for m in metrics]
             if metrics:  # an ensemble as the teacher has no curve of its own
                 axes.plot(x, y, color=colours[row], linewidth=1, alpha=0.8, label=None if seen else row)
-    axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}", yscale="log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
-    axes.tick_params(axis="y", which="minor", labelsize=7)
+    _log_scale(axes.yaxis, axes.set_yscale)
+    axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}, logarithmic scale")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     axes.set_title(f"{document['experiment']}: learning curves, a line a seed", loc="left")

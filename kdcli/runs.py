@@ -19,7 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Document = dict[str, Any]
+UNFINISHED = ("missing", "running", "failed", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,10 @@ class Run:
         except (FileNotFoundError, NotADirectoryError):
             return {"status": "missing"}
         except (OSError, ValueError) as error:
-            raise BadInput(
-                f"{self.path / 'result.json'}: cannot be read ({error}): delete {self.path} to train it again"
-            ) from None
-        if not isinstance(result, dict) or "status" not in result:
-            raise BadInput(f"{self.path / 'result.json'}: is not a run's result: delete {self.path} to train it again")
+            raise BadInput(f"{self.path / 'result.json'}: cannot be read ({error}): {self.remedy}") from None
+        needed = {"run", "seed", "device", "seconds", "test", "evaluated_on", "sha256"}
+        if not isinstance(result, dict) or not (result.get("status") in UNFINISHED or needed <= result.keys()):
+            raise BadInput(f"{self.path / 'result.json'}: is not a run's result: {self.remedy}")
         return result
 
     @property
@@ -93,8 +93,8 @@ class Run:
         """completed, failed, interrupted, missing, or running; a run whose process died says interrupted."""
         status = str(self.result["status"])
         if status == "running":
-            with (self.path / "lock").open("a") as lock, contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError), (self.path / "lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return "interrupted"
         return status
 
@@ -115,7 +115,11 @@ class Run:
                 raise BadInput(
                     f"{self.name}: is being written by another kd; wait for it, or change a setting"
                 ) from None
+            if self.completed:
+                raise BadInput(f"{self.name}: was finished by another kd in the meantime; ask again to see it")
             for leftover in self.path.iterdir():
+                if leftover.is_dir():
+                    raise BadInput(f"{leftover}: kd makes no such folder: remove it")
                 if leftover.name != "lock":
                     leftover.unlink()
             self._write_json("result.json", self._header("running"))
@@ -136,7 +140,10 @@ class Run:
     def metrics(self) -> list[Document]:
         """The lines of metrics.jsonl, one an epoch."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        except ValueError:
+            raise BadInput(f"{path}: is damaged: {self.remedy}") from None
 
     def save(self, kind: str, tensors: "dict[str, Tensor]") -> None:
         """Write `<kind>.safetensors`."""
@@ -217,38 +224,44 @@ def write_aside(path: Path, content: bytes) -> None:
     aside.replace(path)
 
 
-def open_run(root: Path, name: str) -> Run:
-    """The run that the user names: `<experiment>/<command>/<id>`, or a path to its directory. Raises BadInput."""
+def open_run(root: Path, name: str, flag: str = "") -> Run:
+    """The run called `<experiment>/<command>/<id>`, or in the directory at that path. Raises BadInput, with the flag
+    that named it if one did."""
+    said = f"{flag} {name}".strip() or repr(name)
     path = root / name if (root / name / "config.yaml").is_file() else Path(name)
     path = Path(os.path.abspath(path))
     if not (path / "config.yaml").is_file():
-        raise BadInput(f"{name}: there is no such run; `ls {root}/*/*/` lists what there is")
+        raise BadInput(f"{said}: there is no such run; `ls -d {root}/*/*/*` lists what there is")
     run = _open(path)
-    if run.path != path:
-        raise BadInput(f"{path / 'config.yaml'}: does not match the directory's name: {run.name} was expected")
+    if run.root != Path(os.path.abspath(root)):
+        raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {run.root}")
     return run
 
 
 def _open(path: Path) -> Run:
-    """The run in a directory. Raises BadInput when its config.yaml is not one that kd wrote."""
+    """The run in a directory. Raises BadInput when its config.yaml is not the one that kd wrote there."""
     try:
         config = yaml.safe_load((path / "config.yaml").read_text())
         parents = tuple(str(parent) for parent in config["parents"])
-        spec = Spec(
-            str(config["experiment"]), str(config["command"]), int(config["seed"]), dict(config["settings"]), parents
-        )
-        return Run(path.parents[2], spec)
+        settings = dict(config["settings"])
+        spec = Spec(str(config["experiment"]), str(config["command"]), int(config["seed"]), settings, parents)
+        run = Run(path.parents[2], spec)
     except (OSError, ValueError, TypeError, KeyError, IndexError, yaml.YAMLError, RecursionError):
         raise BadInput(f"{path / 'config.yaml'}: is not a run's configuration") from None
+    if run.path != path:
+        raise BadInput(f"{path / 'config.yaml'}: does not belong in this folder: {run.name} was expected")
+    return run
 
 
-def list_runs(root: Path, experiment: str, commands: Sequence[str]) -> list[Run]:
-    """The runs of an experiment made by these commands, by command, then seed."""
-    runs = [
-        _open(config.parent)
-        for command in commands
-        for config in (Path(os.path.abspath(root)) / experiment / command).glob("*/config.yaml")
-    ]
+def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Callable[[str], None]) -> list[Run]:
+    """The runs of an experiment made by these commands, by command, then seed; what is no run is noted."""
+    runs = []
+    for command in commands:
+        for config in sorted((Path(os.path.abspath(root)) / experiment / command).glob("*/config.yaml")):
+            try:
+                runs.append(_open(config.parent))
+            except BadInput as error:
+                note(f"left out: {error}")
     return sorted(runs, key=lambda run: (commands.index(run.spec.command), run.spec.seed, run.name))
 
 
