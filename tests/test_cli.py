@@ -1,4 +1,5 @@
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -35,10 +36,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "not a number": ("distill tiny.yaml --T x", "Invalid value for '--T'"),
     "no such experiment": ("distill mnst", "mnst: neither an experiment's name nor a .yaml file; did you mean mnist?"),
     "missing file": ("distill absent.yaml", "absent.yaml: there is no such experiment file"),
-    "negative T": ("distill tiny.yaml --T -3", "--T -3.0: distill.T: must be greater than 0, not -3.0"),
+    "negative T": ("distill tiny.yaml --T -3", "--T -3: distill.T: must be greater than or equal to 0.001, not -3.0"),
     "lambda1 of -1": (
         "distill tiny.yaml --lambda1 -1",
-        "--lambda1 -1.0: distill.lambda1: must be greater than or equal to 0",
+        "--lambda1 -1: distill.lambda1: must be greater than or equal to 0",
     ),
     "lambda1 of 2": ("distill tiny.yaml --lambda1 2", "above 1 it needs a lambda2 too"),
     "misspelled --set": ("distill tiny.yaml --set distill.Temp=3", "--set distill.Temp=3: distill.Temp: unknown key"),
@@ -52,13 +53,28 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "no CUDA": ("distill tiny.yaml --device cuda:7", "--device cuda:7: this machine has"),
     "no such device": ("distill tiny.yaml --device gpu", "--device gpu: must be auto, cpu, cuda or cuda:N"),
-    "bad seeds": ("distill tiny.yaml --seed 4-0", "--seed 4-0: must be a seed, a range or a list"),
+    "bad seeds": ("distill tiny.yaml --seed 4-0", "--seeds 4-0: must be a seed, a range or a list"),
     "no threads": ("distill tiny.yaml --threads 0", "--threads 0: threads: must be greater than or equal to 1"),
     "teacher not trained": ("distill tiny.yaml --seed 5", "is missing; train it: kd train-teacher tiny.yaml --seed 5"),
     "teacher that is no run": ("distill tiny.yaml --teacher nonsense", "nonsense: there is no such run"),
     "runs folder is a file": (
         "train-teacher tiny.yaml --runs-dir tiny.yaml",
         "--runs-dir tiny.yaml: cannot be written",
+    ),
+    "teachers not trained": ("distill tiny.yaml --seeds 0,5-6", "train it: kd train-teacher tiny.yaml --seed 5,6"),
+    "a run elsewhere": (
+        "distill tiny.yaml --runs-dir other --teacher runs/TEACHER",
+        "lies outside the runs folder: add --runs-dir",
+    ),
+    "teacher of a dry run": (
+        "distill tiny.yaml --dry-run --teacher nonsense",
+        "--teacher nonsense: there is no such run",
+    ),
+    "an empty name": ("run ''", "'': neither an experiment's name nor a .yaml file"),
+    "nothing to check": ("run tiny.yaml --check", "--check: tiny.yaml has no expect section to check"),
+    "no use for evaluate": (
+        "evaluate tiny.yaml --set student.train.epochs=3",
+        "--set student.train.epochs=3: has no effect on evaluate",
     ),
     "nothing to evaluate": ("evaluate tiny.yaml --runs-dir none", "no finished runs; train some: kd run tiny.yaml"),
     "no such run": ("evaluate tiny.yaml --run tiny/distill/0-ffffffffff", "there is no such run"),
@@ -76,11 +92,12 @@ MISTAKES: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> None:
     words, line = MISTAKES[mistake]
-    done = kd(*words.split())
+    words = words.replace("TEACHER", f"tiny/train-teacher/{only(kd.folder, 'train-teacher').name}")
+    done = kd(*shlex.split(words))
     assert (done.code, done.out) == (2, "")
     assert line in done.err
     _, *more = done.err.splitlines()
-    assert all(extra.startswith("  close: ") for extra in more)
+    assert all(extra.startswith(("  close: ", "teacher tiny/train-teacher/")) for extra in more)
 
 
 def test_a_broken_file_is_told_with_its_line(kd: Shell) -> None:
@@ -183,7 +200,9 @@ def test_dry_run_shows_the_resolved_experiment_and_writes_nothing(kd: Shell) -> 
         assert yaml.safe_load(done.out)["distill"] == loss
         assert "# teacher: 4,810 parameters, 156 steps of 50 images" in done.out
     document = kd("evaluate", "tiny.yaml", "--dry-run", "--json").json
-    assert document["nets"][1]["parameters"] == 65 * 16 + 17 * 10
+    nets = {net["net"]: net for net in document["nets"]}
+    assert list(nets) == ["teacher", "member 0", "member 1", "baseline", "student", "omit 3"]
+    assert nets["student"]["parameters"] == 65 * 16 + 17 * 10
     assert sorted(kd.folder.rglob("*")) == before
 
 
@@ -336,6 +355,46 @@ def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
     assert ensemble["cost"]["parameters"] == 2 * 4810
     text = kd("evaluate", "tiny.yaml", "--run", document["runs"][0]["run"])
     assert "label (row)" in text.out
+
+
+def test_evaluation_leaves_out_what_it_cannot_score_and_says_so(kd: Shell) -> None:
+    assert kd("train-teacher", "tiny.yaml", "--set", "data.evaluate_on=heldout").code == 0
+    member = next((kd.folder / "runs/tiny/train-teacher").glob("1-*"))
+    shutil.rmtree(member)
+    copy = only(kd.folder, "distill")
+    shutil.copytree(copy, copy.with_name("0-copy"))
+    done = kd("evaluate", "tiny.yaml", "--json")
+    assert done.code == 0, done.err
+    assert sorted(run["command"] for run in done.json["runs"]) == [
+        "baseline",
+        "distill",
+        "omit-classes",
+        "train-teacher",
+    ]
+    for reason in (
+        "data.evaluate_on is heldout, not test",
+        f"its member tiny/train-teacher/{member.name} is gone",
+        "does not belong in this folder",
+    ):
+        assert reason in done.err
+    assert kd("evaluate", "tiny.yaml", "--seeds", "4").code == 2
+
+
+def test_a_student_does_not_start_from_its_teachers_weights(kd: Shell) -> None:
+    same = ["--set", "student.model={hidden: [64]}", "--set", "student.train={epochs: 1, lr: 1e-30}"]
+    still = ["--set", "teacher.model={hidden: [64]}", "--set", "teacher.train={epochs: 1, lr: 1e-30}"]
+    assert kd("train-teacher", "tiny.yaml", *still, "--runs-dir", "still").code == 0
+    student = kd("distill", "tiny.yaml", *same, *still, "--runs-dir", "still", "--json").json
+    start = {
+        name: load_file(kd.folder / "still" / run / "weights.safetensors")["layers.0.weight"]
+        for name, run in (
+            ("student", student["run"]),
+            ("teacher", student["teacher"]["run"]),
+            ("baseline", student["baseline"]["run"]),
+        )
+    }
+    assert bool((start["student"] == start["baseline"]).all())
+    assert not bool((start["student"] == start["teacher"]).any())
 
 
 def test_check_exits_with_3_where_an_expectation_is_missed(kd: Shell) -> None:

@@ -18,7 +18,9 @@ def finished(root: Path, spec: Spec = SPEC) -> Run:
     with run.writing("cpu", 1):
         run.log({"epoch": 1, "loss": 0.5})
         run.save("weights", {"w": torch.arange(6.0).view(2, 3)})
-        run.finish({"test": {"errors": 1}}, "# report\n")
+        run.finish(
+            {"test": {"errors": 1}, "seconds": 1.0, "device": "cpu", "evaluated_on": "test images"}, "# report\n"
+        )
     return run
 
 
@@ -126,7 +128,7 @@ def test_a_renamed_or_edited_run_is_refused(tmp_path: Path) -> None:
     run = finished(tmp_path)
     config = run.path / "config.yaml"
     config.write_text(config.read_text().replace("seed: 3", "seed: 4"))
-    with pytest.raises(BadInput, match="does not match the directory's name"):
+    with pytest.raises(BadInput, match="does not belong in this folder"):
         runs.open_run(tmp_path, run.name)
     with pytest.raises(BadInput, match="there is no such run"):
         runs.open_run(tmp_path, "exp/train-teacher/9-0000000000")
