@@ -299,7 +299,9 @@ def find(name: str) -> Path:
             raise BadInput(f"{name}: there is no such experiment file")
         return path
     if name not in experiments():
-        raise BadInput(f"{name or repr(name)}: neither an experiment's name nor a .yaml file{_nearest(name, experiments())}")
+        raise BadInput(
+            f"{name or repr(name)}: neither an experiment's name nor a .yaml file{_nearest(name, experiments())}"
+        )
     return experiments()[name]
 
 

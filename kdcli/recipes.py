@@ -114,12 +114,20 @@ def evaluate(session: Session, names: Sequence[str] = (), seeds: Sequence[int] |
 
 def run(session: Session) -> tuple[list[Document], Document]:
     """Everything the experiment file describes, for all its seeds: the documents of the runs, and their evaluation."""
-    experiment = session.experiment
-    first = [*_all_teachers(experiment), *(baseline_spec(experiment, seed) for seed in experiment.seed)]
-    obtain(session, first)  # together, since none waits for another
+    experiment, seeds = session.experiment, session.experiment.seed
+    teachers = [teacher_spec(experiment, seed) for seed in seeds]
+    members = [member for seed in seeds if experiment.ensemble for member in member_specs(experiment, seed)]
+    baselines = [baseline_spec(experiment, seed) for seed in seeds]
+    obtain(session, [*teachers, *members, *baselines])  # together, since none of them waits for another
     documents = train_teacher(session)
     documents += ensemble(session) if experiment.ensemble else []
-    documents += obtain(session, [baseline_spec(experiment, seed) for seed in experiment.seed])
+    documents += obtain(session, baselines)
+    sources = list(zip(seeds, find_teachers(session), strict=True))
+    students = [student_spec(experiment, seed, source) for seed, source in sources]
+    students += [
+        omission_spec(experiment, seed, source, e) for e in experiment.omit_classes for seed, source in sources
+    ]
+    obtain(session, students)  # together, likewise
     documents += distill(session)
     documents += omit_classes(session, experiment.omit_classes)
     return documents, evaluate(session, [str(document["run"]) for document in documents])
@@ -172,14 +180,6 @@ def member_specs(experiment: Experiment, seed: int) -> list[Spec]:
         raise BadInput("ensemble: the experiment has no such section: add `ensemble: {members: 5}` or --members 5")
     models = experiment.ensemble.models or [experiment.teacher.model]
     return [teacher_spec(experiment, seed + i, models[i % len(models)]) for i in range(experiment.ensemble.members)]
-
-
-def _all_teachers(experiment: Experiment) -> list[Spec]:
-    """Every teacher that `kd run` needs: one a seed, or the members of one ensemble a seed."""
-    if experiment.ensemble is None:
-        return [teacher_spec(experiment, seed) for seed in experiment.seed]
-    members = [member for seed in experiment.seed for member in member_specs(experiment, seed)]
-    return [*(teacher_spec(experiment, seed) for seed in experiment.seed), *members]
 
 
 def ensemble_spec(experiment: Experiment, seed: int) -> Spec:
