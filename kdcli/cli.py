@@ -269,9 +269,6 @@ def evaluate(
     job: Job, run: Annotated[list[str] | None, typer.Option(metavar="RUN", help="A run to evaluate; repeat it.")] = None
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
-    for override in job.overrides:
-        if override.key.split(".")[0] not in ("name", "data", "seed", "threads", "distill", "teacher", "ensemble"):
-            raise BadInput(f"{override.origin}: has no effect on evaluate, which scores runs as they were trained")
     experiment = job.experiment()
     names = run or []
     if job.common.dry_run:

@@ -72,10 +72,6 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "an empty name": ("run ''", "'': neither an experiment's name nor a .yaml file"),
     "nothing to check": ("run tiny.yaml --check", "--check: tiny.yaml has no expect section to check"),
-    "no use for evaluate": (
-        "evaluate tiny.yaml --set student.train.epochs=3",
-        "--set student.train.epochs=3: has no effect on evaluate",
-    ),
     "nothing to evaluate": ("evaluate tiny.yaml --runs-dir none", "no finished runs; train some: kd run tiny.yaml"),
     "no such run": ("evaluate tiny.yaml --run tiny/distill/0-ffffffffff", "there is no such run"),
     "one member": (
