@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,6 @@ def ensemble(session: Session) -> list[Document]:
     """The members with seeds s, s + 1, … for each seed s, and both averages of their predictions on the test images."""
     experiment = session.experiment
     obtain(session, [member for seed in experiment.seed for member in member_specs(experiment, seed)])
-    if session.jobs > 1:  # nothing to train: not worth a process
-        session = replace(session, jobs=1)
     return obtain(session, [ensemble_spec(experiment, seed) for seed in experiment.seed])
 
 
@@ -296,7 +294,8 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
             _usable(session, run, "shown")
             made_by = f", by commit {run.commit}" if run.commit != session.commit else ""
             session.note(f"{run.name}: finished before{made_by}")
-    if session.jobs > 1 and len(missing) > 1 and session.device.type == "cpu":
+    nets = [run for run in missing if run.spec.command != "ensemble"]  # to combine members is not worth a process
+    if session.jobs > 1 and len(nets) > 1 and session.device.type == "cpu":
         _ = session.dataset  # met here first: a download, or a damaged file
         train_all(session, missing)
     else:
