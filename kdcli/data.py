@@ -41,9 +41,12 @@ class Split:
     def to(self, device: torch.device) -> "Split":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def inputs(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Float inputs [B, side * side] in [0, 1] of the samples at `index`."""
-        return _scaled(self.images[index], self.white)
+    def inputs(self, index: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Float inputs [..., side * side] in [0, 1] of the samples at `index` [...], or of all; `shift` is unused."""
+        rows = self.images.flatten(1)
+        if index is not None:
+            rows = rows.index_select(0, index.flatten()).view(*index.shape, -1)
+        return _scaled(rows, self.white)
 
 
 class Jittered:
@@ -56,12 +59,13 @@ class Jittered:
         self.white = split.white
 
     def inputs(self, index: Tensor, shift: Tensor) -> Tensor:
-        """Float inputs [B, side * side] of the samples at `index` [B]; `shift` [2, B] counts from 0 to 2 * jitter."""
-        return _scaled(self.shifted[index, shift[0], shift[1]], self.white)
+        """Float inputs [..., side * side] of the samples at `index` [...]; `shift` [2, ...] counts from 0 to
+        2 * jitter."""
+        return _scaled(self.shifted[index, shift[0], shift[1]].flatten(-2), self.white)
 
 
-def _scaled(images: Tensor, white: int) -> Tensor:
-    return images.flatten(1).to(torch.float32).mul_(1 / white)
+def _scaled(rows: Tensor, white: int) -> Tensor:
+    return rows.to(torch.float32).mul_(1 / white)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """One function a subcommand: it finds or trains the runs it needs and returns what there is to say about them."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -299,25 +301,38 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
         _ = session.dataset  # met here first: a download, or a damaged file
         train_all(session, missing)
     else:
-        for run in missing:
-            train(session, run)
+        for group in _stackable(session, missing):
+            train(session, group)
     session.known.update(runs)
     return [runs[spec.name].result for spec in specs]
 
 
-def train(session: Session, run: Run) -> None:
-    """Train a run, or combine an ensemble whose members are trained, and write its directory."""
+def _stackable(session: Session, runs: Sequence[Run]) -> list[list[Run]]:
+    """On a GPU, runs that differ in seed and parents alone, which train in one stack; elsewhere each by itself."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        alone = session.device.type != "cuda" or run.spec.command == "ensemble"
+        key = run.name if alone else json.dumps([run.spec.command, run.spec.settings], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def train(session: Session, runs: Sequence[Run]) -> None:
+    """Train runs that differ in seed and parents alone, or combine the one ensemble, and write their directories."""
     device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
     threads = torch.get_num_threads()
-    with run.writing(device, threads):
-        work = _combine if run.spec.command == "ensemble" else _train_net
-        result = {"device": device, "threads": threads} | work(session, run)
-        run.finish(result, _report(run, result))
+    with ExitStack() as held:
+        for run in runs:
+            held.enter_context(run.writing(device, threads))
+        work = _combine if runs[0].spec.command == "ensemble" else _train_nets
+        for run, result in zip(runs, work(session, runs), strict=True):
+            result |= {"device": device, "threads": threads}
+            run.finish(result, _report(run, result))
 
 
-def _train_net(session: Session, run: Run) -> Document:
-    """Train a teacher, a baseline or a student, as the settings and parents of the run say."""
-    data, settings = session.dataset, run.spec.settings
+def _train_nets(session: Session, runs: Sequence[Run]) -> list[Document]:
+    """Train teachers, baselines or students, as the settings and parents of the runs say."""
+    data, settings = session.dataset, runs[0].spec.settings
     omitted = settings.get("omitted", [])
     absent = torch.isin(data.train.labels, torch.tensor(omitted, device=session.device))
     if omitted:
@@ -325,23 +340,26 @@ def _train_net(session: Session, run: Run) -> Document:
     transfer = (~absent).nonzero()[:, 0]
     distillation = None
     if "distill" in settings:
-        source = open_run(session.runs_dir, run.spec.parents[0])
-        distillation = Distill(**settings["distill"]), _soft_targets(session, source, run.spec, transfer)
-    net, result = _fit(session, run, data.train.at(transfer) if omitted else data.train, distillation)
-    logits = {"test": predict(net, data.test)}
-    if omitted or run.spec.command == "train-teacher":
-        logits["train"] = predict(net, data.train)
-    run.save("logits", logits)
-    return result | ({"omitted": omitted, "bias": _corrections(logits, data, omitted)} if omitted else {})
+        sources = [open_run(session.runs_dir, run.spec.parents[0]) for run in runs]
+        distillation = Distill(**settings["distill"]), _soft_targets(session, sources, settings, transfer)
+    nets, results = _fit(session, runs, data.train.at(transfer) if omitted else data.train, distillation)
+    for run, net, result in zip(runs, nets, results, strict=True):
+        logits = {"test": predict(net, data.test)}
+        if omitted or run.spec.command == "train-teacher":
+            logits["train"] = predict(net, data.train)
+        run.save("logits", logits)
+        result |= {"omitted": omitted, "bias": _corrections(logits, data, omitted)} if omitted else {}
+    return results
 
 
-def _combine(session: Session, run: Run) -> Document:
+def _combine(session: Session, runs: Sequence[Run]) -> list[Document]:
     """Both averages of an ensemble's members, and by how many errors the chosen one beats them."""
+    (run,) = runs
     members, how = [member.result for member in _members(run)], run.spec.settings["average"]
     logits, labels = _member_logits(run, "test"), session.dataset.test.labels.cpu()
     averages = {a: metrics.count_errors(core.average(logits, 1.0, a), labels) for a in ("arithmetic", "geometric")}
     errors = [member["test"]["errors"] for member in members]
-    return {
+    result = {
         "seconds": sum(member["seconds"] for member in members),
         "evaluated_on": members[0]["evaluated_on"],
         "test": averages[how],
@@ -353,6 +371,7 @@ def _combine(session: Session, run: Run) -> Document:
             "mean_member": sum(errors) / len(errors) - averages[how]["errors"],
         },
     }
+    return [result]
 
 
 def _report(run: Run, result: Document) -> str:
@@ -396,32 +415,34 @@ def build(settings: Document, init: torch.Generator | None = None) -> core.MLP:
 
 
 def _fit(
-    session: Session, run: Run, transfer_set: Split, distill: tuple[Distill, Teacher] | None = None
-) -> tuple[core.MLP, Document]:
-    """Train a run's net, log every epoch, and save its weights. The last epoch counts, whatever came before it."""
-    spec, test = run.spec, session.dataset.test
+    session: Session, runs: Sequence[Run], transfer_set: Split, distill: tuple[Distill, Teacher] | None = None
+) -> tuple[Sequence[core.MLP], list[Document]]:
+    """Train the nets of runs, log every epoch, and save their weights. The last epoch counts, whatever came before."""
+    spec, test = runs[0].spec, session.dataset.test
     train = Train(**spec.settings["train"])
     # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
-    stream = 2 * spec.seed + (spec.command in STUDENTS)
-    net = build(spec.settings, core.generator(stream, "init")).to(session.device)
+    streams = [2 * run.spec.seed + (spec.command in STUDENTS) for run in runs]
+    nets: Sequence[core.MLP]
+    nets = [build(spec.settings, core.generator(stream, "init")).to(session.device) for stream in streams]
     started = time.perf_counter()
-    for epoch in fit(net, transfer_set, train, stream, distill):
-        if not math.isfinite(epoch.metrics["loss"]):
-            raise RuntimeError(
-                f"the loss is {epoch.metrics['loss']} in epoch {epoch.metrics['epoch']}: lower the lr of {train.lr:g}"
-            )
-        net, counted = epoch.model, metrics.count_errors(predict(epoch.model, test), test.labels)
-        logged = epoch.metrics | {"test_errors": counted["errors"], "seconds": round(time.perf_counter() - started, 3)}
-        run.log(logged)
-        session.progress(run.name, train.epochs, logged)
-    run.save("weights", net.state_dict())
-    return net, {
-        "seconds": logged["seconds"],
-        "samples": len(transfer_set),
-        "evaluated_on": "test images" if session.experiment.data.evaluate_on == "test" else "held-out training images",
-        "test": counted,
-        "last_epoch": epoch.metrics,
-    }
+    for epoch in fit(nets, transfer_set, train, streams, distill):
+        nets, results = epoch.models, []
+        for run, net, of_train in zip(runs, nets, epoch.metrics, strict=True):
+            if not math.isfinite(of_train["loss"]):
+                raise RuntimeError(
+                    f"the loss is {of_train['loss']} in epoch {of_train['epoch']}: lower the lr of {train.lr:g}"
+                )
+            counted = metrics.count_errors(predict(net, test), test.labels)
+            seconds = round(time.perf_counter() - started, 3)
+            logged = of_train | {"test_errors": counted["errors"], "seconds": seconds}
+            run.log(logged)
+            session.progress(run.name, train.epochs, logged)
+            results.append({"seconds": seconds, "test": counted, "last_epoch": of_train})
+    for run, net, result in zip(runs, nets, results, strict=True):
+        run.save("weights", net.state_dict())
+        on = "test images" if session.experiment.data.evaluate_on == "test" else "held-out training images"
+        result |= {"samples": len(transfer_set), "evaluated_on": on, "trained_together": len(runs)}
+    return nets, results
 
 
 def _nets(session: Session, run: Run) -> list[core.MLP]:
@@ -446,16 +467,24 @@ def _member_logits(run: Run, split: str) -> Tensor:
     return torch.stack([member.load("logits")[split] for member in _members(run)])
 
 
-def _soft_targets(session: Session, source: Run, spec: Spec, transfer: Tensor) -> Teacher:
-    """The teacher as `fit` asks it. Its logits on the images at `transfer` are read once; for a jittered transfer set
-    no cached logits would be right, so the nets themselves are asked."""
-    T, how = spec.settings["distill"]["T"], source.spec.settings.get("average", "arithmetic")
-    if spec.settings["train"]["jitter"]:
-        nets = _nets(session, source)
-        return lambda index, x: core.average(torch.stack([net(x) for net in nets]), T, how).exp()
-    logits = _member_logits(source, "train").to(session.device)[:, transfer]
-    targets = core.average(logits, T, how).exp()
-    return lambda index, x: targets[index]
+def _soft_targets(session: Session, sources: Sequence[Run], settings: Document, transfer: Tensor) -> Teacher:
+    """The teachers of M students as `fit` asks them. Their logits on the images at `transfer` are read once; for a
+    jittered transfer set no cached logits would be right, so the nets themselves are asked."""
+    T = settings["distill"]["T"]
+    averages = [source.spec.settings.get("average", "arithmetic") for source in sources]
+
+    def soften(members: Sequence[Tensor]) -> Tensor:
+        """Soft targets [M, N, C] of the logits [members, N, C] of M teachers."""
+        return torch.stack([core.average(z, T, how).exp() for z, how in zip(members, averages, strict=True)])
+
+    if settings["train"]["jitter"]:
+        nets = [_nets(session, source) for source in sources]
+        return lambda index, x: soften(
+            [torch.stack([net(own) for net in of_one]) for of_one, own in zip(nets, x, strict=True)]
+        )
+    targets = soften([_member_logits(source, "train").to(session.device)[:, transfer] for source in sources])
+    student = torch.arange(len(sources), device=session.device)[:, None]
+    return lambda index, x: targets[student, index]
 
 
 def _corrections(logits: dict[str, Tensor], data: Dataset, omitted: list[int]) -> Document:
@@ -504,7 +533,7 @@ def _evaluation(session: Session, run: Run, log_p: dict[str, Tensor]) -> Documen
         "multiply_adds": sum(p.numel() for p in weights if p.dim() == 2),
         "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
         "latency_ms": {
-            str(n): round(metrics.latency(lambda x: torch.stack([net(x) for net in nets]), test.inputs(slice(n))), 4)
+            str(n): round(metrics.latency(lambda x: torch.stack([net(x) for net in nets]), test.inputs()[:n]), 4)
             for n in (1, 128)
         },
     }

@@ -2,100 +2,198 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
+from kdcli import core
 from kdcli.config import Distill, Train
-from kdcli.core import MLP, Loss, distillation_loss, generator
+from kdcli.core import MLP, generator
 from kdcli.data import Jittered, Split
 
-Teacher = Callable[[Tensor, Tensor], Tensor]  # (index [B], inputs [B, D]) -> soft targets [B, C]
+Teacher = Callable[[Tensor, Tensor], Tensor]  # (index [M, B], inputs [M, B, D]) -> soft targets [M, B, C]
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Epoch(NamedTuple):
-    """The state after one epoch: `model` is the one to evaluate and keep (averaged weights where `ema` is set)."""
+    """The state after one epoch, a list entry for each net: `models` are those to evaluate and keep (with averaged
+    weights where `ema` is set)."""
 
-    metrics: dict[str, float]
-    model: MLP
+    metrics: list[dict[str, float]]
+    models: Sequence[MLP]
 
 
 def fit(
-    model: MLP, transfer_set: Split, train: Train, seed: int, distill: tuple[Distill, Teacher] | None = None
+    models: Sequence[MLP],
+    transfer_set: Split,
+    train: Train,
+    seeds: Sequence[int],
+    distill: tuple[Distill, Teacher] | None = None,
 ) -> Iterator[Epoch]:
-    """Train `model` in place, yielding after every epoch; on hard labels, or on `distill`'s soft targets too.
+    """Train nets of one shape in place, all at once, yielding after every epoch; on hard labels, or on `distill`'s
+    soft targets too. Each sees its own order, shifts and dropout, which depend on its (seed, epoch) alone.
 
-    The transfer set lies on the model's device. Batches, shifts and dropout depend on (seed, epoch) alone.
+    The transfer set lies on the models' device. On a GPU a step is one CUDA graph.
     """
     device, n = transfer_set.labels.device, len(transfer_set)
-    jittered = Jittered(transfer_set, train.jitter) if train.jitter else None
-    optimizer = make_optimizer(model, train)
-    averaged = copy.deepcopy(model) if train.ema else model
+    source = Jittered(transfer_set, train.jitter) if train.jitter else transfer_set
+    averaged = [copy.deepcopy(model) for model in models] if train.ema else models
+    net = core.stack(models)
+    average = core.stack(averaged) if train.ema else net
+    rate = torch.zeros((), device=device)
+    state, optimize = make_optimizer(net, train, rate)
+    draws = [torch.Generator(device) for _ in seeds]
     steps = math.ceil(n / train.batch_size)
 
+    def eager(index: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on the samples at `index` [M, B], shifted by `shift` [2, M, B]: logits, soft targets [M, B, C]."""
+        x, labels = source.inputs(index, shift), transfer_set.labels[index]
+        soft_targets = distill[1](index, x) if distill else x.new_zeros(*index.shape, 0)
+        logits = net(x, draws) if len(models) > 1 else net(x[0], draws)[None]
+        net.zero_grad()
+        _loss(logits, labels, soft_targets, distill).total.sum().backward()
+        with torch.no_grad():
+            optimize()
+        if train.max_norm:
+            net.constrain(train.max_norm)
+        return logits.detach(), soft_targets
+
+    step: Step = eager
+    if device.type == "cuda":
+        net.train()
+        sizes = {min(train.batch_size, n), n - (steps - 1) * train.batch_size}
+        step = _captured(eager, [(len(seeds), size) for size in sizes], draws, state)
+
     for epoch in range(train.epochs):
-        model.train()
-        order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
-        shifts = torch.randint(2 * train.jitter + 1, (2, n), generator=generator(seed, "jitter", epoch)).to(device)
-        draws = generator(seed, "dropout", epoch, device)
-        sums = torch.zeros(4, dtype=torch.float64, device=device)  # of loss, T^2 KL, L_CE, errors; read once an epoch
+        net.train()
+        order = torch.stack([torch.randperm(n, generator=generator(seed, "order", epoch)) for seed in seeds]).to(device)
+        shifts = torch.stack([_shifts(train.jitter, n, seed, epoch) for seed in seeds], 1).to(device)
+        for draw, seed in zip(draws, seeds, strict=True):
+            draw.manual_seed(core.stream(seed, "dropout", epoch))
+        seen = []  # what the nets said, on the device; read once an epoch
 
-        for step, index in enumerate(torch.split(order, train.batch_size)):
-            labels = transfer_set.labels[index]
-            if jittered:
-                x = jittered.inputs(index, shifts[:, step * train.batch_size :][:, : len(index)])
-            else:
-                x = transfer_set.inputs(index)
-            logits = model(x, draws)
-            loss = _loss(logits, labels, index, x, distill)
+        for i, (index, shift) in enumerate(
+            zip(order.split(train.batch_size, 1), shifts.split(train.batch_size, 2), strict=True)
+        ):
+            rate.fill_(learning_rate(train, epoch * steps + i, steps))
+            seen.append([out.clone() for out in step(index, shift)])
+            if train.ema:  # with a decay that starts low, so that the average forgets the random start
+                decay = min(train.ema, (1 + epoch * steps + i) / (10 + epoch * steps + i))
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, epoch * steps + step, steps)
-            optimizer.zero_grad()
-            loss.total.backward()
-            optimizer.step()
-            if train.max_norm:
-                model.constrain(train.max_norm)
-            with torch.no_grad():
-                if train.ema:  # with a decay that starts low, so that the average forgets the random start
-                    decay = min(train.ema, (1 + epoch * steps + step) / (10 + epoch * steps + step))
-                    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-                errors = (logits.argmax(1) != labels).sum()
-                sums += torch.stack([loss.total * len(index), loss.soft * len(index), loss.hard * len(index), errors])
-
-        total, soft, hard, errors = sums.tolist()
-        metrics = {"epoch": epoch + 1, "loss": total / n, "hard_loss": hard / n, "train_errors": int(errors)}
-        if distill:
-            metrics["t2_kl"] = soft / n
-        yield Epoch(metrics, averaged)
+        logits, soft_targets = (torch.cat(outs, 1) for outs in zip(*seen, strict=True))
+        metrics = _metrics(logits, transfer_set.labels[order], soft_targets, distill)
+        yield Epoch([{"epoch": epoch + 1} | of_one for of_one in metrics], averaged)
 
 
-def _loss(logits: Tensor, labels: Tensor, index: Tensor, x: Tensor, distill: tuple[Distill, Teacher] | None) -> Loss:
+def _shifts(jitter: int, n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randint(2 * jitter + 1, (2, n), generator=generator(seed, "jitter", epoch))
+
+
+def _loss(logits: Tensor, labels: Tensor, soft_targets: Tensor, distill: tuple[Distill, Teacher] | None) -> core.Loss:
     if distill is None:
-        hard = F.cross_entropy(logits.double(), labels)
-        return Loss(hard, torch.zeros_like(hard), hard)
-    settings, teacher = distill
-    return distillation_loss(
-        logits,
-        labels,
-        teacher(index, x),
-        T=settings.T,
-        lambda1=settings.lambda1,
-        lambda2=settings.lambda2,
-        t_squared=settings.t_squared,
-    )
+        hard = core.cross_entropy(logits, labels)
+        return core.Loss(hard, torch.zeros_like(hard), hard)
+    loss = distill[0].model_dump(exclude={"teacher"})
+    return core.distillation_loss(logits, labels, soft_targets, **loss)
 
 
-def make_optimizer(model: MLP, train: Train) -> torch.optim.Optimizer:
-    """The optimizer of a `train` section, in its fused form."""
-    parameters, lr, decay = list(model.parameters()), train.lr, train.weight_decay
+def _metrics(
+    logits: Tensor, labels: Tensor, soft_targets: Tensor, distill: tuple[Distill, Teacher] | None
+) -> list[dict[str, float]]:
+    """The means of an epoch for each net, from what it said at every step: logits [M, N, C], labels [M, N]."""
+    loss = _loss(logits, labels, soft_targets, distill)
+    columns = {"loss": loss.total, "hard_loss": loss.hard, "train_errors": (logits.argmax(-1) != labels).sum(-1)}
+    if distill:  # T^2 KL(soft targets || student): 0 for a perfect match
+        columns["t2_kl"] = distill[0].T ** 2 * (loss.soft - core.entropy(soft_targets))
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _captured(
+    step: Step, sizes: Sequence[tuple[int, int]], draws: Sequence[torch.Generator], state: dict[str, Tensor]
+) -> Step:
+    """`step` as one CUDA graph for each size [M, B] of its index: a launch a step in place of a hundred.
+
+    The graph is captured with the batch in buffers of its own, after the steps on a side stream that CUDA asks for;
+    what they do to the training state is undone.
+    """
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    device = draws[0].device
+    graphs = {}
+    for size in sizes:
+        index, shift = (torch.zeros(*more, *size, dtype=torch.int64, device=device) for more in ((), (2,)))
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(index, shift)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        for draw in draws:
+            graph.register_generator_state(draw)  # so that a replay draws on from where the last one stopped
+        with torch.cuda.graph(graph):
+            outs = step(index, shift)
+        graphs[size] = graph, index, shift, outs
+    for name, tensor in state.items():
+        tensor.copy_(before[name])
+
+    def replay(index: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        graph, its_index, its_shift, outs = graphs[index.shape[0], index.shape[1]]
+        its_index.copy_(index)
+        its_shift.copy_(shift)
+        graph.replay()
+        return outs
+
+    return replay
+
+
+def make_optimizer(net: MLP, train: Train, rate: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """The training state by name, which is the weights and all that the optimizer keeps of them, and its step, which
+    moves them along their gradients at `rate`, a tensor because a CUDA graph reads it anew at every step.
+
+    torch's functional form: the classes in torch.optim import its compiler, which costs a second and 300 MB.
+    """
+    weights = list[Tensor](net.parameters())
+    fixed: dict[str, Any] = {"lr": rate, "weight_decay": train.weight_decay, "maximize": False, "fused": True}
+    kept: dict[str, list[Tensor]]
     if train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=train.momentum or 0.0, weight_decay=decay, fused=True)
-    kind = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr, weight_decay=decay, fused=True)
+        kept = {"momentum_buffer": [torch.zeros_like(w) for w in weights]} if train.momentum else {}
+        buffers = list[Tensor | None](kept.get("momentum_buffer", []))
+
+        def step(gradients: list[Tensor]) -> None:
+            sgd(weights, gradients, buffers, momentum=train.momentum or 0.0, dampening=0, nesterov=False, **fixed)
+    else:
+        kept = {key: [torch.zeros_like(w) for w in weights] for key in ("exp_avg", "exp_avg_sq")}
+        kept["step"] = [torch.zeros((), device=w.device) for w in weights]
+        adam_ = adam if train.optimizer == "adam" else adamw
+
+        def step(gradients: list[Tensor]) -> None:
+            averages, squares, steps = kept.values()
+            adam_(
+                weights,
+                gradients,
+                averages,
+                squares,
+                [],
+                steps,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-8,
+                **fixed,
+            )
+
+    names = [name for name, _ in net.named_parameters()]
+    state = dict(zip(names, (w.detach() for w in weights), strict=True))
+    state |= {f"{name}/{key}": t for key, ts in kept.items() for name, t in zip(names, ts, strict=True)}
+    return state, lambda: step([w.grad for w in weights if w.grad is not None])
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:

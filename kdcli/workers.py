@@ -113,7 +113,7 @@ def main() -> None:
         spec = json.loads(line)
         error = None
         try:
-            train(session, session.run(Spec(**spec | {"parents": tuple(spec["parents"])})))
+            train(session, [session.run(Spec(**spec | {"parents": tuple(spec["parents"])}))])
         except Exception as problem:  # the next run may do better
             error = " ".join(str(problem).split()) or type(problem).__name__
         print(json.dumps({"error": error}), flush=True)

@@ -81,7 +81,7 @@ def kd(case: dict[str, Any], images: Split, train: Train) -> Iterator[None]:
     if case.get("distill"):
         targets = average(predict(teacher(), images)[None], 20, "arithmetic").exp()
         distill = Distill(T=20, lambda1=0.9, lambda2=0.1), lambda index, _: targets[index]
-    for _ in fit(model(case), images, train, 0, distill):
+    for _ in fit([model(case)], images, train, [0], distill):
         yield
 
 
@@ -90,31 +90,33 @@ def teacher() -> MLP:
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """Images as PIL objects, transformed one by one."""
+    """Images read one by one as torchvision's MNIST reads them, then its transforms."""
 
     def __init__(self, images: Split, jitter: int) -> None:
-        self.images, self.labels = images.images.numpy(), images.labels.tolist()
+        self.images, self.labels = images.images, images.labels
         shift = [transforms.RandomAffine(0, translate=(jitter / 28, jitter / 28))] if jitter else []
-        self.transform = transforms.Compose([*shift, transforms.ToTensor()])
+        self.transform = transforms.Compose([transforms.ToTensor(), *shift])
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+        return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
 
 
 def naive(case: dict[str, Any], images: Split, train: Train) -> Iterator[None]:
     """Epochs of the loop as most people write it."""
-    widths, dropout = [784, *case["hidden"]], case.get("dropout", 0.0)
+    widths, dropout, device = [784, *case["hidden"]], case.get("dropout", 0.0), DEVICE
     hidden = [part for n, m in pairwise(widths) for part in (nn.Linear(n, m), nn.ReLU(), nn.Dropout(dropout))]
     net = nn.Sequential(nn.Flatten(), nn.Dropout(case.get("input_dropout", 0.0)), *hidden, nn.Linear(widths[-1], 10))
+    net.to(device)
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
     options = {"momentum": 0.9} if train.optimizer == "sgd" else {}
-    optimizer = kinds[train.optimizer](net.parameters(), lr=train.lr, foreach=False, **options)
+    optimizer = kinds[train.optimizer](net.parameters(), lr=train.lr, **options)
     loader, live, losses = DataLoader(Samples(images, train.jitter), BATCH, shuffle=True), teacher(), []
     while True:
         for x, y in loader:
+            x, y = x.to(device), y.to(device)
             logits = net(x)
             loss = F.cross_entropy(logits, y)
             if case.get("distill"):

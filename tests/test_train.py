@@ -21,8 +21,8 @@ def net(seed: int = 0, **options: Any) -> core.MLP:
 
 
 def trained(settings: Train, seed: int = 0, **options: Any) -> core.MLP:
-    for epoch in fit(net(**options), DIGITS.train, settings, seed):
-        result = epoch.model
+    for epoch in fit([net(**options)], DIGITS.train, settings, [seed]):
+        (result,) = epoch.models
     return result
 
 
@@ -58,16 +58,17 @@ def test_the_global_random_state_plays_no_part() -> None:
 def test_every_sample_counts_once_an_epoch_the_last_batch_too() -> None:
     """At a learning rate that moves nothing, the epoch's means are those of the untouched net over all 1,297."""
     settings = train(epochs=1, batch_size=500, lr=1e-30, momentum=0)
-    (epoch,) = fit(net(), DIGITS.train, settings, 0)
+    (epoch,) = fit([net()], DIGITS.train, settings, [0])
+    (metrics,) = epoch.metrics
     logits = net()(DIGITS.train.inputs()).detach()
-    assert epoch.metrics["train_errors"] == int((logits.argmax(1) != DIGITS.train.labels).sum())
+    assert metrics["train_errors"] == int((logits.argmax(1) != DIGITS.train.labels).sum())
     loss = torch.nn.functional.cross_entropy(logits, DIGITS.train.labels)
-    assert epoch.metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_the_model_trains_in_train_mode_after_an_evaluation() -> None:
     model = net(dropout=0.5)
-    for _ in fit(model, DIGITS.train, train(), 0):
+    for _ in fit([model], DIGITS.train, train(), [0]):
         assert model.training
         predict(model, DIGITS.test)
         assert model.training
@@ -83,8 +84,8 @@ def test_predict_asks_for_logits_without_dropout_in_order() -> None:
 
 
 def test_max_norm_holds_after_every_epoch() -> None:
-    for epoch in fit(net(), DIGITS.train, train(max_norm=0.8), 0):
-        assert float(epoch.model.linears()[0].weight.detach().norm(dim=1).max()) <= 0.8 + 1e-5
+    for epoch in fit([net()], DIGITS.train, train(max_norm=0.8), [0]):
+        assert float(epoch.models[0].linears()[0].weight.detach().norm(dim=1).max()) <= 0.8 + 1e-5
 
 
 def test_ema_is_the_exponential_average_of_the_weights() -> None:
@@ -106,7 +107,7 @@ def test_students_learn_the_teachers_logits_and_ignore_labels_when_lambda2_is_0(
     wrong = data.Split(DIGITS.train.images, torch.zeros_like(DIGITS.train.labels), DIGITS.train.white)
     distill = Distill(T=4, lambda1=1.0, lambda2=0.0)
     student = net(1)
-    epochs = [e.metrics for e in fit(student, wrong, train(epochs=20), 0, (distill, lambda i, _: targets[i]))]
+    epochs = [e.metrics[0] for e in fit([student], wrong, train(epochs=20), [0], (distill, lambda i, _: targets[i]))]
     assert epochs[-1]["t2_kl"] < 0.05 * epochs[0]["t2_kl"]
     agreement = predict(student, DIGITS.test).argmax(1) == predict(teacher, DIGITS.test).argmax(1)
     assert float(agreement.double().mean()) > 0.95
@@ -115,8 +116,8 @@ def test_students_learn_the_teachers_logits_and_ignore_labels_when_lambda2_is_0(
 def test_lambda1_0_is_the_baseline() -> None:
     settings, targets = train(), torch.full((1297, 10), 0.1, dtype=torch.float64)
     hard = Distill(T=20, lambda1=0.0, lambda2=1.0)
-    for epoch in fit(net(), DIGITS.train, settings, 0, (hard, lambda i, _: targets[i])):
-        student = epoch.model
+    for epoch in fit([net()], DIGITS.train, settings, [0], (hard, lambda i, _: targets[i])):
+        (student,) = epoch.models
     assert torch.allclose(weights(student), weights(trained(settings)), atol=1e-6)
 
 
@@ -138,14 +139,63 @@ def test_schedules_by_hand() -> None:
     assert warm[60] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
-def test_optimizers(name: str, kind: str) -> None:
-    optimizer = make_optimizer(net(), train(optimizer=name, weight_decay=0.01))
-    (group,) = optimizer.param_groups
-    assert type(optimizer).__name__ == kind
-    assert group["fused"] is True
-    assert group["weight_decay"] == 0.01
-    assert group.get("momentum", 0.9) == 0.9
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_move_as_torchs_own_classes_do(name: str) -> None:
+    settings = train(optimizer=name, weight_decay=0.01, momentum=0.9 if name == "sgd" else None)
+    ours, theirs = net(), net()
+    rate = torch.zeros(())
+    _, step = make_optimizer(ours, settings, rate)
+    kind, options = OPTIMIZERS[name]
+    optimizer = kind(theirs.parameters(), lr=1.0, weight_decay=0.01, **options)
+    for i, lr in enumerate((0.1, 0.05, 0.02)):
+        x, y = DIGITS.train.inputs()[100 * i : 100 * i + 100], DIGITS.train.labels[100 * i : 100 * i + 100]
+        for model in (ours, theirs):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(x.clone()), y).backward()
+        rate.fill_(lr)
+        with torch.no_grad():
+            step()
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        assert torch.allclose(weights(ours), weights(theirs), atol=1e-6)
+
+
+STACKED: list[dict[str, Any]] = [
+    {},
+    {"jitter": 1, "max_norm": 1.0, "weight_decay": 0.01},
+    {"optimizer": "adam", "lr": 1e-3, "ema": 0.9},
+    {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", STACKED)
+@pytest.mark.parametrize("distilled", [False, True])
+def test_stacked_equals_separate_for_every_member(options: dict[str, Any], distilled: bool) -> None:
+    """Nets trained in one stack are, to float tolerance, the nets trained alone: order, shifts, dropout, teacher."""
+    seeds, settings = [3, 8, 5], train(**options)
+    targets = core.soften(5 * torch.rand(3, 1297, 10, generator=core.generator(0, "targets")), 2).exp()
+    distill = Distill(T=2, lambda1=0.7, lambda2=0.3)
+
+    def fitted(which: list[int]) -> tuple[list[dict[str, float]], list[Tensor]]:
+        member = torch.tensor(which)[:, None]
+        teach = (distill, lambda index, _: targets[member, index]) if distilled else None
+        models = [net(seeds[i], dropout=0.5, input_dropout=0.2) for i in which]
+        *_, last = fit(models, DIGITS.train, settings, [seeds[i] for i in which], teach)
+        return last.metrics, [weights(model) for model in last.models]
+
+    metrics, together = fitted([0, 1, 2])
+    for i in range(3):
+        (alone_metrics,), (alone,) = fitted([i])
+        assert torch.allclose(together[i], alone, atol=1e-5)
+        assert metrics[i] == pytest.approx(alone_metrics, rel=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -153,7 +203,7 @@ def test_a_gpu_trains_to_the_errors_of_the_cpu() -> None:
     errors = {}
     for device in (torch.device("cpu"), torch.device("cuda")):
         digits = DIGITS.to(device)
-        for epoch in fit(net().to(device), digits.train, train(epochs=20, jitter=1), 0):
-            model = epoch.model
+        for epoch in fit([net().to(device)], digits.train, train(epochs=20, jitter=1), [0]):
+            (model,) = epoch.models
         errors[device.type] = int((predict(model, digits.test).argmax(1) != digits.test.labels).sum())
     assert abs(errors["cpu"] - errors["cuda"]) <= 10
