@@ -5,6 +5,7 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,15 +71,20 @@ def _scaled(rows: Tensor, white: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Dataset:
-    """train: what is trained on. test: what errors are counted on. heldout: positions in `train` of the images that
-    omit-classes keeps out of the transfer set to choose its bias on."""
+    """train: what is trained on. test: what errors are counted on."""
 
     train: Split
     test: Split
-    heldout: Tensor
+    held: int
+
+    @cached_property
+    def heldout(self) -> Tensor:
+        """Positions in `train` of the `held` images that omit-classes keeps out of the transfer set to choose its bias
+        on."""
+        return _stratified(self.train.labels, self.held)
 
     def to(self, device: torch.device) -> "Dataset":
-        return Dataset(self.train.to(device), self.test.to(device), self.heldout.to(device))
+        return Dataset(self.train.to(device), self.test.to(device), self.held)
 
 
 def load(data: Data, data_dir: Path | None = None) -> Dataset:
@@ -88,21 +94,24 @@ def load(data: Data, data_dir: Path | None = None) -> Dataset:
     Raises BadInput when it cannot be had or a file is damaged.
     """
     train, test = _digits() if data.name == "digits" else _mnist(data_dir or Path(os.environ.get("KD_DATA") or "data"))
-    heldout = _stratified(train.labels, data.heldout)
     if data.evaluate_on == "heldout":
-        rest = torch.ones(len(train), dtype=torch.bool)
-        rest[heldout] = False
-        train, test = train.at(rest.nonzero()[:, 0]), train.at(heldout)
-        heldout = _stratified(train.labels, data.heldout)
-    return Dataset(train, test, heldout)
+        train, test = _without(train, heldout := _stratified(train.labels, data.heldout)), train.at(heldout)
+    return Dataset(train, test, data.heldout)
+
+
+def _without(split: Split, index: Tensor) -> Split:
+    rest = torch.ones(len(split), dtype=torch.bool)
+    rest[index] = False
+    return split.at(rest.nonzero()[:, 0])
 
 
 def _stratified(labels: Tensor, count: int) -> Tensor:
     """Positions, ascending, of `count` samples with the classes in their shares; always the same ones."""
     from sklearn.model_selection import train_test_split
 
-    _, chosen = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels.numpy(), random_state=0)
-    return torch.from_numpy(np.sort(chosen))
+    y = labels.cpu().numpy()
+    _, chosen = train_test_split(np.arange(len(y)), test_size=count, stratify=y, random_state=0)
+    return torch.from_numpy(np.sort(chosen)).to(labels.device)
 
 
 def _digits() -> tuple[Split, Split]:
@@ -113,9 +122,7 @@ def _digits() -> tuple[Split, Split]:
     facts = DATASETS["digits"]
     all_ = Split(torch.from_numpy(bunch.images.astype(np.uint8)), torch.from_numpy(bunch.target).long(), facts.white)
     test = _stratified(all_.labels, facts.test)
-    rest = torch.ones(len(all_), dtype=torch.bool)
-    rest[test] = False
-    return all_.at(rest.nonzero()[:, 0]), all_.at(test)
+    return _without(all_, test), all_.at(test)
 
 
 def _mnist(folder: Path) -> tuple[Split, Split]:

@@ -8,8 +8,12 @@ For each case, in one process, the arms shuffled in every round:
     naive     the loop as most people write it: DataLoader, ToTensor and RandomAffine a sample, stock dropout, an
               unfused optimizer, torch.renorm with a copy, `.item()` every step, a live teacher
 
+On a GPU, the same step three ways instead, timed with device events: launched kernel by kernel (eager), as one CUDA
+graph, and as one graph of ten nets stacked.
+
 The images are random bytes, which costs what real ones cost. Times are medians over the rounds with their quartiles;
-ratios are taken round by round, so that a drift of the machine's speed cancels.
+ratios are taken round by round, so that a drift of the machine's speed cancels. `--scale` prints the other table:
+seconds an epoch of 60,000 images and peak memory, each figure from a process of its own.
 """
 
 import argparse
@@ -17,7 +21,10 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -31,12 +38,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from kdcli import train as training
 from kdcli.config import Distill, Train
 from kdcli.core import MLP, average, generator
 from kdcli.data import Split
 from kdcli.train import fit, predict
 
 STEPS, BATCH = 30, 128
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES: dict[str, dict[str, Any]] = {
     "hard-label student": {"hidden": [800, 800], "train": {}},
     "distilled student": {"hidden": [800, 800], "train": {}, "distill": True},
@@ -72,21 +81,22 @@ def products(case: dict[str, Any]) -> Iterator[None]:
 
 def model(case: dict[str, Any]) -> MLP:
     dropout, input_dropout = case.get("dropout", 0.0), case.get("input_dropout", 0.0)
-    return MLP(784, case["hidden"], 10, dropout=dropout, input_dropout=input_dropout, init=generator(0, "init"))
+    net = MLP(784, case["hidden"], 10, dropout=dropout, input_dropout=input_dropout, init=generator(0, "init"))
+    return net.to(DEVICE)
 
 
-def kd(case: dict[str, Any], images: Split, train: Train) -> Iterator[None]:
-    """Epochs of `STEPS` steps of the loop itself."""
+def kd(case: dict[str, Any], images: Split, train: Train, members: int = 1) -> Iterator[None]:
+    """Epochs of the loop itself."""
     distill = None
     if case.get("distill"):
         targets = average(predict(teacher(), images)[None], 20, "arithmetic").exp()
         distill = Distill(T=20, lambda1=0.9, lambda2=0.1), lambda index, _: targets[index]
-    for _ in fit([model(case)], images, train, [0], distill):
+    for _ in fit([model(case) for _ in range(members)], images, train, range(members), distill):
         yield
 
 
 def teacher() -> MLP:
-    return MLP(784, [1200, 1200], 10, init=generator(1, "init")).eval()
+    return MLP(784, [1200, 1200], 10, init=generator(1, "init")).eval().to(DEVICE)
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
@@ -146,14 +156,21 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "quartile1": low, "quartile3": high}
 
 
+def random_images(count: int) -> Split:
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+    return Split(pixels, torch.from_numpy(rng.integers(0, 10, count)), 255)
+
+
+def settings(case: dict[str, Any], optimizer: str) -> Train:
+    common = {"epochs": 1_000, "batch_size": BATCH, "optimizer": optimizer, "lr": 1e-3, "schedule": "constant"}
+    return Train.model_validate(common | case["train"])
+
+
 def measure(name: str, optimizer: str, rounds: int) -> dict[str, Any]:
     """One case: times of the three arms, and their ratios round by round."""
-    case = CASES[name]
-    rng = np.random.default_rng(0)
-    pixels = torch.from_numpy(rng.integers(0, 256, (STEPS * BATCH, 28, 28), dtype=np.uint8))
-    images = Split(pixels, torch.from_numpy(rng.integers(0, 10, STEPS * BATCH)), 255)
-    settings = {"epochs": 1_000, "batch_size": BATCH, "optimizer": optimizer, "lr": 1e-3, "schedule": "constant"}
-    train = Train.model_validate(settings | case["train"])
+    case, images = CASES[name], random_images(STEPS * BATCH)
+    train = settings(case, optimizer)
     arms = {"products": products(case), "kd": kd(case, images, train), "naive": naive(case, images, train)}
     for warm_up in arms.values():
         timed(warm_up)
@@ -162,8 +179,7 @@ def measure(name: str, optimizer: str, rounds: int) -> dict[str, Any]:
         for arm in random.sample(list(arms), len(arms)):
             times[arm].append(timed(arms[arm]))
     widths = [784, *case["hidden"], 10]
-    weights = sum(n * m for n, m in pairwise(widths))
-    flop = 2 * BATCH * (3 * weights - 784 * widths[1])
+    flop = 2 * BATCH * (3 * sum(n * m for n, m in pairwise(widths)) - 784 * widths[1])
 
     def ratio(a: str, b: str, clock: Callable[[Time], float]) -> dict[str, float]:
         return spread([clock(x) / clock(y) for x, y in zip(times[a], times[b], strict=True)])
@@ -173,47 +189,122 @@ def measure(name: str, optimizer: str, rounds: int) -> dict[str, Any]:
         "optimizer": optimizer,
         "ms_wall": {arm: spread([1e3 * t.wall for t in ts]) for arm, ts in times.items()},
         "ms_cpu": {arm: spread([1e3 * t.cpu for t in ts]) for arm, ts in times.items()},
-        "gflop_per_s": flop / statistics.median(t.wall for t in times["products"]) / 1e9,
+        "gflop_per_s": {arm: flop / statistics.median(t.wall for t in ts) / 1e9 for arm, ts in times.items()},
         "kd_over_products": ratio("kd", "products", lambda t: t.wall),
         "naive_over_kd_cpu": ratio("naive", "kd", lambda t: t.cpu),
+        "naive_over_products_cpu": ratio("naive", "products", lambda t: t.cpu),
         "contended": any(statistics.median(t.wall / t.cpu for t in ts) > 1.05 for ts in times.values()),
     }
+
+
+def measure_gpu(name: str, optimizer: str, rounds: int) -> dict[str, Any]:
+    """One case on a GPU: milliseconds a step and net, by device events; start-up and capture apart."""
+    case, images, captured = CASES[name], random_images(STEPS * BATCH).to(DEVICE), training._captured
+    arms, start = {}, {}
+    for arm, members in (("eager", 1), ("graph", 1), ("stacked", 10)):
+        training._captured = captured if arm != "eager" else lambda step, *_: step
+        began = time.perf_counter()
+        arms[arm] = kd(case, images, settings(case, optimizer), members), members
+        next(arms[arm][0])
+        torch.cuda.synchronize()
+        start[arm] = time.perf_counter() - began
+    training._captured = captured
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm in random.sample(list(arms), len(arms)):
+            epochs, members = arms[arm]
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            next(epochs)
+            end.record()
+            torch.cuda.synchronize()
+            times[arm].append(begin.elapsed_time(end) / STEPS / members)
+    return {
+        "case": name,
+        "optimizer": optimizer,
+        "ms_a_step_and_net": {arm: spread(ts) for arm, ts in times.items()},
+        "seconds_to_first_epoch": start,
+    }
+
+
+def scale_of(hidden: int, batch: int) -> None:
+    """In a process of its own: seconds an epoch, from a part of one, and peak memory of a hard-label net."""
+    case, part = {"hidden": [hidden, hidden], "train": {}}, 20 if hidden < 4000 else 100
+    images = random_images(60_000)
+    few = images.at(torch.arange(max(60_000 // part, 2 * batch)))
+    train = settings(case, "adam").model_copy(update={"batch_size": batch})
+    epochs = kd(case, few, train)
+    next(epochs)
+    times = [timed(epochs).wall * STEPS * 60_000 / len(few) for _ in range(3)]
+    print(json.dumps([statistics.median(times), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+
+
+def scale() -> None:
+    """Width, batch and members against seconds an epoch and peak memory (of kd, torch and the images together)."""
+    print("| hidden | batch | s an epoch | peak MB |\n| ---: | ---: | ---: | ---: |")
+    for hidden, batch in [(w, 128) for w in (300, 800, 1200, 4000)] + [(800, b) for b in (512, 1024, 4096)]:
+        words = [sys.executable, __file__, "--scale-of", str(hidden), str(batch)]
+        seconds, memory = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        print(f"| {hidden} x {hidden} | {batch} | {seconds:.1f} | {memory:.0f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--scale", action="store_true", help="print seconds an epoch and memory by width and batch")
+    parser.add_argument("--scale-of", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    load = os.getloadavg()[0]
-    results = [measure(name, optimizer, arguments.rounds) for name in CASES for optimizer in ("sgd", "adam")]
+    if arguments.scale_of:
+        return scale_of(*arguments.scale_of)
+    if arguments.scale:
+        return scale()
+    load, run = os.getloadavg()[0], measure_gpu if DEVICE.type == "cuda" else measure
+    results = [run(name, optimizer, arguments.rounds) for name in CASES for optimizer in ("sgd", "adam")]
     document = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": 1,
         "batch": BATCH,
-        "load_at_start": load,
-        "contended": load > 0.5 or any(r["contended"] for r in results),
+        "load_at_start": round(load, 2),
+        "contended": load > 0.5 or any(r.get("contended", False) for r in results),
         "results": results,
     }
     if arguments.json:
         print(json.dumps(document, indent=1))
         return
-    print(", ".join(f"{key}: {value}" for key, value in document.items() if key != "results"))
-    print(
-        f"\n{'':20}{'':6}{'ms a step: products':>20}{'kd':>8}{'naive':>8}{'GFLOP/s':>9}{'kd / products':>22}{'naive / kd (CPU)':>24}"
-    )
-    for r in results:
-        ms = r["ms_wall"]
-        ratios = [
-            f"{x['median']:.2f} ({x['quartile1']:.2f} to {x['quartile3']:.2f})"
-            for x in (r["kd_over_products"], r["naive_over_kd_cpu"])
-        ]
-        times = f"{ms['products']['median']:20.2f}{ms['kd']['median']:8.2f}{ms['naive']['median']:8.2f}{r['gflop_per_s']:9.0f}"
-        print(f"{r['case']:20}{r['optimizer']:6}{times}{ratios[0]:>22}{ratios[1]:>24}")
+    print(", ".join(f"{key}: {value}" for key, value in document.items() if key != "results"), "\n")
+    for line in (gpu_lines if DEVICE.type == "cuda" else cpu_lines)(results):
+        print(line)
     if document["contended"]:
         print("\nThis machine was doing something else at the same time: measure again when it is quiet.")
+
+
+def cpu_lines(results: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| case | optimizer | ms a step: products / kd / naive | ms CPU | GFLOP/s | kd / products | naive / kd, CPU | naive / products, CPU |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for r in results:
+        wall, cpu = (" / ".join(f"{ms['median']:.2f}" for ms in r[key].values()) for key in ("ms_wall", "ms_cpu"))
+        flops = " / ".join(f"{rate:.0f}" for rate in r["gflop_per_s"].values())
+        ratios = " | ".join(
+            shown(r[key]) for key in ("kd_over_products", "naive_over_kd_cpu", "naive_over_products_cpu")
+        )
+        yield f"| {r['case']} | {r['optimizer']} | {wall} | {cpu} | {flops} | {ratios} |"
+
+
+def gpu_lines(results: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| case | optimizer | ms a step and net: eager | graph | ten stacked | s to the first epoch |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for r in results:
+        times = " | ".join(shown(x, 4) for x in r["ms_a_step_and_net"].values())
+        start = " / ".join(f"{x:.1f}" for x in r["seconds_to_first_epoch"].values())
+        yield f"| {r['case']} | {r['optimizer']} | {times} | {start} |"
+
+
+def shown(x: dict[str, float], digits: int = 2) -> str:
+    return f"{x['median']:.{digits}f} ({x['quartile1']:.{digits}f} to {x['quartile3']:.{digits}f})"
 
 
 if __name__ == "__main__":
