@@ -25,9 +25,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -246,6 +248,46 @@ def scale() -> None:
         words = [sys.executable, __file__, "--scale-of", str(hidden), str(batch)]
         seconds, memory = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
         print(f"| {hidden} x {hidden} | {batch} | {seconds:.1f} | {memory:.0f} |", flush=True)
+    print(
+        "\n| members | s for two epochs of each, start-up included | peak MB of all processes |\n| ---: | ---: | ---: |"
+    )
+    for members in (1, 2, 4, 8):
+        seconds, memory = teachers(members)
+        print(f"| {members} | {seconds:.0f} | {memory:.0f} |", flush=True)
+
+
+def teachers(members: int) -> tuple[float, float]:
+    """Seconds and peak memory (MB, shared pages counted once) of `kd train-teacher mnist` for so many seeds."""
+    began, peak = time.perf_counter(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["train-teacher", "mnist", "--epochs", "2", "--seeds", f"0-{members - 1}", "--runs-dir", folder]
+        with subprocess.Popen(
+            [sys.executable, "-m", "kdcli", *words, "--threads", "1"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            while process.poll() is None:
+                peak = max(peak, sum(map(memory_of, family(process.pid))))
+                time.sleep(0.2)
+    assert process.returncode == 0, "kd failed: is MNIST in data/ or $KD_DATA?"
+    return time.perf_counter() - began, peak / 1024
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+    ]
+    return [pid, *(one for child in children for one in family(child))]
+
+
+def memory_of(pid: int) -> int:
+    """Proportional set size in KiB; 0 of a process that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def main() -> None:

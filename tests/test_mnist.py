@@ -1,5 +1,7 @@
 """The five subcommands on real MNIST, their trainings shortened with --set; about two minutes on one core."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,19 @@ def test_evaluation_counts_the_same_errors(mnist: dict[str, dict[str, Any]]) -> 
     assert student["teacher"]["agreement"] > 0.98
     assert student["cost"]["multiply_adds"] == 784 * 400 + 400 * 400 + 400 * 10
     assert sum(map(sum, student["confusion"])) == 10_000
+
+
+def test_a_training_imports_nothing_that_it_does_not_use(mnist_dir: Path, tmp_path: Path) -> None:
+    """torchvision costs as much as torch itself, torch's compiler a second and 300 MB."""
+    words = ["train-teacher", "mnist", "--epochs", "1", "--set", "teacher.model.hidden=[8]", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "kdcli", *words, "--data-dir", str(mnist_dir)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "torch" in imported
+    unused = {"torchvision", "torch._dynamo", "sympy", "sklearn", "scipy", "matplotlib", "pandas"}
+    assert not imported & unused
