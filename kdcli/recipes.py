@@ -298,7 +298,6 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
             session.note(f"{run.name}: finished before{made_by}")
     nets = [run for run in missing if run.spec.command != "ensemble"]  # to combine members is not worth a process
     if session.jobs > 1 and len(nets) > 1 and session.device.type == "cpu":
-        _ = session.dataset  # met here first: a download, or a damaged file
         train_all(session, missing)
     else:
         for group in _stackable(session, missing):

@@ -30,24 +30,24 @@ def train_all(session: "Session", runs: Sequence[Run]) -> None:
     raises RuntimeError with what went wrong."""
     waiting, children, failures, lock = deque(runs), list[Child](), list[str](), Lock()
 
-    def feed() -> None:
+    def feed(child: Child) -> None:
         """Give one process run after run; start another in its place if it dies."""
-        child = None
         while waiting:
             try:
                 run = waiting.popleft()
             except IndexError:  # another thread was quicker
                 break
-            if child is None or child.poll() is not None:
+            if child.poll() is not None:
                 children.append(child := _start(session))
             if error := _train(session, child, run, lock):
                 failures.append(f"{run.name}: {error}")
-        if child:
-            child.communicate()
+        child.communicate()
 
     with ThreadPoolExecutor(session.jobs) as pool:
         try:
-            for done in [pool.submit(feed) for _ in range(min(session.jobs, len(runs)))]:
+            children += [_start(session) for _ in range(min(session.jobs, len(runs)))]
+            _ = session.dataset  # met here first, while they start: a download, or a damaged file
+            for done in [pool.submit(feed, child) for child in tuple(children)]:
                 done.result()
         except BaseException:
             waiting.clear()
