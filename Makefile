@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 COMMANDS := train-teacher ensemble distill omit-classes evaluate run
 
-.PHONY: demo test bench lint clean $(COMMANDS)
+.PHONY: demo test bench torture lint clean $(COMMANDS)
 demo: .venv/ready
 	$(BIN)/kd run digits
 
@@ -17,6 +17,9 @@ test: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python tests/bench.py
+
+torture: .venv/ready
+	$(BIN)/python tests/torture.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

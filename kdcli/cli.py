@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -321,19 +322,19 @@ def top(
 
 
 def main() -> None:
-    """Run `kd`: 0 done, 1 failed, 2 wrong usage or input, 3 an expectation missed, 130 interrupted."""
+    """Run `kd`: 0 done, 1 failed, 2 wrong usage or input, 3 an expectation missed, 130 or 143 interrupted."""
     sys.exit(_main())
 
 
 def _main() -> int:
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        code = app(standalone_mode=False) or 0
-        if code == 130:  # what typer makes of Ctrl-C
-            print("interrupted: type the same command again; what was finished is kept", file=sys.stderr)
-        return code
+        code = app(standalone_mode=False) or 0  # typer makes 130 of Ctrl-C
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
     except BadInput as error:
         if debug:
             raise
@@ -347,3 +348,6 @@ def _main() -> int:
             return 2
         print(f"kd: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    if code in (130, 143):
+        print(f"interrupted: to continue, type again: {shlex.join(['kd', *sys.argv[1:]])}", file=sys.stderr)
+    return code

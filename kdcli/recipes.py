@@ -17,11 +17,12 @@ from kdcli import BadInput, core, metrics
 from kdcli.config import CLASSES, DATASETS, Data, Distill, Experiment, Model, Omission, Section, Train
 from kdcli.data import Dataset, Split, load
 from kdcli.runs import Document, Run, Spec, differences, git_commit, list_runs, open_run
-from kdcli.train import Teacher, fit, predict
+from kdcli.train import Teacher, fit, learning_rate, predict
 from kdcli.workers import train_all
 
 TEACHERS = ("train-teacher", "ensemble")
 STUDENTS = ("baseline", "distill", "omit-classes")
+SAVE_EVERY = 30.0  # seconds of training that an interruption may cost
 
 
 @dataclass(frozen=True)
@@ -300,10 +301,26 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
     if session.jobs > 1 and len(nets) > 1 and session.device.type == "cpu":
         train_all(session, missing)
     else:
-        for group in _stackable(session, missing):
-            train(session, group)
+        _train_here(session, _stackable(session, missing))
     session.known.update(runs)
     return [runs[spec.name].result for spec in specs]
+
+
+def _train_here(session: Session, groups: list[list[Run]]) -> None:
+    """Train groups one after another. One that fails takes no other down: a stack is taken apart, and when all have
+    ended, RuntimeError is raised with what went wrong."""
+    failures = []
+    while groups:
+        group, *groups = groups
+        try:
+            train(session, group)
+        except RuntimeError as error:
+            if len(group) > 1:
+                groups = [[run] for run in group] + groups
+            else:
+                failures.append(f"{group[0].name}: {error}")
+    if failures:
+        raise RuntimeError("; ".join(failures))
 
 
 def _stackable(session: Session, runs: Sequence[Run]) -> list[list[Run]]:
@@ -423,25 +440,50 @@ def _fit(
     streams = [2 * run.spec.seed + (spec.command in STUDENTS) for run in runs]
     nets: Sequence[core.MLP]
     nets = [build(spec.settings, core.generator(stream, "init")).to(session.device) for stream in streams]
-    started = time.perf_counter()
-    for epoch in fit(nets, transfer_set, train, streams, distill):
+    saved = [run.load_state(session.note) for run in runs]
+    if len({epochs for epochs, _ in saved}) > 1:  # a stack goes in step: all of it again
+        saved = [run.restart() for run in runs]
+    done = saved[0][0]
+    before = [run.metrics()[done - 1]["seconds"] if done else 0.0 for run in runs]
+    if done:
+        session.note(f"{', '.join(run.name for run in runs)}: continued after epoch {done}")
+    started = last_save = time.perf_counter()
+    for epoch in fit(nets, transfer_set, train, streams, distill, done, [state for _, state in saved if state]):
         nets, results = epoch.models, []
-        for run, net, of_train in zip(runs, nets, epoch.metrics, strict=True):
-            if not math.isfinite(of_train["loss"]):
-                raise RuntimeError(
-                    f"the loss is {of_train['loss']} in epoch {of_train['epoch']}: lower the lr of {train.lr:g}"
-                )
-            counted = metrics.count_errors(predict(net, test), test.labels)
-            seconds = round(time.perf_counter() - started, 3)
+        for run, net, of_train, earlier in zip(runs, nets, epoch.metrics, before, strict=True):
+            logits = predict(net, test)
+            _stop_if_diverged(
+                run, train, of_train, steps=math.ceil(len(transfer_set) / train.batch_size), logits=logits
+            )
+            counted = metrics.count_errors(logits, test.labels)
+            seconds = round(earlier + time.perf_counter() - started, 3)
             logged = of_train | {"test_errors": counted["errors"], "seconds": seconds}
             run.log(logged)
             session.progress(run.name, train.epochs, logged)
             results.append({"seconds": seconds, "test": counted, "last_epoch": of_train})
+        if time.perf_counter() - last_save >= SAVE_EVERY and of_train["epoch"] < train.epochs:
+            for run, state in zip(runs, epoch.states, strict=True):
+                run.save_state(int(of_train["epoch"]), state)
+            last_save = time.perf_counter()
     for run, net, result in zip(runs, nets, results, strict=True):
         run.save("weights", net.state_dict())
         on = "test images" if session.experiment.data.evaluate_on == "test" else "held-out training images"
         result |= {"samples": len(transfer_set), "evaluated_on": on, "trained_together": len(runs)}
     return nets, results
+
+
+def _stop_if_diverged(run: Run, train: Train, of_epoch: dict[str, float], steps: int, logits: Tensor) -> None:
+    """Raise RuntimeError, and say so in the run, if the loss or what the net says now is not finite."""
+    if math.isfinite(of_epoch["loss"]) and bool(logits.isfinite().all()):
+        return
+    step = int(of_epoch.get("diverged_at", of_epoch["epoch"] * steps - 1))
+    rate = learning_rate(train, step, steps)
+    error = (
+        f"diverged at step {step + 1} (epoch {of_epoch['epoch']}), at a learning rate of {rate:.3g}: "
+        f"lower the lr of {train.lr:g}, or let it rise over a warmup"
+    )
+    run.end("diverged", error)
+    raise RuntimeError(error)
 
 
 def _nets(session: Session, run: Run) -> list[core.MLP]:

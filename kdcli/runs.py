@@ -3,6 +3,7 @@
     config.yaml          the command, seed, settings and parents that the hash is taken of
     environment.json     versions, device, threads, command line, git commit
     metrics.jsonl        one line an epoch
+    state                and state.previous, while it trains: the training state to continue from
     weights.safetensors  and logits.safetensors (of the test images, a teacher's of the training images too)
     result.json          the status, the errors, the checksums of the files above; completed runs are never overwritten
     report.md            the same for a reader
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Document = dict[str, Any]
-UNFINISHED = ("missing", "running", "failed", "interrupted")
+UNFINISHED = ("missing", "running", "failed", "interrupted", "diverged")
+STATES = ("state", "state.previous")  # the newest first
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """completed, failed, interrupted, missing, or running; a run whose process died says interrupted."""
+        """completed, failed, diverged, interrupted, missing, or running; a run whose process died says interrupted."""
         status = str(self.result["status"])
         if status == "running":
             with contextlib.suppress(OSError), (self.path / "lock").open("rb") as lock:
@@ -100,7 +102,8 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self, device: str, threads: int) -> Iterator[None]:
-        """Hold the run for writing, from an empty start; the status is right however the body ends.
+        """Hold the run for writing, all of it anew but what it can continue from; the status is right however the body
+        ends.
 
         Raises BadInput when another process holds it.
         """
@@ -120,7 +123,7 @@ class Run:
             for leftover in self.path.iterdir():
                 if leftover.is_dir():
                     raise BadInput(f"{leftover}: kd makes no such folder: remove it")
-                if leftover.name != "lock":
+                if leftover.name not in ("lock", "metrics.jsonl", *STATES):
                     leftover.unlink()
             self._write_json("result.json", self._header("running"))
             self._write("config.yaml", yaml.safe_dump(self._config(), sort_keys=False).encode())
@@ -129,8 +132,48 @@ class Run:
                 yield
             except BaseException as error:
                 status = "failed" if isinstance(error, Exception) else "interrupted"
-                self._write_json("result.json", self._header(status) | {"error": f"{type(error).__name__}: {error}"})
+                if self.result["status"] == "running":
+                    self.end(status, f"{type(error).__name__}: {error}")
                 raise
+
+    def end(self, status: str, error: str) -> None:
+        """Say how the run ended, if not completed."""
+        self._write_json("result.json", self._header(status) | {"error": error})
+
+    def save_state(self, epoch: int, tensors: "dict[str, Tensor]") -> None:
+        """Keep the training state after so many epochs, whole or not at all, and the one before it."""
+        import torch
+        from safetensors.torch import save
+
+        content = save({name: t.cpu().contiguous() for name, t in tensors.items()} | {"epoch": torch.tensor(epoch)})
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / STATES[0]).replace(self.path / STATES[1])
+        self._write(STATES[0], hashlib.sha256(content).digest() + content)
+
+    def load_state(self, note: Callable[[str], None]) -> "tuple[int, dict[str, Tensor]]":
+        """The epochs and the state that training continues from, with the metrics cut back to them; 0 and nothing at
+        the start. Of a damaged state it is noted, and the one before is used."""
+        from safetensors.torch import load
+
+        for name in STATES:
+            try:
+                content = (self.path / name).read_bytes()
+                lines = (self.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+            except FileNotFoundError:
+                continue
+            if hashlib.sha256(content[32:]).digest() == content[:32]:
+                tensors = load(content[32:])
+                epochs = int(tensors.pop("epoch"))
+                if len(lines) >= epochs and lines[epochs - 1].endswith(b"\n"):
+                    self._write("metrics.jsonl", b"".join(lines[:epochs]))
+                    return epochs, tensors
+            note(f"{self.path / name}: is damaged: an earlier state is used")
+        return self.restart()
+
+    def restart(self) -> "tuple[int, dict[str, Tensor]]":
+        """The state at the start, before any epoch: nothing; with no metrics."""
+        self._write("metrics.jsonl", b"")
+        return 0, {}
 
     def log(self, metrics: Document) -> None:
         """Append a line to metrics.jsonl."""
@@ -177,6 +220,8 @@ class Run:
         files = sorted(self.path.glob("*.safetensors"))
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         self._write_json("result.json", self._header("completed") | result | {"sha256": checksums})
+        for name in STATES:
+            (self.path / name).unlink(missing_ok=True)
 
     @property
     def commit(self) -> str | None:

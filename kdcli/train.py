@@ -23,11 +23,12 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Epoch(NamedTuple):
-    """The state after one epoch, a list entry for each net: `models` are those to evaluate and keep (with averaged
-    weights where `ema` is set)."""
+    """What there is after one epoch, a list entry for each net: `models` are those to evaluate and keep (with averaged
+    weights where `ema` is set), `states` the tensors to continue from, which change with the next step."""
 
     metrics: list[dict[str, float]]
     models: Sequence[MLP]
+    states: Sequence[dict[str, Tensor]]
 
 
 def fit(
@@ -36,9 +37,12 @@ def fit(
     train: Train,
     seeds: Sequence[int],
     distill: tuple[Distill, Teacher] | None = None,
+    done: int = 0,
+    states: Sequence[dict[str, Tensor]] = (),
 ) -> Iterator[Epoch]:
     """Train nets of one shape in place, all at once, yielding after every epoch; on hard labels, or on `distill`'s
-    soft targets too. Each sees its own order, shifts and dropout, which depend on its (seed, epoch) alone.
+    soft targets too. Each sees its own order, shifts and dropout, which depend on its (seed, epoch) alone: from the
+    `states` after `done` epochs it goes on as if it had never stopped.
 
     The transfer set lies on the models' device. On a GPU a step is one CUDA graph.
     """
@@ -50,6 +54,12 @@ def fit(
     average = core.stack(averaged) if train.ema else net
     rate = torch.zeros((), device=device)
     state, optimize = make_optimizer(net, train, rate)
+    if train.ema:
+        state |= {f"{name}/ema": p.detach() for name, p in average.named_parameters()}
+    own = [{k: t[m] if len(models) > 1 and t.dim() else t for k, t in state.items()} for m in range(len(models))]
+    for saved, tensors in zip(states, own, strict=False):
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
     draws = [torch.Generator(device) for _ in seeds]
     steps = math.ceil(n / train.batch_size)
 
@@ -72,7 +82,7 @@ def fit(
         sizes = {min(train.batch_size, n), n - (steps - 1) * train.batch_size}
         step = _captured(eager, [(len(seeds), size) for size in sizes], draws, state)
 
-    for epoch in range(train.epochs):
+    for epoch in range(done, train.epochs):
         net.train()
         order = torch.stack([torch.randperm(n, generator=generator(seed, "order", epoch)) for seed in seeds]).to(device)
         shifts = torch.stack([_shifts(train.jitter, n, seed, epoch) for seed in seeds], 1).to(device)
@@ -92,7 +102,10 @@ def fit(
 
         logits, soft_targets = (torch.cat(outs, 1) for outs in zip(*seen, strict=True))
         metrics = _metrics(logits, transfer_set.labels[order], soft_targets, distill)
-        yield Epoch([{"epoch": epoch + 1} | of_one for of_one in metrics], averaged)
+        for of_one, z in zip(metrics, logits, strict=True):
+            if not math.isfinite(of_one["loss"]):
+                of_one["diverged_at"] = epoch * steps + int((~z.isfinite().all(1)).int().argmax()) // train.batch_size
+        yield Epoch([{"epoch": epoch + 1} | of_one for of_one in metrics], averaged, own)
 
 
 def keep_freed_memory() -> None:

@@ -90,7 +90,10 @@ def _train(session: "Session", child: Child, run: Run, lock: Lock) -> str | None
             error: str | None = message["error"]
             return error
         with lock:
-            session.progress(run.name, message["epochs"], message["metrics"])
+            if "note" in message:
+                session.note(message["note"])
+            else:
+                session.progress(run.name, message["epochs"], message["metrics"])
     return f"its process ended with exit code {child.wait()}"
 
 
@@ -103,12 +106,15 @@ def main() -> None:
     def tell(run: str, epochs: int, metrics: Document) -> None:
         print(json.dumps({"epochs": epochs, "metrics": metrics}), flush=True)
 
+    def note(line: str) -> None:
+        print(json.dumps({"note": line}), flush=True)
+
     start = json.loads(sys.stdin.readline())
     sys.argv[1:] = start["arguments"]  # for the environment record
     experiment = Experiment.model_validate(start["experiment"])
     torch.set_num_threads(experiment.threads or 1)
     data_dir = start["data_dir"] and Path(start["data_dir"])
-    session = Session(experiment, Path(start["runs_dir"]), torch.device("cpu"), data_dir, progress=tell)
+    session = Session(experiment, Path(start["runs_dir"]), torch.device("cpu"), data_dir, progress=tell, note=note)
     for line in sys.stdin:
         spec = json.loads(line)
         error = None

@@ -48,6 +48,7 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         (folder / "tiny.yaml").write_text(TINY)
 
     def __call__(self, *arguments: str, **environment: str) -> Done:

@@ -16,6 +16,7 @@ SPEC = Spec("exp", "train-teacher", 3, {"data": {"name": "digits"}, "model": {"h
 def finished(root: Path, spec: Spec = SPEC) -> Run:
     run = Run(root, spec)
     with run.writing("cpu", 1):
+        run.restart()
         run.log({"epoch": 1, "loss": 0.5})
         run.save("weights", {"w": torch.arange(6.0).view(2, 3)})
         run.finish(

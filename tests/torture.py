@@ -1,0 +1,55 @@
+"""`make torture`: kill real trainings with SIGKILL at instants drawn at random, continue each, and compare the bits.
+
+    python tests/torture.py [KILLS]
+
+The training saves its state after every epoch, so that many kills fall into a save. A training that ends is compared
+with one that was never interrupted, and another is begun; so is the last.
+"""
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from conftest import Shell
+from test_resume import finish, outcome, start
+
+
+def main(kills: int) -> None:
+    draws, found, compared = random.Random(0), Counter[str](), 0
+    with tempfile.TemporaryDirectory() as folder:
+        whole, shell = Shell(Path(folder, "whole")), Shell(Path(folder, "killed"))
+        began = time.monotonic()
+        finish(whole)
+        wanted, longest = outcome(whole.folder), time.monotonic() - began
+        while sum(found.values()) < kills:
+            with start(shell) as process:
+                time.sleep(draws.uniform(0.3, 1) * longest)
+                process.kill()
+                process.communicate()
+            if process.returncode == 0:  # it was quicker than the kill
+                compared += compare(shell, wanted)
+                continue
+            results = list(shell.folder.rglob("result.json"))
+            epochs = sum(len(path.read_bytes().splitlines()) for path in shell.folder.rglob("metrics.jsonl"))
+            saving = "while a file was written" if list(shell.folder.rglob("*.tmp")) else "in training"
+            status = json.loads(results[0].read_text())["status"] if results else "not begun"
+            found["before its first epoch" if not epochs else "after the end" if status == "completed" else saving] += 1
+        finish(shell)
+        compared += compare(shell, wanted)
+    print(f"{kills} kills ({', '.join(f'{n} {what}' for what, n in found.items())}): {compared} endings, the same bits")
+
+
+def compare(shell: Shell, wanted: object) -> int:
+    """Check an ending and clear it away."""
+    assert outcome(shell.folder) == wanted, "the training that was killed ended differently"
+    shutil.rmtree(shell.folder / "runs")
+    return 1
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
