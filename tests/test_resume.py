@@ -16,6 +16,7 @@ from conftest import Shell
 from test_train import DIGITS, net, train, weights
 
 from kdcli import core
+from kdcli.config import Train
 from kdcli.train import fit
 
 # `kd` that saves the training state after every epoch.
