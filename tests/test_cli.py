@@ -427,24 +427,6 @@ def test_ctrl_c_leaves_130_and_a_run_that_can_be_asked_for_again(kd: Shell) -> N
     assert "is interrupted; train it: kd train-teacher" in done.err
 
 
-def test_a_failure_while_running_exits_with_1_and_is_no_teacher(kd: Shell) -> None:
-    wild = (
-        "--set",
-        "teacher.train.optimizer=sgd",
-        "--set",
-        "teacher.train.lr=1e30",
-        "--set",
-        "teacher.train.max_norm=null",
-    )
-    done = kd("train-teacher", "tiny.yaml", *wild)
-    assert done.code == 1
-    assert "the loss is nan in epoch" in done.err
-    assert "Traceback" not in done.err
-    refused = kd("distill", "tiny.yaml", *wild)
-    assert refused.code == 2
-    assert "is failed; train it" in refused.err
-
-
 # The verdict.
 
 
