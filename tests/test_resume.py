@@ -22,12 +22,12 @@ from kdcli.train import fit
 
 # `kd` that saves the training state after every epoch.
 EAGER = "import sys, kdcli.recipes as r; r.SAVE_EVERY = 0; sys.argv[0] = 'kd'; from kdcli.cli import main; main()"
-WORDS = ["train-teacher", "tiny.yaml", "--set", "teacher.train.epochs=60", "--set", "teacher.train.ema=0.9"]
+WORDS = ["train-teacher", "tiny.yaml", "--set", "teacher.train.ema=0.9", "--epochs"]
 
 
-def start(shell: Shell) -> "subprocess.Popen[str]":
+def start(shell: Shell, epochs: int = 60) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", EAGER, *WORDS],
+        [sys.executable, "-c", EAGER, *WORDS, str(epochs)],
         cwd=shell.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -35,8 +35,8 @@ def start(shell: Shell) -> "subprocess.Popen[str]":
     )
 
 
-def finish(shell: Shell) -> str:
-    with start(shell) as process:
+def finish(shell: Shell, epochs: int = 60) -> str:
+    with start(shell, epochs) as process:
         _, errors = process.communicate()
     assert process.returncode == 0, errors
     return errors
@@ -174,7 +174,7 @@ def test_a_full_disk_is_an_error_and_the_last_state_stays(tmp_path: Path) -> Non
     """A limit on the size of files stands in for the disk: the write fails half-way, as on a full one."""
     shell = Shell(tmp_path)
     limit = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); {EAGER}"
-    done = subprocess.run([sys.executable, "-c", limit, *WORDS], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", limit, *WORDS, "60"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr

@@ -18,28 +18,29 @@ from pathlib import Path
 from conftest import Shell
 from test_resume import finish, outcome, start
 
+EPOCHS = 150
+
 
 def main(kills: int) -> None:
     draws, found, compared = random.Random(0), Counter[str](), 0
     with tempfile.TemporaryDirectory() as folder:
         whole, shell = Shell(Path(folder, "whole")), Shell(Path(folder, "killed"))
         began = time.monotonic()
-        finish(whole)
+        finish(whole, EPOCHS)
         wanted, longest = outcome(whole.folder), time.monotonic() - began
         while sum(found.values()) < kills:
-            with start(shell) as process:
-                time.sleep(draws.uniform(0.3, 1) * longest)
+            with start(shell, EPOCHS) as process:
+                time.sleep(draws.uniform(0.4, 1) * longest)
                 process.kill()
                 process.communicate()
-            if process.returncode == 0:  # it was quicker than the kill
+            results = [json.loads(path.read_text()) for path in shell.folder.rglob("result.json")]
+            if results and results[0]["status"] == "completed":  # it was quicker than the kill
                 compared += compare(shell, wanted)
                 continue
-            results = list(shell.folder.rglob("result.json"))
             epochs = sum(len(path.read_bytes().splitlines()) for path in shell.folder.rglob("metrics.jsonl"))
-            saving = "while a file was written" if list(shell.folder.rglob("*.tmp")) else "in training"
-            status = json.loads(results[0].read_text())["status"] if results else "not begun"
-            found["before its first epoch" if not epochs else "after the end" if status == "completed" else saving] += 1
-        finish(shell)
+            writing = list(shell.folder.rglob("*.tmp"))
+            found["while a file was written" if writing else "in training" if epochs else "before its first epoch"] += 1
+        finish(shell, EPOCHS)
         compared += compare(shell, wanted)
     print(f"{kills} kills ({', '.join(f'{n} {what}' for what, n in found.items())}): {compared} endings, the same bits")
 
