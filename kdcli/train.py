@@ -56,31 +56,15 @@ def fit(
     state, optimize = make_optimizer(net, train, rate)
     if train.ema:
         state |= {f"{name}/ema": p.detach() for name, p in average.named_parameters()}
-    own = [{k: t[m] if len(models) > 1 and t.dim() else t for k, t in state.items()} for m in range(len(models))]
-    for saved, tensors in zip(states, own, strict=False):
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+    own = _resumed(state, len(models), states)
     draws = [torch.Generator(device) for _ in seeds]
     steps = math.ceil(n / train.batch_size)
 
-    def eager(index: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on the samples at `index` [M, B], shifted by `shift` [2, M, B]: logits, soft targets [M, B, C]."""
-        x, labels = source.inputs(index, shift), transfer_set.labels[index]
-        soft_targets = distill[1](index, x) if distill else x.new_zeros(*index.shape, 0)
-        logits = net(x, draws) if len(models) > 1 else net(x[0], draws)[None]
-        net.zero_grad()
-        _loss(logits, labels, soft_targets, distill).total.sum().backward()
-        with torch.no_grad():
-            optimize()
-        if train.max_norm:
-            net.constrain(train.max_norm)
-        return logits.detach(), soft_targets
-
-    step: Step = eager
+    step = _make_step(net, source, transfer_set.labels, train, draws, optimize, distill)
     if device.type == "cuda":
         net.train()
         sizes = {min(train.batch_size, n), n - (steps - 1) * train.batch_size}
-        step = _captured(eager, [(len(seeds), size) for size in sizes], draws, state)
+        step = _captured(step, [(len(seeds), size) for size in sizes], draws, state)
 
     for epoch in range(done, train.epochs):
         net.train()
@@ -106,6 +90,44 @@ def fit(
             if not math.isfinite(of_one["loss"]):
                 of_one["diverged_at"] = epoch * steps + int((~z.isfinite().all(1)).int().argmax()) // train.batch_size
         yield Epoch([{"epoch": epoch + 1} | of_one for of_one in metrics], averaged, own)
+
+
+def _make_step(
+    net: MLP,
+    source: Split | Jittered,
+    labels: Tensor,
+    train: Train,
+    draws: Sequence[torch.Generator],
+    optimize: Callable[[], None],
+    distill: tuple[Distill, Teacher] | None,
+) -> Step:
+    """All that happens to a batch, which is what a CUDA graph holds."""
+
+    def step(index: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on the samples at `index` [M, B], shifted by `shift` [2, M, B]: logits, soft targets [M, B, C]."""
+        x = source.inputs(index, shift)
+        soft_targets = distill[1](index, x) if distill else x.new_zeros(*index.shape, 0)
+        logits = net(x, draws) if len(draws) > 1 else net(x[0], draws)[None]
+        net.zero_grad()
+        _loss(logits, labels[index], soft_targets, distill).total.sum().backward()
+        with torch.no_grad():
+            optimize()
+        if train.max_norm:
+            net.constrain(train.max_norm)
+        return logits.detach(), soft_targets
+
+    return step
+
+
+def _resumed(
+    state: dict[str, Tensor], members: int, states: Sequence[dict[str, Tensor]]
+) -> Sequence[dict[str, Tensor]]:
+    """Each member's own part of the training state, as views, after `states` were copied into it."""
+    own = [{k: t[m] if members > 1 and t.dim() else t for k, t in state.items()} for m in range(members)]
+    for saved, tensors in zip(states, own, strict=False):
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+    return own
 
 
 def keep_freed_memory() -> None:
