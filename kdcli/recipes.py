@@ -574,7 +574,12 @@ def _evaluation(session: Session, run: Run, log_p: dict[str, Tensor]) -> Documen
         "multiply_adds": sum(p.numel() for p in weights if p.dim() == 2),
         "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
         "latency_ms": {
-            str(n): round(metrics.latency(lambda x: torch.stack([net(x) for net in nets]), test.inputs()[:n]), 4)
+            str(n): round(
+                metrics.latency(
+                    lambda x: torch.stack([net(x) for net in nets]), test.inputs(torch.arange(n, device=session.device))
+                ),
+                4,
+            )
             for n in (1, 128)
         },
     }
