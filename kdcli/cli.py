@@ -16,7 +16,7 @@ import typer
 
 from kdcli import BadInput, __version__, config
 from kdcli.config import Experiment, Override
-from kdcli.runs import Document, open_run
+from kdcli.runs import Document, dependents, find_folders, open_run, remove, survey
 
 if TYPE_CHECKING:
     from kdcli.recipes import Session
@@ -122,21 +122,9 @@ class Job:
         finally:
             display.close()
         whole = {"command": self.command, "experiment": experiment.name, "runs": documents}
-        self.show(documents[0] if len(documents) == 1 else whole, *report.tables(self.command, documents))
-
-    def show(self, document: Document, *parts: "Table | str") -> None:
-        """The document as JSON, or tables and lines for a person, on stdout."""
-        from rich.console import Console
-
-        if self.common.as_json:
-            print(json.dumps(document, indent=1))
-            return
-        console = Console()
-        for part in parts:
-            if isinstance(part, str):
-                console.print(part, highlight=False, markup=False, soft_wrap=True)
-            else:
-                part.print(console)
+        show(
+            self.common.as_json, documents[0] if len(documents) == 1 else whole, *report.tables(self.command, documents)
+        )
 
     def dry_run(self, experiment: Experiment, *named: tuple[str, str]) -> None:
         """Show the resolved experiment, the device, and each net's parameters and steps; write nothing.
@@ -159,7 +147,22 @@ class Job:
             at_most = "at most " if n["net"] in {entry.label for entry in experiment.omit_classes} else ""
             lines.append(f"# {n['net']}: {n['parameters']:,} parameters, {at_most}{steps}, {n['seeds']} seed(s)")
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100)
-        self.show(document, text + "\n".join([*lines, "# --dry-run: nothing was written"]))
+        show(self.common.as_json, document, text + "\n".join([*lines, "# --dry-run: nothing was written"]))
+
+
+def show(as_json: bool, document: Document, *parts: "Table | str") -> None:
+    """The document as JSON, or tables and lines for a person, on stdout."""
+    from rich.console import Console
+
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    console = Console()
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, highlight=False, markup=False, soft_wrap=True)
+        else:
+            part.print(console)
 
 
 def command(name: str) -> Callable[[Callable[..., None]], None]:
@@ -279,7 +282,7 @@ def evaluate(
     display = report.Display()
     seeds = experiment.seed if job.common.seed is not None else None
     document = recipes.evaluate(job.session(experiment, display), names, seeds)
-    job.show(document, *report.tables("evaluate", document["runs"]))
+    show(job.common.as_json, document, *report.tables("evaluate", document["runs"]))
 
 
 @command("run")
@@ -303,11 +306,77 @@ def run(
         display.close()
     document = report.summary(experiment, documents, evaluation)
     files = report.write_report(document, session.runs_dir / experiment.name / "report", session.runs_dir)
-    job.show(document, report.final_table(document), *report.remarks(document), *(f"wrote {file}" for file in files))
+    show(
+        job.common.as_json,
+        document,
+        report.final_table(document),
+        *report.remarks(document),
+        *(f"wrote {file}" for file in files),
+    )
     if missed := [row for row in document["table"] if check and not row.get("met", True)]:
         for row in missed:
             display.note(f"expect.{row['row']}: {row['mean']:.1f} errors, not {row['expect']:g} or fewer")
         raise typer.Exit(3)
+
+
+runs_app = typer.Typer(invoke_without_command=True, help="List the runs, or remove some.")
+app.add_typer(runs_app, name="runs")
+RunsDir = Annotated[Path, typer.Option(help="Where the run directories lie.")]
+ORDERS: dict[str, Callable[[Document], Any]] = {
+    "name": lambda d: d["run"],
+    "errors": lambda d: (d["errors"] is None, d["errors"]),
+    "age": lambda d: d["age_s"],
+    "size": lambda d: -d["bytes"],
+}
+
+
+@runs_app.callback()
+def runs(
+    context: typer.Context,
+    match: Annotated[str, typer.Option(metavar="TEXT", help="Only runs with this in their name or status.")] = "",
+    sort: Annotated[str, typer.Option(help="name, errors, age or size.")] = "name",
+    runs_dir: RunsDir = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """List the runs: status, errors, age, size. `kd runs rm` removes some."""
+    if context.invoked_subcommand is not None:
+        return
+    if sort not in ORDERS:
+        raise BadInput(f"--sort {sort}: must be {', '.join(ORDERS)}")
+    listed = sorted((d for d in survey(runs_dir) if match in f"{d['run']} {d['status']}"), key=ORDERS[sort])
+    from kdcli import report
+
+    show(as_json, {"command": "runs", "runs": listed}, report.runs_table(listed))
+
+
+@runs_app.command("rm")
+def runs_rm(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, by name or by path.")],
+    force: Annotated[bool, typer.Option("--force", help="Even if other runs were made from them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    runs_dir: RunsDir = Path("runs"),
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Remove runs, unless others were made from them."""
+    folders, listed = find_folders(runs_dir, names), survey(runs_dir)
+    chosen = ["/".join(folder.parts[-3:]) for folder in folders]
+    orphans = dependents(listed, chosen)
+    if orphans and not force:
+        lines = [f"  {run}" for run in orphans]
+        raise BadInput("these runs were made from them; remove them too, or add --force:", *lines)
+    for run in orphans:
+        print(f"orphaned: {run}", file=sys.stderr)
+    size = sum(d["bytes"] for d in listed if d["run"] in chosen) / 1e6
+    print(*(f"remove: {run}" for run in chosen), f"{len(chosen)} runs, {size:.1f} MB", sep="\n", file=sys.stderr)
+    if not yes and not sys.stdin.isatty():
+        raise BadInput("kd runs rm: asks before it removes, and nobody is there to answer: add --yes")
+    if not yes and not typer.confirm("Remove them?", err=True):
+        print("nothing was removed", file=sys.stderr)
+        return
+    for folder in sorted(folders, key=lambda folder: folder.parent.name in ("train-teacher", "ensemble")):
+        remove(folder)
+    print(f"removed {len(chosen)} runs", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)

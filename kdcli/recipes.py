@@ -16,12 +16,10 @@ from torch import Tensor
 from kdcli import BadInput, core, metrics
 from kdcli.config import CLASSES, DATASETS, Data, Distill, Experiment, Model, Omission, Section, Train
 from kdcli.data import Dataset, Split, load
-from kdcli.runs import Document, Run, Spec, differences, git_commit, list_runs, open_run
+from kdcli.runs import STUDENTS, TEACHERS, Document, Run, Spec, differences, git_commit, list_runs, open_run
 from kdcli.train import Teacher, fit, learning_rate, predict
 from kdcli.workers import train_all
 
-TEACHERS = ("train-teacher", "ensemble")
-STUDENTS = ("baseline", "distill", "omit-classes")
 SAVE_EVERY = 30.0  # seconds of training that an interruption may cost
 
 

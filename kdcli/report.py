@@ -91,6 +91,24 @@ def tables(command: str, documents: Sequence[Document]) -> list[Table | str]:
     return make[command](documents)
 
 
+def runs_table(listed: Sequence[Document]) -> Table:
+    """What `kd runs` shows."""
+    rows = []
+    for d in listed:
+        under_way = d["status"] != "completed" and d["epoch"]
+        status = f"{d['status']} {d['epoch']}/{d['epochs']}" if under_way else d["status"]
+        errors = "" if d["errors"] is None else str(d["errors"])
+        rows.append([d["run"], status, errors, _age(d["age_s"]), f"{d['bytes'] / 1e6:.1f} MB"])
+    return Table(f"{len(listed)} runs", ("run", "status", "errors", "age", "size"), rows)
+
+
+def _age(seconds: float) -> str:
+    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 def _rate(errors: float, total: int) -> str:
     return f"{100 * errors / total:.2f} %"
 

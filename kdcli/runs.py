@@ -18,8 +18,10 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 Document = dict[str, Any]
 UNFINISHED = ("missing", "running", "failed", "interrupted", "diverged")
+TEACHERS = ("train-teacher", "ensemble")
+STUDENTS = ("baseline", "distill", "omit-classes")
 STATES = ("state", "state.previous")  # the newest first
 
 
@@ -146,9 +150,8 @@ class Run:
         from safetensors.torch import save
 
         content = save({name: t.cpu().contiguous() for name, t in tensors.items()} | {"epoch": torch.tensor(epoch)})
-        with contextlib.suppress(FileNotFoundError):
-            (self.path / STATES[0]).replace(self.path / STATES[1])
-        self._write(STATES[0], hashlib.sha256(content).digest() + content)
+        newest, previous = (self.path / name for name in STATES)
+        write_aside(newest, hashlib.sha256(content).digest() + content, keep=previous)
 
     def load_state(self, note: Callable[[str], None]) -> "tuple[int, dict[str, Tensor]]":
         """The epochs and the state that training continues from, with the metrics cut back to them; 0 and nothing at
@@ -259,14 +262,23 @@ class Run:
         write_aside(self.path / name, content)
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside, flushed to the disk, then renamed."""
+def write_aside(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Write a file whole or not at all: aside, flushed to the disk, then renamed. The file that it replaces is renamed
+    to `keep`, if that is given. Raises OSError with the file's name, and leaves what was there."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep:
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(keep)
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def open_run(root: Path, name: str, flag: str = "") -> Run:
@@ -276,7 +288,7 @@ def open_run(root: Path, name: str, flag: str = "") -> Run:
     path = root / name if (root / name / "config.yaml").is_file() else Path(name)
     path = Path(os.path.abspath(path))
     if not (path / "config.yaml").is_file():
-        raise BadInput(f"{said}: there is no such run; `ls -d {root}/*/*/*` lists what there is")
+        raise BadInput(f"{said}: there is no such run; `kd runs` lists what there is")
     run = _open(path)
     if run.root != Path(os.path.abspath(root)):
         raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {run.root}")
@@ -308,6 +320,68 @@ def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Callab
             except BadInput as error:
                 note(f"left out: {error}")
     return sorted(runs, key=lambda run: (commands.index(run.spec.command), run.spec.seed, run.name))
+
+
+# Housekeeping.
+
+
+def survey(root: Path) -> list[Document]:
+    """What `kd runs` lists: every run directory below `root`, those included that cannot be read (`damaged`)."""
+    root = Path(os.path.abspath(root))
+    folders = [
+        folder for command in (*TEACHERS, *STUDENTS) for folder in root.glob(f"*/{command}/*") if folder.is_dir()
+    ]
+    return [_surveyed(root, folder) for folder in sorted(folders)]
+
+
+def _surveyed(root: Path, folder: Path) -> Document:
+    files = [(file.stat().st_mtime, file.stat().st_size) for file in folder.iterdir() if file.is_file()]
+    document: Document = {"run": str(folder.relative_to(root)), "status": "damaged", "errors": None, "parents": []}
+    document |= {"epoch": None, "epochs": None, "bytes": sum(size for _, size in files)}
+    document["age_s"] = round(time.time() - max((changed for changed, _ in files), default=time.time()))
+    with contextlib.suppress(BadInput, AttributeError, TypeError, KeyError):
+        run = _open(folder)
+        document |= {"parents": list(run.spec.parents), "status": run.status}
+        if run.spec.command != "ensemble":
+            document |= {"epoch": len(run.metrics()), "epochs": run.spec.settings["train"]["epochs"]}
+        document["errors"] = run.result["test"]["errors"] if run.completed else None
+    return document
+
+
+def dependents(listed: Sequence[Document], names: Sequence[str]) -> list[str]:
+    """The runs that were made from those named, or from runs made from them, themselves not named."""
+    reached = set(names)
+    while more := {d["run"] for d in listed if reached & set(d["parents"])} - reached:
+        reached |= more
+    return sorted(reached - set(names))
+
+
+def find_folders(root: Path, names: Sequence[str]) -> list[Path]:
+    """The run directories of these names or paths, readable or not. Raises BadInput when one is none of `root`'s."""
+    root, folders = Path(os.path.abspath(root)), []
+    for name in names:
+        path = Path(os.path.abspath(root / name if (root / name).is_dir() else name))
+        parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
+        if len(parts) != 3 or parts[1] not in (*TEACHERS, *STUDENTS) or not path.is_dir() or path.is_symlink():
+            raise BadInput(f"{name}: is not a run in {root}; `kd runs` lists what there is")
+        folders.append(path)
+    return list(dict.fromkeys(folders))
+
+
+def remove(folder: Path) -> None:
+    """Delete a run directory. Raises BadInput when a kd is writing it, or the system does not let it go."""
+    try:
+        with (folder / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / "result.json").unlink(missing_ok=True)  # first: what is half removed is not completed
+            shutil.rmtree(folder)
+    except BlockingIOError:
+        raise BadInput(f"{folder}: is being written by a kd: stop that first") from None
+    except OSError as error:
+        raise BadInput(f"{error.filename}: cannot be removed: {error.strerror}") from None
+    for parent in (folder.parent, folder.parent.parent):
+        with contextlib.suppress(OSError):  # not empty
+            parent.rmdir()
 
 
 def environment(device: str, threads: int) -> Document:
