@@ -9,3 +9,11 @@ class BadInput(ValueError):
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+def failure(error: BaseException) -> str:
+    """What went wrong while running, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (RuntimeError, BadInput)) and text else f"{type(error).__name__}: {text}"

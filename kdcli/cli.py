@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import BadInput, __version__, config
+from kdcli import BadInput, __version__, config, failure
 from kdcli.config import Experiment, Override
 from kdcli.runs import Document, dependents, find_folders, open_run, remove, survey
 
@@ -395,9 +395,16 @@ def main() -> None:
     sys.exit(_main())
 
 
+def _interrupt(*_: object) -> None:
+    """The first Ctrl-C ends the command in order; a second one ends it at once, which loses nothing either."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
+
+
 def _main() -> int:
     debug = "--debug" in sys.argv
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         code = app(standalone_mode=False) or 0  # typer makes 130 of Ctrl-C
     except KeyboardInterrupt:
@@ -415,7 +422,7 @@ def _main() -> int:
         if hasattr(error, "format_message"):  # a usage error of typer's
             print(f"kd: {error.format_message().rstrip('.')} (see kd --help)", file=sys.stderr)
             return 2
-        print(f"kd: failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"kd: failed: {failure(error)}", file=sys.stderr)
         return 1
     if code in (130, 143):
         print(f"interrupted: to continue, type again: {shlex.join(['kd', *sys.argv[1:]])}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcli import BadInput, core, metrics
+from kdcli import BadInput, core, failure, metrics
 from kdcli.config import CLASSES, DATASETS, Data, Distill, Experiment, Model, Omission, Section, Train
 from kdcli.data import Dataset, Split, load
 from kdcli.runs import STUDENTS, TEACHERS, Document, Run, Spec, differences, git_commit, list_runs, open_run
@@ -312,11 +312,11 @@ def _train_here(session: Session, groups: list[list[Run]]) -> None:
         group, *groups = groups
         try:
             train(session, group)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if len(group) > 1:
                 groups = [[run] for run in group] + groups
             else:
-                failures.append(f"{group[0].name}: {error}")
+                failures.append(f"{group[0].name}: {failure(error)}")
     if failures:
         raise RuntimeError("; ".join(failures))
 
@@ -370,7 +370,8 @@ def _combine(session: Session, runs: Sequence[Run]) -> list[Document]:
     """Both averages of an ensemble's members, and by how many errors the chosen one beats them."""
     (run,) = runs
     members, how = [member.result for member in _members(run)], run.spec.settings["average"]
-    logits, labels = _member_logits(run, "test"), session.dataset.test.labels.cpu()
+    labels = session.dataset.test.labels.cpu()
+    logits = torch.stack([_logits(member, "test", len(labels)) for member in _members(run)])
     averages = {a: metrics.count_errors(core.average(logits, 1.0, a), labels) for a in ("arithmetic", "geometric")}
     errors = [member["test"]["errors"] for member in members]
     result = {
@@ -412,7 +413,7 @@ def _discordant(session: Session, student: Document, baseline: Document) -> Docu
     """The test images that only the student gets right (`fixed`), and those that only the baseline does (`broken`)."""
     labels = session.dataset.test.labels.cpu()
     runs = [open_run(session.runs_dir, document["run"]) for document in (student, baseline)]
-    student_right, baseline_right = (run.load("logits")["test"].argmax(1) == labels for run in runs)
+    student_right, baseline_right = (_logits(run, "test", len(labels)).argmax(1) == labels for run in runs)
     return {
         "fixed": int((student_right & ~baseline_right).sum()),
         "broken": int((baseline_right & ~student_right).sum()),
@@ -501,9 +502,12 @@ def _members(run: Run) -> list[Run]:
     return [open_run(run.root, name) for name in run.spec.parents] if run.spec.command == "ensemble" else [run]
 
 
-def _member_logits(run: Run, split: str) -> Tensor:
-    """The logits [M, N, C] that a teacher's members kept on the `train` or `test` images."""
-    return torch.stack([member.load("logits")[split] for member in _members(run)])
+def _logits(run: Run, split: str, images: int) -> Tensor:
+    """The logits [N, C] that a run kept on the `train` or `test` images. Raises BadInput when they are not there."""
+    logits = run.load("logits").get(split)
+    if logits is None or logits.shape != (images, CLASSES):
+        raise BadInput(f"{run.path}: its logits are not those of the {images:,} {split} images: {run.remedy}")
+    return logits
 
 
 def _soft_targets(session: Session, sources: Sequence[Run], settings: Document, transfer: Tensor) -> Teacher:
@@ -521,8 +525,10 @@ def _soft_targets(session: Session, sources: Sequence[Run], settings: Document, 
         return lambda index, x: soften(
             [torch.stack([net(own) for net in of_one]) for of_one, own in zip(nets, x, strict=True)]
         )
-    targets = soften([_member_logits(source, "train").to(session.device)[:, transfer] for source in sources])
-    student = torch.arange(len(sources), device=session.device)[:, None]
+    images, device = len(session.dataset.train), session.device
+    kept = [torch.stack([_logits(m, "train", images).to(device) for m in _members(source)]) for source in sources]
+    targets = soften([members[:, transfer] for members in kept])
+    student = torch.arange(len(sources), device=device)[:, None]
     return lambda index, x: targets[student, index]
 
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from kdcli import BadInput, __version__
+from kdcli import BadInput, __version__, failure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +88,8 @@ class Run:
         needed = {"run", "seed", "device", "seconds", "test", "evaluated_on", "sha256"}
         if not isinstance(result, dict) or not (result.get("status") in UNFINISHED or needed <= result.keys()):
             raise BadInput(f"{self.path / 'result.json'}: is not a run's result: {self.remedy}")
+        if result["status"] not in UNFINISHED and result.pop("checksum", "") != _checksum(result):
+            raise BadInput(f"{self.path / 'result.json'}: is damaged or edited (its checksum differs): {self.remedy}")
         return result
 
     @property
@@ -137,7 +139,8 @@ class Run:
             except BaseException as error:
                 status = "failed" if isinstance(error, Exception) else "interrupted"
                 if self.result["status"] == "running":
-                    self.end(status, f"{type(error).__name__}: {error}")
+                    with contextlib.suppress(OSError):  # of a full disk the error itself is the one to tell
+                        self.end(status, failure(error))
                 raise
 
     def end(self, status: str, error: str) -> None:
@@ -184,10 +187,13 @@ class Run:
             file.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[Document]:
-        """The lines of metrics.jsonl, one an epoch."""
+        """The lines of metrics.jsonl, one an epoch. Raises BadInput when it is damaged."""
         path = self.path / "metrics.jsonl"
+        if not path.is_file() and "metrics.jsonl" not in self.result.get("sha256", {}):
+            return []
+        content = self._verified(path.name) if self.completed else path.read_bytes()
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+            return [json.loads(line) for line in content.splitlines()]
         except ValueError:
             raise BadInput(f"{path}: is damaged: {self.remedy}") from None
 
@@ -202,16 +208,24 @@ class Run:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        path = self.path / f"{kind}.safetensors"
+        name = f"{kind}.safetensors"
+        try:
+            return load(self._verified(name))
+        except SafetensorError as error:
+            raise BadInput(f"{self.path / name}: cannot be read ({error}): {self.remedy}") from None
+
+    def _verified(self, name: str) -> bytes:
+        """The content of a file of a completed run. Raises BadInput when it is not the one that was written."""
+        path = self.path / name
         try:
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() != self.result.get("sha256", {}).get(path.name):
-                raise BadInput(f"{path}: is damaged or truncated (its checksum differs): {self.remedy}")
-            return load(content)
         except FileNotFoundError:
             raise BadInput(f"{path}: is missing: {self.remedy}") from None
-        except (OSError, SafetensorError) as error:
-            raise BadInput(f"{path}: cannot be read ({error}): {self.remedy}") from None
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror}): {self.remedy}") from None
+        if hashlib.sha256(content).hexdigest() != self.result.get("sha256", {}).get(name):
+            raise BadInput(f"{path}: is damaged or truncated (its checksum differs): {self.remedy}")
+        return content
 
     @property
     def remedy(self) -> str:
@@ -220,9 +234,10 @@ class Run:
     def finish(self, result: Document, report: str) -> None:
         """Write the report and, last of all, the result that makes the run completed."""
         self._write("report.md", report.encode())
-        files = sorted(self.path.glob("*.safetensors"))
+        files = [*sorted(self.path.glob("*.safetensors")), *self.path.glob("metrics.jsonl")]
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        self._write_json("result.json", self._header("completed") | result | {"sha256": checksums})
+        document = self._header("completed") | result | {"sha256": checksums}
+        self._write_json("result.json", document | {"checksum": _checksum(document)})
         for name in STATES:
             (self.path / name).unlink(missing_ok=True)
 
@@ -260,6 +275,10 @@ class Run:
 
     def _write(self, name: str, content: bytes) -> None:
         write_aside(self.path / name, content)
+
+
+def _checksum(document: Document) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def write_aside(path: Path, content: bytes, keep: Path | None = None) -> None:

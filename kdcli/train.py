@@ -13,7 +13,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from kdcli import core
+from kdcli import BadInput, core
 from kdcli.config import Distill, Train
 from kdcli.core import MLP, generator
 from kdcli.data import Jittered, Split
@@ -122,9 +122,12 @@ def _make_step(
 def _resumed(
     state: dict[str, Tensor], members: int, states: Sequence[dict[str, Tensor]]
 ) -> Sequence[dict[str, Tensor]]:
-    """Each member's own part of the training state, as views, after `states` were copied into it."""
+    """Each member's own part of the training state, as views, after `states` were copied into it. Raises BadInput when
+    they are of another training."""
     own = [{k: t[m] if members > 1 and t.dim() else t for k, t in state.items()} for m in range(members)]
     for saved, tensors in zip(states, own, strict=False):
+        if {n: (t.shape, t.dtype) for n, t in saved.items()} != {n: (t.shape, t.dtype) for n, t in tensors.items()}:
+            raise BadInput("the saved training state is not one of this net and optimizer: remove the run, kd runs rm")
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
     return own

@@ -5,17 +5,20 @@ train and tells on stdout how it goes, a JSON document a line; all else is in th
 """
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
+from kdcli import failure
 from kdcli.config import Experiment
 from kdcli.runs import Document, Run, Spec
 
@@ -97,6 +100,20 @@ def _train(session: "Session", child: Child, run: Run, lock: Lock) -> str | None
     return f"its process ended with exit code {child.wait()}"
 
 
+def _say(document: Document) -> None:
+    try:
+        print(json.dumps(document), flush=True)
+    except BrokenPipeError:  # nobody listens any more
+        os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """Let no worker train on when the process that started it was killed, and hold its run."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
 def main() -> None:
     """The worker process."""
     import torch
@@ -104,11 +121,12 @@ def main() -> None:
     from kdcli.recipes import Session, train
 
     def tell(run: str, epochs: int, metrics: Document) -> None:
-        print(json.dumps({"epochs": epochs, "metrics": metrics}), flush=True)
+        _say({"epochs": epochs, "metrics": metrics})
 
     def note(line: str) -> None:
-        print(json.dumps({"note": line}), flush=True)
+        _say({"note": line})
 
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     start = json.loads(sys.stdin.readline())
     sys.argv[1:] = start["arguments"]  # for the environment record
     experiment = Experiment.model_validate(start["experiment"])
@@ -121,8 +139,8 @@ def main() -> None:
         try:
             train(session, [session.run(Spec(**spec | {"parents": tuple(spec["parents"])}))])
         except Exception as problem:  # the next run may do better
-            error = " ".join(str(problem).split()) or type(problem).__name__
-        print(json.dumps({"error": error}), flush=True)
+            error = failure(problem)
+        _say({"error": error})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from conftest import Shell
 from test_train import DIGITS, net, train, weights
 
-from kdcli import core
+from kdcli import core, runs
 from kdcli.config import Train
 from kdcli.train import fit
 
@@ -49,6 +50,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     result = json.loads((run / "result.json").read_text())
     for timed in (*lines, result):
         del timed["seconds"]
+    del result["checksum"], result["sha256"]["metrics.jsonl"]  # which cover those times
     files = sorted(path.name for path in run.iterdir())
     return {"lines": lines, "result": result, "weights": (run / "weights.safetensors").read_bytes(), "files": files}
 
@@ -181,3 +183,114 @@ def test_a_full_disk_is_an_error_and_the_last_state_stays(tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path / "runs" / "tiny" / "train-teacher")
     assert finish(shell)
+
+
+# A `kd` whose flush to the disk fails the 20th time, as on a broken one: in the middle of saving states.
+BROKEN = """
+import errno, os
+flush, calls = os.fsync, []
+def broken(descriptor):
+    calls.append(descriptor)
+    if len(calls) == 20:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    flush(descriptor)
+os.fsync = broken
+"""
+
+
+def test_a_write_error_is_told_and_the_last_state_stays(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    shell = Shell(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN + EAGER, *WORDS, "60"], cwd=tmp_path, capture_output=True, text=True
+    )
+    (run,) = (tmp_path / "runs" / "tiny" / "train-teacher").iterdir()
+    lines = done.stderr.splitlines()
+    assert (done.returncode, lines[-1]) == (
+        1,
+        f"kd: failed: tiny/train-teacher/{run.name}: runs/tiny/train-teacher/{run.name}/state: Input/output error",
+    )
+    assert {"state", "state.previous"} <= {path.name for path in run.iterdir()}
+    assert not list(run.glob("*.tmp"))
+    assert json.loads((run / "result.json").read_text())["status"] == "failed"
+    assert "continued after epoch" in finish(shell)
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_a_full_file_system_is_told_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    """On a real file system of 216 KB, in a mount namespace of the test's own: it fills while states are saved."""
+    shell, disk = Shell(tmp_path), tmp_path / "runs"
+    disk.mkdir()
+    kd = shlex.join([sys.executable, "-c", EAGER, *WORDS, "60"])
+    copy = f"{kd}; code=$?; cp -r runs kept; exit $code"
+    script = f"mount -t tmpfs -o size=216k tmpfs runs || exit 99; {copy}"
+    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        pytest.skip("needs the right to mount a tmpfs")
+    assert done.returncode == 1, done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "kept").rglob("state*"))
+    disk.rmdir()
+    (tmp_path / "kept").rename(disk)
+    assert "continued after epoch" in finish(shell)
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    """Here the first one is held up: writing the status takes forever."""
+    slow = "import time, kdcli.runs as r; r.Run.end = lambda *_: (print('ending', flush=True), time.sleep(100))\n"
+    shell = Shell(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", slow + EAGER, *WORDS, "60"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not list(tmp_path.rglob("state.previous")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout
+        assert process.stdout.readline() == "ending\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert shell("runs", "--json").json["runs"][0]["status"] == "interrupted"
+    assert "continued after epoch" in finish(shell)
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    words = [*WORDS, "100000", "--seeds", "0-1", "--jobs", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-c", EAGER, *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while len(list(tmp_path.rglob("metrics.jsonl"))) < 2:
+            time.sleep(0.05)
+        process.kill()
+    end = time.monotonic() + 20
+    while {d["status"] for d in shell("runs", "--json").json["runs"]} != {"interrupted"}:
+        assert time.monotonic() < end, "a worker trains on"
+
+
+def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    with start(shell) as process:
+        while not list(tmp_path.rglob("state.previous")):
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+    (previous,) = tmp_path.rglob("state.previous")
+    previous.with_name("state").unlink(missing_ok=True)
+    run = runs.open_run(tmp_path / "runs", str(previous.parent))
+    _, tensors = run.load_state(print)
+    run.save_state(1, {"w": tensors["layers.0.weight"]})
+    with start(shell) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith("the saved training state is not one of this net and optimizer")
