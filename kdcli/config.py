@@ -5,6 +5,7 @@ Precedence, highest first: a flag, then `--set a.b=c`, then the experiment file,
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -295,7 +296,7 @@ def find(name: str) -> Path:
     """The file of an experiment given by its path or, when it ships with kd, by its name. Raises BadInput."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if not path.is_file():
+        if not os.path.isfile(path):  # false too of an unusable name
             raise BadInput(f"{name}: there is no such experiment file")
         return path
     if name not in experiments():

@@ -304,9 +304,9 @@ def open_run(root: Path, name: str, flag: str = "") -> Run:
     """The run called `<experiment>/<command>/<id>`, or in the directory at that path. Raises BadInput, with the flag
     that named it if one did."""
     said = f"{flag} {name}".strip() or repr(name)
-    path = root / name if (root / name / "config.yaml").is_file() else Path(name)
+    path = root / name if os.path.isfile(root / name / "config.yaml") else Path(name)  # false too of an unusable name
     path = Path(os.path.abspath(path))
-    if not (path / "config.yaml").is_file():
+    if not os.path.isfile(path / "config.yaml"):
         raise BadInput(f"{said}: there is no such run; `kd runs` lists what there is")
     run = _open(path)
     if run.root != Path(os.path.abspath(root)):
@@ -333,9 +333,9 @@ def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Callab
     """The runs of an experiment made by these commands, by command, then seed; what is no run is noted."""
     runs = []
     for command in commands:
-        for config in sorted((Path(os.path.abspath(root)) / experiment / command).glob("*/config.yaml")):
+        for folder in sorted((Path(os.path.abspath(root)) / experiment / command).glob("*/")):
             try:
-                runs.append(_open(config.parent))
+                runs.append(_open(folder))
             except BadInput as error:
                 note(f"left out: {error}")
     return sorted(runs, key=lambda run: (commands.index(run.spec.command), run.spec.seed, run.name))
@@ -379,9 +379,9 @@ def find_folders(root: Path, names: Sequence[str]) -> list[Path]:
     """The run directories of these names or paths, readable or not. Raises BadInput when one is none of `root`'s."""
     root, folders = Path(os.path.abspath(root)), []
     for name in names:
-        path = Path(os.path.abspath(root / name if (root / name).is_dir() else name))
+        path = Path(os.path.abspath(root / name if os.path.isdir(root / name) else name))
         parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
-        if len(parts) != 3 or parts[1] not in (*TEACHERS, *STUDENTS) or not path.is_dir() or path.is_symlink():
+        if len(parts) != 3 or parts[1] not in (*TEACHERS, *STUDENTS) or not os.path.isdir(path) or path.is_symlink():
             raise BadInput(f"{name}: is not a run in {root}; `kd runs` lists what there is")
         folders.append(path)
     return list(dict.fromkeys(folders))
@@ -389,10 +389,13 @@ def find_folders(root: Path, names: Sequence[str]) -> list[Path]:
 
 def remove(folder: Path) -> None:
     """Delete a run directory. Raises BadInput when a kd is writing it, or the system does not let it go."""
+    result = folder / "result.json"
     try:
-        with (folder / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (folder / "result.json").unlink(missing_ok=True)  # first: what is half removed is not completed
+        with contextlib.ExitStack() as held:
+            if not (folder / "lock").is_dir():
+                fcntl.flock(held.enter_context((folder / "lock").open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if result.is_file():
+                result.unlink()  # first: what is half removed is not completed
             shutil.rmtree(folder)
     except BlockingIOError:
         raise BadInput(f"{folder}: is being written by a kd: stop that first") from None

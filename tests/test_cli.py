@@ -1,4 +1,5 @@
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -63,7 +64,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "teachers not trained": ("distill tiny.yaml --seeds 0,5-6", "train it: kd train-teacher tiny.yaml --seed 5,6"),
     "a run elsewhere": (
-        "distill tiny.yaml --runs-dir other --teacher runs/TEACHER",
+        "distill tiny.yaml --runs-dir other --teacher runs/tiny/train-teacher/TEACHER",
         "lies outside the runs folder: add --runs-dir",
     ),
     "teacher of a dry run": (
@@ -82,18 +83,59 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "ensemble tiny.yaml --average mean",
         "--average mean: ensemble.average: must be one of arithmetic",
     ),
+    "no epochs": (
+        "train-teacher tiny.yaml --epochs 0",
+        "--epochs 0: teacher.train.epochs: must be greater than or equal to 1",
+    ),
+    "too many jobs wanted": ("run tiny.yaml --jobs 0", "Invalid value for '--jobs'"),
+    "a seed twice": ("run tiny.yaml --seeds 1,1", "--seeds 1,1: seed: names a seed twice: [1, 1]"),
+    "a value of the wrong kind": (
+        "run tiny.yaml --set teacher.train.lr=fast",
+        "--set teacher.train.lr=fast: teacher.train.lr: must be a number, not 'fast'",
+    ),
+    "a section set to a word": (
+        "run tiny.yaml --set distill=hot",
+        "--set distill=hot: distill: must be a section of keys and values, not 'hot'",
+    ),
+    "broken value": ("run tiny.yaml --set seed=[1", "--set seed=[1: the value is not YAML"),
+    "both lambdas 0": ("distill tiny.yaml --lambda1 0 --lambda2 0", "the student would learn nothing"),
+    "a dataset that kd does not know": (
+        "run tiny.yaml --set data.name=mnits",
+        "data.name: must be one of mnist, digits, not 'mnits'; did you mean mnist?",
+    ),
+    "a name that leaves the runs folder": ("run tiny.yaml --set name=../x", "name: must begin with a letter or digit"),
+    "too many held out": ("run tiny.yaml --set data.heldout=1000", "data.heldout: must be at most 432"),
+    "an expectation of no row": (
+        "run tiny.yaml --set expect={studnt:\\ 5}",
+        "expect.studnt: is not a row of this experiment; did you mean student?",
+    ),
+    "an ensemble of nothing": (
+        "run tiny.yaml --set ensemble=null --set distill.teacher=ensemble",
+        "but there is no ensemble section",
+    ),
+    "a folder for an experiment": ("run ./", "./: neither an experiment's name nor a .yaml file"),
+    "unknown order of runs": ("runs --sort date", "--sort date: must be name, errors, age, size"),
+    "removing what is no run": ("runs rm tiny/report", "tiny/report: is not a run in"),
+    "removing what lies elsewhere": ("runs rm ../..", "../..: is not a run in"),
+    "removing with nobody to ask": (
+        "runs rm tiny/baseline/BASELINE",
+        "asks before it removes, and nobody is there to answer: add --yes",
+    ),
+    "removing a teacher in use": ("runs rm tiny/train-teacher/TEACHER", "these runs were made from them; remove them"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> None:
     words, line = MISTAKES[mistake]
-    words = words.replace("TEACHER", f"tiny/train-teacher/{only(kd.folder, 'train-teacher').name}")
+    words = words.replace("TEACHER", only(kd.folder, "train-teacher").name)
+    words = words.replace("BASELINE", only(kd.folder, "baseline").name)
     done = kd(*shlex.split(words))
     assert (done.code, done.out) == (2, "")
     assert line in done.err
-    _, *more = done.err.splitlines()
-    assert all(extra.startswith(("  close: ", "teacher tiny/train-teacher/")) for extra in more)
+    *more, last = [line for line in done.err.splitlines() if not line.startswith(("  close: ", "  tiny/", "remove: "))]
+    assert line in done.err
+    assert all(extra.startswith(("teacher tiny/train-teacher/", "1 runs, ")) for extra in more), last
 
 
 def test_a_broken_file_is_told_with_its_line(kd: Shell) -> None:
@@ -200,6 +242,67 @@ def test_dry_run_shows_the_resolved_experiment_and_writes_nothing(kd: Shell) -> 
     assert list(nets) == ["teacher", "member 0", "member 1", "baseline", "student", "omit 3"]
     assert nets["student"]["parameters"] == 65 * 16 + 17 * 10
     assert sorted(kd.folder.rglob("*")) == before
+
+
+# Housekeeping.
+
+
+def test_runs_are_listed_with_status_errors_age_and_size(kd: Shell) -> None:
+    (only(kd.folder, "baseline") / "config.yaml").write_text("?")
+    listed = {d["run"]: d for d in kd("runs", "--json").json["runs"]}
+    assert len(listed) == len(list((kd.folder / "runs/tiny").glob("*/*/config.yaml")))
+    (damaged,) = (d for d in listed.values() if d["run"].startswith("tiny/baseline/"))
+    assert (damaged["status"], damaged["errors"]) == ("damaged", None)
+    folder = only(kd.folder, "distill")
+    student = listed["/".join(folder.parts[-3:])]
+    assert student["status"] == "completed"
+    assert student["errors"] == json.loads((folder / "result.json").read_text())["test"]["errors"]
+    assert student["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert 0 <= student["age_s"] < 3600
+    errors = [d["errors"] for d in kd("runs", "--json", "--sort", "errors", "--match", "completed").json["runs"]]
+    assert errors == sorted(errors)
+    text = kd("runs", "--match", "distill").out
+    assert folder.name in text
+    assert "train-teacher" not in text
+    assert kd("runs", "--runs-dir", "none").out.startswith("0 runs")
+
+
+def test_a_run_that_others_need_is_removed_only_by_force(kd: Shell) -> None:
+    teacher, student = only(kd.folder, "train-teacher"), only(kd.folder, "distill")
+    refused = kd("runs", "rm", str(teacher), "--yes")
+    assert refused.code == 2
+    assert f"  tiny/distill/{student.name}" in refused.err.splitlines()
+    assert f"  tiny/ensemble/{only(kd.folder, 'ensemble').name}" in refused.err.splitlines()
+    assert teacher.exists()
+    forced = kd("runs", "rm", str(teacher), "--yes", "--force")
+    assert forced.code == 0, forced.err
+    assert f"orphaned: tiny/distill/{student.name}" in forced.err.splitlines()
+    assert not teacher.exists()
+    assert kd("runs", "rm", f"tiny/distill/{student.name}", "--yes").code == 0
+    assert not student.exists()
+
+
+def test_a_run_goes_with_all_that_was_made_from_it(kd: Shell) -> None:
+    runs = [str(path.relative_to(kd.folder)) for path in (kd.folder / "runs/tiny").glob("*/*") if path.is_dir()]
+    shutil.rmtree(kd.folder / "runs/tiny/report")
+    done = kd("runs", "rm", "--yes", *runs)
+    assert done.code == 0, done.err
+    assert not list((kd.folder / "runs").iterdir())
+
+
+@pytest.mark.parametrize(("answer", "stays"), [("y", False), ("n", True), ("", True)])
+def test_removal_asks_first(kd: Shell, answer: str, stays: bool) -> None:
+    import pty
+
+    run, (ours, theirs) = only(kd.folder, "baseline"), pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "kdcli", "runs", "rm", str(run)], cwd=kd.folder, stdin=theirs, stderr=subprocess.PIPE
+    ) as process:
+        os.write(ours, f"{answer}\n".encode())
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert b"Remove them? [y/N]" in errors
+    assert run.exists() == stays
 
 
 # What the finished experiment looks like.
