@@ -44,6 +44,8 @@ from kdcli import train as training
 from kdcli.config import Distill, Train
 from kdcli.core import MLP, average, generator
 from kdcli.data import Split
+from kdcli.recipes import SAVE_EVERY
+from kdcli.runs import Run, Spec
 from kdcli.train import fit, predict
 
 STEPS, BATCH = 30, 128
@@ -229,6 +231,24 @@ def measure_gpu(name: str, optimizer: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def saving(rounds: int) -> dict[str, float]:
+    """Saving the training state of net B with Adam and averaged weights, as a share of the training between two saves."""
+    net = MLP(784, [1200, 1200], 10)
+    train = Train(epochs=1, optimizer="adam", lr=1e-3)
+    state, _ = training.make_optimizer(net, train, torch.zeros(()))
+    state |= {f"{name}/ema": p.detach().clone() for name, p in net.named_parameters()}
+    times = []
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        run = Run(Path(folder), Spec("bench", "train-teacher", 0, {}))
+        with run.writing("cpu", 1):
+            for epoch in range(rounds):
+                began = time.perf_counter()
+                run.save_state(epoch, state)
+                times.append((time.perf_counter() - began) / SAVE_EVERY)
+            run.end("failed", "a benchmark")
+    return spread(times) | {"most": max(times), "megabytes": sum(4 * t.numel() for t in state.values()) / 1e6}
+
+
 def scale_of(hidden: int, batch: int) -> None:
     """In a process of its own: seconds an epoch, from a part of one, and peak memory of a hard-label net."""
     case, part = {"hidden": [hidden, hidden], "train": {}}, 20 if hidden < 4000 else 100
@@ -304,7 +324,7 @@ def main() -> None:
         return scale()
     load, run = os.getloadavg()[0], measure_gpu if DEVICE.type == "cuda" else measure
     results = [run(name, optimizer, arguments.rounds) for name in CASES for optimizer in ("sgd", "adam")]
-    document = {
+    document: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -313,13 +333,19 @@ def main() -> None:
         "load_at_start": round(load, 2),
         "contended": load > 0.5 or any(r.get("contended", False) for r in results),
         "results": results,
+        "saving": saving(arguments.rounds),
     }
     if arguments.json:
         print(json.dumps(document, indent=1))
         return
-    print(", ".join(f"{key}: {value}" for key, value in document.items() if key != "results"), "\n")
+    print(", ".join(f"{key}: {value}" for key, value in document.items() if key not in ("results", "saving")), "\n")
     for line in (gpu_lines if DEVICE.type == "cuda" else cpu_lines)(results):
         print(line)
+    share = document["saving"]
+    print(
+        f"\nSaving the state of a teacher ({share['megabytes']:.0f} MB) every {SAVE_EVERY:.0f} s: {share['median']:.2%} of the "
+        f"time ({share['quartile1']:.2%} to {share['quartile3']:.2%}, at most {share['most']:.2%})"
+    )
     if document["contended"]:
         print("\nThis machine was doing something else at the same time: measure again when it is quiet.")
 
