@@ -76,7 +76,11 @@ class Job:
             self.overrides += [Override(key, value, f"{flag} {shown}") for key in keys]
 
     def experiment(self) -> Experiment:
-        return config.load(self.common.experiment, self.overrides)
+        experiment = config.load(self.common.experiment, self.overrides)
+        if experiment.grid and self.command != "run":
+            keys = " ".join(f"--set {key}=…" for key in experiment.grid)
+            raise BadInput(f"{self.common.experiment}: has a grid, which `kd run` walks; for one of its points: {keys}")
+        return experiment
 
     def session(self, experiment: Experiment, display: "Display") -> "Session":
         import torch
@@ -146,6 +150,9 @@ class Job:
             steps = f"{n['steps']:,} steps of {n['batch_size']} images"
             at_most = "at most " if n["net"] in {entry.label for entry in experiment.omit_classes} else ""
             lines.append(f"# {n['net']}: {n['parameters']:,} parameters, {at_most}{steps}, {n['seeds']} seed(s)")
+        if experiment.grid:
+            points = config.points(self.common.experiment, self.overrides, experiment.grid)
+            lines.append(f"# {len(points)} points of the grid, each with nets such as these")
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100)
         show(self.common.as_json, document, text + "\n".join([*lines, "# --dry-run: nothing was written"]))
 
@@ -296,15 +303,17 @@ def run(
         raise BadInput(f"--check: {job.common.experiment} has no expect section to check")
     if job.common.dry_run:
         return job.dry_run(experiment)
+    points = config.points(job.common.experiment, job.overrides, experiment.grid)
     from kdcli import recipes, report
 
     display = report.Display()
     try:
         session = job.session(experiment, display)
-        documents, evaluation = recipes.run(session)
+        documents, evaluation = recipes.run(session, list(points.values()))
     finally:
         display.close()
-    document = report.summary(experiment, documents, evaluation)
+    document = report.summary(experiment, list(points), documents, evaluation)
+    document["made"] = recipes.made(session, documents)
     files = report.write_report(document, session.runs_dir / experiment.name / "report", session.runs_dir)
     show(
         job.common.as_json,
@@ -313,10 +322,31 @@ def run(
         *report.remarks(document),
         *(f"wrote {file}" for file in files),
     )
-    if missed := [row for row in document["table"] if check and not row.get("met", True)]:
-        for row in missed:
-            display.note(f"expect.{row['row']}: {row['mean']:.1f} errors, not {row['expect']:g} or fewer")
+    for line in (missed := report.missed(document)):
+        display.note(line)
+    if check and missed:
         raise typer.Exit(3)
+
+
+@app.command("compare")
+def compare_runs(
+    names: Annotated[list[str], typer.Argument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
+    data_dir: Annotated[Path | None, typer.Option(help="Where MNIST lies; left out: $KD_DATA, else data.")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="Where the run directories lie.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--md", help="Print Markdown on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
+    from kdcli import report
+    from kdcli.compare import compare
+
+    document = compare(runs_dir, names, data_dir, report.Display().note)
+    parts = report.compare_tables(document)
+    if as_markdown:
+        print("\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts))
+    else:
+        show(as_json, document, *parts)
 
 
 runs_app = typer.Typer(invoke_without_command=True, help="List the runs, or remove some.")

@@ -4,6 +4,7 @@ Precedence, highest first: a flag, then `--set a.b=c`, then the experiment file,
 """
 
 import difflib
+import itertools
 import math
 import os
 import re
@@ -50,6 +51,7 @@ class Data(Section):
     name: Literal["mnist", "digits"]
     heldout: int = Field(default=0, ge=CLASSES)  # training images, stratified, that choose the bias of omit-classes
     evaluate_on: Literal["test", "heldout"] = "test"  # heldout: train without those images and count errors on them
+    transfer: int | None = Field(default=None, ge=CLASSES)  # students see so many training images, stratified; else all
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +64,14 @@ class Data(Section):
     def _leaves_images_to_train_on(self) -> Self:
         if self.heldout > (most := DATASETS[self.name].train // 3):
             raise _problem("heldout", f"must be at most {most}, a third of the training images, not {self.heldout}")
+        if self.transfer and self.transfer > (most := self.trained_on - CLASSES):
+            raise _problem("transfer", f"must be at most {most}, not {self.transfer}; left out it is all images")
         return self
+
+    @property
+    def trained_on(self) -> int:
+        """The number of images that teachers are trained on."""
+        return DATASETS[self.name].train - (self.heldout if self.evaluate_on == "heldout" else 0)
 
 
 def _dropout(p: Any) -> Any:
@@ -192,6 +201,9 @@ class Omission(Section):
         return f"{verb} {','.join(map(str, sorted(classes or [])))}"
 
 
+Count = Annotated[float, Field(ge=0)]
+
+
 class Experiment(Section):
     """One experiment; `seed` may be a number or a list of different ones."""
 
@@ -209,7 +221,9 @@ class Experiment(Section):
     baseline: Baseline = Baseline()
     distill: Distill
     omit_classes: list[Omission] = []
-    expect: dict[str, Annotated[float, Field(ge=0)]] = {}  # row of the final table: mean errors it may have at most
+    expect: dict[str, Count] = {}  # row of the final table: mean errors it may have at most
+    paper: dict[str, Count | Annotated[list[Count], Field(min_length=2, max_length=2)]] = {}  # or [errors, on unseen]
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}  # dotted key: its values, which `kd run` walks
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -227,18 +241,30 @@ class Experiment(Section):
         for section, train in trains.items():
             if train and 2 * train.jitter >= side:
                 raise _problem(f"{section}.train.jitter", f"is too far for images of {side} x {side} pixels")
-        for row in self.expect:
+        for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.rows:
-                raise _problem(f"expect.{row}", f"is not a row of this experiment{_nearest(row, self.rows)}")
+                raise _problem(f"{section}.{row}", f"is not a row of this experiment{_nearest(row, self.rows)}")
+        for key in self.grid:
+            if key.split(".")[0] in ("name", "seed", "threads", "expect", "paper", "grid") or key in _FIXED:
+                raise _problem(f"grid.{key}", "cannot vary within one experiment")
         return self
 
     @property
     def rows(self) -> list[str]:
         """The rows of the final table, in order."""
         biased = [f"{e.label}{bias}" for e in self.omit_classes for bias in ("", *(f", {b} bias" for b in BIASES))]
-        return ["teacher", *(["ensemble"] if self.ensemble else []), "baseline", "student", *biased]
+        nets = ["teacher", "baseline", "student"]
+        if self.ensemble:
+            nets = ["teacher", "ensemble", "baseline", "ensemble of baselines", "student"]
+            nets += ["student of ensemble"] if self.distill.teacher == "teacher" else []
+        return [*nets, *biased]
 
 
+_FIXED = (
+    "data.name",
+    "data.heldout",
+    "data.evaluate_on",
+)  # of a grid: all its runs are trained and scored on one dataset
 BIASES = ("test", "heldout", "prior")  # the three ways to choose the bias correction of omit-classes
 
 
@@ -311,10 +337,12 @@ def load(name: str, overrides: Iterable[Override] = ()) -> Experiment:
 
     Raises BadInput with every problem found, each as `file:line: key: problem`.
     """
-    path = find(name)
+    path, overrides = find(name), list(overrides)
     values, origins, problems = _read(path)
     for override in overrides:
         _apply(override, values, origins)
+    if isinstance(grid := values.get("grid"), dict):  # what is set by hand does not vary
+        values["grid"] = {key: vs for key, vs in grid.items() if key not in {override.key for override in overrides}}
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
@@ -322,6 +350,29 @@ def load(name: str, overrides: Iterable[Override] = ()) -> Experiment:
     if problems:
         raise BadInput(*dict.fromkeys(problems))
     return experiment
+
+
+def points(name: str, overrides: Sequence[Override], grid: dict[str, list[Any]]) -> dict[Key, Experiment]:
+    """The experiments that a grid describes, by the values of its keys; without a grid the one there is, at ().
+
+    Raises BadInput as `load` does.
+    """
+    path = find(name)
+    found: dict[Key, Experiment] = {}
+    for values in itertools.product(*grid.values()):
+        chosen = [Override(k, v, f"{path}: grid: {k}={v}") for k, v in zip(grid, values, strict=True)]
+        found[tuple(map(_shown, values))] = load(name, [*overrides, *chosen])
+    return found
+
+
+def _shown(value: Any) -> str:
+    return (
+        " x ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -442,7 +493,8 @@ def _describe(error: Any, origins: dict[Key, str], file: str) -> str:
     """One line, `file:line: key: problem`, for one of pydantic's errors."""
     key: Key = error["loc"]
     if error["type"] == "kd" and error["ctx"]["key"]:
-        key = (*key, *_split(error["ctx"]["key"], 1 if error["ctx"]["key"].startswith("expect.") else -1))
+        rows = error["ctx"]["key"].startswith(("expect.", "paper.", "grid."))  # whose keys may hold dots
+        key = (*key, *_split(error["ctx"]["key"], 1 if rows else -1))
     place = key
     while place and place not in origins:
         place = place[:-1]

@@ -81,7 +81,7 @@ class Dataset:
     def heldout(self) -> Tensor:
         """Positions in `train` of the `held` images that omit-classes keeps out of the transfer set to choose its bias
         on."""
-        return _stratified(self.train.labels, self.held)
+        return stratified(self.train.labels, self.held)
 
     def to(self, device: torch.device) -> "Dataset":
         return Dataset(self.train.to(device), self.test.to(device), self.held)
@@ -95,7 +95,7 @@ def load(data: Data, data_dir: Path | None = None) -> Dataset:
     """
     train, test = _digits() if data.name == "digits" else _mnist(data_dir or Path(os.environ.get("KD_DATA") or "data"))
     if data.evaluate_on == "heldout":
-        train, test = _without(train, heldout := _stratified(train.labels, data.heldout)), train.at(heldout)
+        train, test = _without(train, heldout := stratified(train.labels, data.heldout)), train.at(heldout)
     return Dataset(train, test, data.heldout)
 
 
@@ -105,7 +105,7 @@ def _without(split: Split, index: Tensor) -> Split:
     return split.at(rest.nonzero()[:, 0])
 
 
-def _stratified(labels: Tensor, count: int) -> Tensor:
+def stratified(labels: Tensor, count: int) -> Tensor:
     """Positions, ascending, of `count` samples with the classes in their shares; always the same ones."""
     from sklearn.model_selection import train_test_split
 
@@ -121,7 +121,7 @@ def _digits() -> tuple[Split, Split]:
     bunch = load_digits()
     facts = DATASETS["digits"]
     all_ = Split(torch.from_numpy(bunch.images.astype(np.uint8)), torch.from_numpy(bunch.target).long(), facts.white)
-    test = _stratified(all_.labels, facts.test)
+    test = stratified(all_.labels, facts.test)
     return _without(all_, test), all_.at(test)
 
 

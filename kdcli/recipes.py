@@ -5,8 +5,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,19 @@ from torch import Tensor
 
 from kdcli import BadInput, core, failure, metrics
 from kdcli.config import CLASSES, DATASETS, Data, Distill, Experiment, Model, Omission, Section, Train
-from kdcli.data import Dataset, Split, load
-from kdcli.runs import STUDENTS, TEACHERS, Document, Run, Spec, differences, git_commit, list_runs, open_run
+from kdcli.data import Dataset, Split, load, stratified
+from kdcli.runs import (
+    STUDENTS,
+    TEACHERS,
+    Document,
+    Run,
+    Spec,
+    differences,
+    environment,
+    git_commit,
+    list_runs,
+    open_run,
+)
 from kdcli.train import Teacher, fit, learning_rate, predict
 from kdcli.workers import train_all
 
@@ -37,9 +48,10 @@ class Session:
     note: Callable[[str], None] = field(default=lambda line: None)
     known: set[str] = field(default_factory=set)  # the runs trained or noted in this session
 
-    @cached_property
+    @property
     def dataset(self) -> Dataset:
-        return load(self.experiment.data, self.data_dir).to(self.device)
+        """The same for all points of a grid."""
+        return loaded(self.experiment.data.model_copy(update={"transfer": None}), self.data_dir, self.device)
 
     @cached_property
     def commit(self) -> str | None:
@@ -47,6 +59,15 @@ class Session:
 
     def run(self, spec: Spec) -> Run:
         return Run(self.runs_dir, spec)
+
+    def open(self, document: Document) -> Run:
+        """The run that a document is about."""
+        return open_run(self.runs_dir, document["run"])
+
+
+@lru_cache(maxsize=1)
+def loaded(data: Data, data_dir: Path | None, device: torch.device) -> Dataset:
+    return load(data, data_dir).to(device)
 
 
 def train_teacher(session: Session) -> list[Document]:
@@ -66,15 +87,20 @@ def distill(session: Session, teacher: str | None = None, with_baseline: bool = 
 
     Raises BadInput when a teacher is missing, unfinished or of another dataset.
     """
+    return _distilled(session, find_teachers(session, teacher), with_baseline)
+
+
+def _distilled(session: Session, sources: Sequence[Run], with_baseline: bool = True) -> list[Document]:
+    """A student a seed of these teachers, beside its baseline."""
     experiment, seeds = session.experiment, session.experiment.seed
-    sources = find_teachers(session, teacher)
     students = [student_spec(experiment, seed, source) for seed, source in zip(seeds, sources, strict=True)]
     baselines = [baseline_spec(experiment, seed) for seed in seeds if with_baseline]
     found = obtain(session, [*baselines, *students])
     hard, soft = found[: len(baselines)], found[len(baselines) :]
     documents = [d | {"teacher": _brief(source.result)} for d, source in zip(soft, sources, strict=True)]
     for document, other in zip(documents, hard, strict=False):
-        document["baseline"] = _brief(other) | _discordant(session, document, other)
+        student, baseline = session.open(document), session.open(other)
+        document["baseline"] = _brief(other) | discordant(session.dataset.test.labels, student, baseline)
     return documents
 
 
@@ -111,31 +137,94 @@ def evaluate(session: Session, names: Sequence[str] = (), seeds: Sequence[int] |
     return {"command": "evaluate", "experiment": name, "runs": [_evaluation(session, run, log_p) for run in runs]}
 
 
-def run(session: Session) -> tuple[list[Document], Document]:
-    """Everything the experiment file describes, for all its seeds: the documents of the runs, and their evaluation."""
-    experiment, seeds = session.experiment, session.experiment.seed
-    teachers = [teacher_spec(experiment, seed) for seed in seeds]
-    members = [member for seed in seeds if experiment.ensemble for member in member_specs(experiment, seed)]
-    baselines = [baseline_spec(experiment, seed) for seed in seeds]
-    obtain(session, [*teachers, *members, *baselines])  # together, since none of them waits for another
-    documents = train_teacher(session)
-    documents += ensemble(session) if experiment.ensemble else []
-    documents += obtain(session, baselines)
-    sources = list(zip(seeds, find_teachers(session), strict=True))
-    students = [student_spec(experiment, seed, source) for seed, source in sources]
-    students += [
-        omission_spec(experiment, seed, source, e) for e in experiment.omit_classes for seed, source in sources
+def run(session: Session, points: Sequence[Experiment]) -> tuple[list[list[Document]], Document]:
+    """Everything the experiment file describes, for all its seeds and points of its grid: for each point the documents
+    of its runs, each with the `row` of the table that it belongs to, and the evaluation of them all.
+
+    There is one ensemble: its members have the first seed, the next, …; all its students learn from it.
+    """
+    nets = [_hard_labelled(point) for point in points]
+    obtain(session, [spec for specs in nets for spec in specs])  # together, since none of them waits for another
+    obtain(session, [spec for point in points for spec in _ensembles(point).values()])
+    obtain(session, [spec for point in points for spec in _soft_labelled(session, point)])
+    documents = [_documents(replace(session, experiment=point)) for point in points]
+    return documents, evaluate(session, [str(d["run"]) for of_point in documents for d in of_point])
+
+
+def made(session: Session, documents: Sequence[Sequence[Document]]) -> Document:
+    """How the runs of `kd run` were made: command line, commits, devices, versions, seconds."""
+    runs = {str(d["run"]): d for of_point in documents for d in of_point}
+    records = [session.open(d).environment for d in runs.values()]
+    here = environment(str(session.device), torch.get_num_threads())
+    trained = [d for d in runs.values() if d["command"] != "ensemble"]
+
+    def seen(key: str) -> list[str]:
+        return sorted({str(record.get(key, "unknown")) for record in records})
+
+    return {
+        "command_line": here["command_line"],
+        "commits": seen("git_commit"),
+        "devices": [f"{device}, {here['cores']} cores" if device == "cpu" else device for device in seen("device")],
+        "versions": f"torch {', '.join(seen('torch'))}, Python {', '.join(seen('python'))}",
+        "date": here["started"][:10],
+        "seconds": sum(d["seconds"] for d in trained),
+    }
+
+
+def _hard_labelled(experiment: Experiment) -> list[Spec]:
+    """The runs that need no other: teachers, baselines, and the members of the ensembles of both."""
+    seeds = experiment.seed
+    further = range(seeds[0], seeds[0] + experiment.ensemble.members) if experiment.ensemble else range(0)
+    members = member_specs(experiment, seeds[0]) if experiment.ensemble else []
+    baselines = [baseline_spec(experiment, seed) for seed in dict.fromkeys([*seeds, *further])]
+    return [*(teacher_spec(experiment, seed) for seed in seeds), *members, *baselines]
+
+
+def _ensembles(experiment: Experiment) -> dict[str, Spec]:
+    """The ensemble, and that of as many baselines (the plain nets that the talk begins with), by row."""
+    if experiment.ensemble is None:
+        return {}
+    seed = experiment.seed[0]
+    baselines = [baseline_spec(experiment, seed + i) for i in range(experiment.ensemble.members)]
+    return {
+        "ensemble": ensemble_spec(experiment, seed),
+        "ensemble of baselines": ensemble_spec(experiment, seed, baselines),
+    }
+
+
+def _sources(session: Session, experiment: Experiment) -> dict[str, list[Run]]:
+    """The teachers of the students of each row, one a seed."""
+    sources = {"student": [_described_teacher(session, experiment, seed) for seed in experiment.seed]}
+    if "student of ensemble" in experiment.rows:
+        ensemble = session.run(_ensembles(experiment)["ensemble"])
+        sources["student of ensemble"] = [ensemble] * len(experiment.seed)
+    return sources
+
+
+def _soft_labelled(session: Session, experiment: Experiment) -> list[Spec]:
+    """The runs that learn from soft targets."""
+    by_row = {row: list(zip(experiment.seed, runs, strict=True)) for row, runs in _sources(session, experiment).items()}
+    students = [student_spec(experiment, seed, source) for pairs in by_row.values() for seed, source in pairs]
+    entries = experiment.omit_classes
+    return students + [
+        omission_spec(experiment, seed, source, e) for e in entries for seed, source in by_row["student"]
     ]
-    obtain(session, students)  # together, likewise
-    documents += distill(session)
-    documents += omit_classes(session, experiment.omit_classes)
-    return documents, evaluate(session, [str(document["run"]) for document in documents])
+
+
+def _documents(session: Session) -> list[Document]:
+    """What there is to say about the runs of one point, which are all finished."""
+    experiment = session.experiment
+    rows = {"teacher": train_teacher(session)}
+    rows |= {row: obtain(session, [spec]) for row, spec in _ensembles(experiment).items()}
+    rows["baseline"] = obtain(session, [baseline_spec(experiment, seed) for seed in experiment.seed])
+    rows |= {row: _distilled(session, sources) for row, sources in _sources(session, experiment).items()}
+    documents = [{"row": row} | document for row, found in rows.items() for document in found]
+    return documents + [{"row": d["label"]} | d for d in omit_classes(session, experiment.omit_classes)]
 
 
 def plan(experiment: Experiment) -> list[Document]:
     """The nets that the experiment trains, before it does: parameters, steps at most, batch sizes, runs a net."""
-    images = DATASETS[experiment.data.name].train
-    images -= experiment.data.heldout if experiment.data.evaluate_on == "heldout" else 0
+    images = experiment.data.trained_on
     seed, seeds, nobody = 0, len(experiment.seed), Run(Path(), Spec(experiment.name, "train-teacher", 0, {}))
     specs = {"teacher": teacher_spec(experiment, seed)}
     if experiment.ensemble:
@@ -158,7 +247,13 @@ def plan(experiment: Experiment) -> list[Document]:
 
 def _data_settings(data: Data) -> Document:
     """The settings that a training depends on: the held-out images only where they are not trained on."""
-    return data.model_dump(exclude=set() if data.evaluate_on == "heldout" else {"heldout"})
+    return data.model_dump(exclude={"transfer"} if data.evaluate_on == "heldout" else {"heldout", "transfer"})
+
+
+def _student_settings(experiment: Experiment, train: Train, **more: Any) -> Document:
+    if experiment.data.transfer is not None:
+        more["transfer"] = experiment.data.transfer
+    return _settings(experiment, experiment.student.model, train, **more)
 
 
 def _settings(experiment: Experiment, model: Model, train: Train, **more: Any) -> Document:
@@ -181,8 +276,9 @@ def member_specs(experiment: Experiment, seed: int) -> list[Spec]:
     return [teacher_spec(experiment, seed + i, models[i % len(models)]) for i in range(experiment.ensemble.members)]
 
 
-def ensemble_spec(experiment: Experiment, seed: int) -> Spec:
-    members = member_specs(experiment, seed)
+def ensemble_spec(experiment: Experiment, seed: int, members: Sequence[Spec] = ()) -> Spec:
+    """The ensemble of these members, or of the teachers with this seed and the next ones."""
+    members = members or member_specs(experiment, seed)
     assert experiment.ensemble is not None
     settings = {"data": _data_settings(experiment.data), "average": experiment.ensemble.average}
     return Spec(experiment.name, "ensemble", seed, settings, tuple(member.name for member in members))
@@ -190,20 +286,19 @@ def ensemble_spec(experiment: Experiment, seed: int) -> Spec:
 
 def baseline_spec(experiment: Experiment, seed: int) -> Spec:
     train = experiment.baseline.train or experiment.student.train
-    return Spec(experiment.name, "baseline", seed, _settings(experiment, experiment.student.model, train))
+    return Spec(experiment.name, "baseline", seed, _student_settings(experiment, train))
 
 
 def student_spec(experiment: Experiment, seed: int, teacher: Run) -> Spec:
     loss = experiment.distill.model_dump(exclude={"teacher"})
-    settings = _settings(experiment, experiment.student.model, experiment.student.train, distill=loss)
+    settings = _student_settings(experiment, experiment.student.train, distill=loss)
     return Spec(experiment.name, "distill", seed, settings, (teacher.name,))
 
 
 def omission_spec(experiment: Experiment, seed: int, teacher: Run, entry: Omission) -> Spec:
     loss = experiment.distill.model_dump(exclude={"teacher"})
-    settings = _settings(
+    settings = _student_settings(
         experiment,
-        experiment.student.model,
         entry.train or experiment.student.train,
         distill=loss,
         omitted=entry.omitted,
@@ -228,13 +323,13 @@ def find_teachers(session: Session, name: str | None = None) -> list[Run]:
             kind = run.spec.command
             raise BadInput(f"--teacher {name}: is a {kind} run; a teacher is a train-teacher or ensemble run")
         return [_usable(session, run, "a teacher")] * len(seeds)
-    teachers = [_described_teacher(session, seed) for seed in seeds]
+    teachers = [_described_teacher(session, session.experiment, seed) for seed in seeds]
     lines: list[str] = []
     for run in teachers:
         if run.status == "running":
             lines.append(f"teacher {run.name}: is being trained; wait for it")
         elif not run.completed:
-            missing = ",".join(str(t.spec.seed) for t in teachers if not t.completed)
+            missing = ",".join(dict.fromkeys(str(t.spec.seed) for t in teachers if not t.completed))
             typed = f"kd {run.spec.command} {session.retype} --seed {missing}"
             lines += [f"teacher {run.name}: is {run.status}; train it: {typed}"]
             lines += [f"  close: {line}" for line in _close_runs(session, run)]
@@ -243,10 +338,12 @@ def find_teachers(session: Session, name: str | None = None) -> list[Run]:
     return [_usable(session, open_run(session.runs_dir, run.name), "a teacher") for run in teachers]
 
 
-def _described_teacher(session: Session, seed: int) -> Run:
-    """The run, trained or not, that the experiment file describes as the teacher of a student with this seed."""
-    spec = ensemble_spec if session.experiment.distill.teacher == "ensemble" else teacher_spec
-    return session.run(spec(session.experiment, seed))
+def _described_teacher(session: Session, experiment: Experiment, seed: int) -> Run:
+    """The run, trained or not, that the experiment describes as the teacher of a student with this seed: the teacher of
+    the same seed, or the one ensemble."""
+    if experiment.distill.teacher == "ensemble":
+        return session.run(ensemble_spec(experiment, experiment.seed[0]))
+    return session.run(teacher_spec(experiment, seed))
 
 
 def _close_runs(session: Session, wanted: Run) -> list[str]:
@@ -293,7 +390,7 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
     for run in runs.values():
         if run.completed and run.name not in session.known:
             _usable(session, run, "shown")
-            made_by = f", by commit {run.commit}" if run.commit != session.commit else ""
+            made_by = f", by commit {made}" if (made := run.environment.get("git_commit")) != session.commit else ""
             session.note(f"{run.name}: finished before{made_by}")
     nets = [run for run in missing if run.spec.command != "ensemble"]  # to combine members is not worth a process
     if session.jobs > 1 and len(nets) > 1 and session.device.type == "cpu":
@@ -352,11 +449,15 @@ def _train_nets(session: Session, runs: Sequence[Run]) -> list[Document]:
     if omitted:
         absent[data.heldout] = True
     transfer = (~absent).nonzero()[:, 0]
+    if (count := settings.get("transfer", len(transfer))) < len(transfer):
+        transfer = transfer[stratified(data.train.labels[transfer], count)]
     distillation = None
     if "distill" in settings:
         sources = [open_run(session.runs_dir, run.spec.parents[0]) for run in runs]
         distillation = Distill(**settings["distill"]), _soft_targets(session, sources, settings, transfer)
-    nets, results = _fit(session, runs, data.train.at(transfer) if omitted else data.train, distillation)
+    nets, results = _fit(
+        session, runs, data.train.at(transfer) if len(transfer) < len(data.train) else data.train, distillation
+    )
     for run, net, result in zip(runs, nets, results, strict=True):
         logits = {"test": predict(net, data.test)}
         if omitted or run.spec.command == "train-teacher":
@@ -409,15 +510,18 @@ def _brief(result: Document) -> Document:
     return {"run": result["run"], "errors": result["test"]["errors"]}
 
 
-def _discordant(session: Session, student: Document, baseline: Document) -> Document:
+def discordant(labels: Tensor, student: Run, baseline: Run) -> dict[str, int]:
     """The test images that only the student gets right (`fixed`), and those that only the baseline does (`broken`)."""
-    labels = session.dataset.test.labels.cpu()
-    runs = [open_run(session.runs_dir, document["run"]) for document in (student, baseline)]
-    student_right, baseline_right = (_logits(run, "test", len(labels)).argmax(1) == labels for run in runs)
+    student_right, baseline_right = (_predictions(run, len(labels)) == labels.cpu() for run in (student, baseline))
     return {
         "fixed": int((student_right & ~baseline_right).sum()),
         "broken": int((baseline_right & ~student_right).sum()),
     }
+
+
+def _predictions(run: Run, images: int) -> Tensor:
+    logits = torch.stack([_logits(member, "test", images) for member in _members(run)])
+    return core.average(logits, 1.0, run.spec.settings.get("average", "arithmetic")).argmax(1)
 
 
 def build(settings: Document, init: torch.Generator | None = None) -> core.MLP:
@@ -564,7 +668,7 @@ def _evaluation(session: Session, run: Run, log_p: dict[str, Tensor]) -> Documen
     document["test"] = {k: scored.pop(k) for k in ("errors", "total", "per_class_errors")}
     document |= scored
     if spec.command in STUDENTS:  # a baseline is compared with the teacher that the experiment describes
-        name = spec.parents[0] if spec.parents else _described_teacher(session, spec.seed).name
+        name = spec.parents[0] if spec.parents else _described_teacher(session, session.experiment, spec.seed).name
         if (run.root / name).is_dir():
             teacher = open_run(run.root, name)
             if name not in log_p and teacher.completed and not _orphaned(teacher):

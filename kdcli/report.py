@@ -14,10 +14,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table as RichTable
 
 from kdcli import BadInput
-from kdcli.config import CLASSES, Experiment
+from kdcli.config import CLASSES, Experiment, Key
 from kdcli.runs import Document, open_run, write_aside
+from kdcli.verdict import Verdict, mean_interval, verdict
 
-ALPHA = 0.05  # the level of the tests behind a verdict
+GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
+INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
+PAPER_LEGEND = (
+    "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it out, "
+    "equal where it does not; of a single net lower or higher. The intervals do not cover the sampling of the test "
+    "set. Unseen, and in brackets of the paper: the errors on classes missing from the transfer set."
+)
 
 
 class Display:
@@ -107,6 +114,29 @@ def _age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+def compare_tables(document: Document) -> list[Table | str]:
+    """What `kd compare` shows: the groups, and of each the settings that differ from A's and the verdict against A."""
+    groups, rows = document["groups"], []
+    for g in groups:
+        mean = f"{g['mean']:.1f} ± {g['std']:.1f}" if g["std"] is not None else f"{g['mean']:g}"
+        interval = "{:.1f} to {:.1f}".format(*g["interval"]) if g["interval"] else ""
+        rows.append([g["group"], g["name"], str(len(g["errors"])), mean, interval])
+    title = f"Errors on {document['total']:,} {document['evaluated_on']}"
+    result: list[Table | str] = [Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)]
+    for c in document["comparisons"]:
+        found = {k: v for k, v in c.items() if k in Verdict._fields}
+        changed = "; ".join(f"{key} {_value(b)}, not {_value(a)}" for key, (a, b) in c["changed"].items()) or "nothing"
+        said = Verdict(**found).sentence(c["group"], groups[0]["group"]) if found else c["why_not"]
+        result.append(f"{c['group']} against {groups[0]['group']}: {changed}.\n{said}\n")
+    return [*result, INTERVAL_LEGEND]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_value(v)}" for key, v in value.items())
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _rate(errors: float, total: int) -> str:
@@ -210,121 +240,148 @@ def _evaluations(documents: Sequence[Document]) -> list[Table | str]:
 # The whole experiment.
 
 
-class Verdict(NamedTuple):
-    """Did the soft targets help? `fewer_errors` is the baseline's errors minus the student's, the mean over seeds."""
-
-    verdict: str
-    fewer_errors: float
-    interval: tuple[float, float] | None
-    p: float
-    n: int
-    test: str
-
-    def sentence(self) -> str:
-        one = self.n == 1
-        start = {
-            "helped": "The soft targets helped",
-            "hurt": "The soft targets hurt",
-            "no evidence": f"No evidence at n = {self.n} that the soft targets helped or hurt",
-        }[self.verdict] + (", on this one seed" if one and self.verdict != "no evidence" else "")
-        sign, word = (1, "fewer") if self.fewer_errors >= 0 else (-1, "more")
-        amount = f"{abs(self.fewer_errors):.{0 if one else 1}f} {word} errors than the baseline"
-        if one:
-            test = f"McNemar's exact test on the two nets' predictions: p = {self.p:.2g}"
-            return f"{start}: {amount} ({test}). Other seeds may differ: --seeds 0-4 would tell."
-        low, high = sorted(sign * end for end in self.interval or ())
-        spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} {word}"
-        return f"{start}: {amount} ({spread}; {self.test}: p = {self.p:.2g})."
-
-
-def verdict(distilled: Sequence[Document]) -> Verdict:
-    """The verdict on student against baseline of the same seed, from `distill` documents.
-
-    Several seeds: a paired t-test on their errors. One seed: McNemar's exact test on the images that only one of the
-    two gets right. The interval is of the mean over seeds; it does not cover the sampling of the test set.
-    """
-    from scipy import stats
-
-    fewer = [d["baseline"]["errors"] - d["test"]["errors"] for d in distilled]
-    n, mean, name = len(fewer), statistics.mean(fewer), "McNemar's test" if len(fewer) == 1 else "paired t-test"
-    interval: tuple[float, float] | None = None
-    if n == 1:
-        fixed, broken = distilled[0]["baseline"]["fixed"], distilled[0]["baseline"]["broken"]
-        p = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
-    elif len(set(fewer)) == 1:  # no spread for a t-test to use: a sign test
-        p, interval, name = (2 * 0.5**n if mean else 1.0), (mean, mean), "sign test"
-    else:
-        test = stats.ttest_1samp(fewer, 0)
-        low, high = test.confidence_interval(1 - ALPHA)
-        p, interval = float(test.pvalue), (float(low), float(high))
-    word = "no evidence" if p >= ALPHA else "helped" if mean > 0 else "hurt"
-    return Verdict(word, mean, interval, p, n, name)
-
-
-def summary(experiment: Experiment, documents: Sequence[Document], evaluation: Document) -> Document:
-    """The document of `kd run`: a row for each thing the experiment compares, the verdict, and the runs."""
-    errors: dict[str, list[int]] = {row: [] for row in experiment.rows}
-    runs: dict[str, list[str]] = {row: [] for row in experiment.rows}
-    for d in documents:
-        if d["command"] == "train-teacher" and d["seed"] not in experiment.seed:
-            continue  # a further member of an ensemble
-        names = {"train-teacher": "teacher", "distill": "student", "omit-classes": d.get("label", "")}
-        row = names.get(d["command"], str(d["command"]))
-        errors[row].append(d["test"]["errors"])
-        runs[row].append(d["run"])
-        for bias, corrected in d.get("bias", {}).items():
-            errors[f"{row}, {bias} bias"].append(corrected["errors"])
+def summary(
+    experiment: Experiment, points: Sequence[Key], documents: Sequence[Sequence[Document]], evaluation: Document
+) -> Document:
+    """The document of `kd run`: a row for each thing the experiment compares, the verdict, and the runs; for a grid,
+    those of each of its points."""
     scores = {e["run"]: e for e in evaluation["runs"]}
-    rows = [_row(experiment, row, errors[row], [scores[run] for run in runs[row]]) for row in experiment.rows]
-    total = documents[0]["test"]["total"]
-    return {
+    tables = [_summary(experiment, found, scores) for found in documents]
+    first = documents[0][0]
+    head = {
         "command": "run",
         "experiment": experiment.name,
         "seeds": experiment.seed,
-        "evaluated_on": _on(documents[0]),
-        "total": total,
-        "table": rows,
-        "verdict": verdict([d for d in documents if d["command"] == "distill"])._asdict(),
-        "runs": list(documents),
+        "evaluated_on": _on(first),
+        "total": first["test"]["total"],
     }
+    if not experiment.grid:
+        return head | tables[0]
+    at = [dict(zip(experiment.grid, values, strict=True)) for values in points]
+    return head | {"grid": list(experiment.grid), "points": [{"at": a} | t for a, t in zip(at, tables, strict=True)]}
 
 
-def _row(experiment: Experiment, name: str, errors: Sequence[int], scores: Sequence[Document]) -> Document:
-    row: Document = {"row": name, "mean": statistics.mean(errors), "n": len(errors), "errors": list(errors)}
-    row["std"] = statistics.stdev(errors) if len(errors) > 1 else None
+def _summary(experiment: Experiment, documents: Sequence[Document], scores: dict[str, Document]) -> Document:
+    rows = []
+    for name in experiment.rows:
+        found = [d for d in documents if d["row"] == name]
+        if found:
+            rows.append(_row(experiment, name, found, [d["test"] for d in found], [scores[d["run"]] for d in found]))
+        for bias in found[0].get("bias", {}) if found else ():
+            rows.append(_row(experiment, f"{name}, {bias} bias", found, [d["bias"][bias] for d in found], []))
+    students = [d for d in documents if d["row"] == "student"]
+    return {"table": rows, "verdict": verdict(students)._asdict(), "runs": list(documents)}
+
+
+def _row(
+    experiment: Experiment,
+    name: str,
+    documents: Sequence[Document],
+    counted: Sequence[Document],
+    scores: Sequence[Document],
+) -> Document:
+    errors, unseen = [c["errors"] for c in counted], documents[0].get("omitted", [])
+    row: Document = {"row": name, "mean": statistics.mean(errors), "n": len(errors), "errors": errors}
+    row |= {"std": statistics.stdev(errors) if len(errors) > 1 else None, "interval": mean_interval(errors)}
+    if unseen:
+        row["unseen"] = statistics.mean(sum(c["per_class_errors"][k] for k in unseen) for c in counted)
+    if "last_epoch" in documents[0]:
+        row["train_errors"] = statistics.mean(d["last_epoch"]["train_errors"] for d in documents)
+        row["samples"] = documents[0]["samples"]
     for key in ("nll", "ece") if scores else ():
         row[key] = statistics.mean(s[key] for s in scores)
     if scores:
         row["multiply_adds"] = scores[0]["cost"]["multiply_adds"]
     if name in experiment.expect:
         row |= {"expect": experiment.expect[name], "met": row["mean"] <= experiment.expect[name]}
+    if name in experiment.paper:
+        paper = experiment.paper[name]
+        row["paper"] = paper if isinstance(paper, list) else [paper]
+        row["against_paper"] = _against(row["paper"][0], row["mean"], row["interval"])
     return row
+
+
+def _against(paper: float, mean: float, interval: tuple[float, float] | None) -> str:
+    """better or worse where the interval of the mean leaves the paper's one run out; of one seed lower or higher."""
+    low, high = interval or (mean, mean)
+    if low <= paper <= high:
+        return "equal"
+    word = ("better", "worse") if interval else ("lower", "higher")
+    return word[0] if mean < paper else word[1]
 
 
 def final_table(document: Document) -> Table:
     """The one table that `kd run` ends with."""
-    rows = []
-    for r in document["table"]:
-        spread = f" ± {r['std']:.1f}" if r["std"] is not None else ""
-        expected = f"{r['expect']:g} {'met' if r['met'] else 'MISSED'}" if "expect" in r else ""
-        scores = [f"{r['nll']:.3f}", f"{r['ece']:.3f}", f"{r['multiply_adds']:,}"] if "nll" in r else [""] * 3
-        mean = f"{r['mean']:.1f}" if r["n"] > 1 else f"{r['mean']}"
-        rows.append([r["row"], f"{mean}{spread}", _rate(r["mean"], document["total"]), *scores, expected])
     seeds = document["seeds"]
     over = f"mean ± std over {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     title = f"{document['experiment']}: errors on {document['evaluated_on']}, {over}"
-    columns = ("", "errors", "rate", "NLL", "ECE", "mult-adds", "expect")
-    kept = [i for i in range(len(columns)) if i < 6 or any(row[i] for row in rows)]
+    columns, rows = _grid_rows(document) if "grid" in document else _rows(document)
+    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
     return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _rows(document: Document) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for r in document["table"]:
+        paper = [f"{value:g}" for value in r.get("paper", [])]
+        paper_shown = f"{paper[0]} ({paper[1]})" if len(paper) > 1 else "".join(paper)
+        unseen = f"{r['unseen']:.1f}" if "unseen" in r else ""
+        rate = _rate(r["mean"], document["total"])
+        rows.append([r["row"], _spread(r), rate, unseen, paper_shown, r.get("against_paper", "")])
+    return ["", "errors", "rate", "unseen", "paper", "verdict"], rows
+
+
+def _spread(row: Document) -> str:
+    if row["std"] is None:
+        return f"{row['mean']:g}"
+    return f"{row['mean']:.1f} ± {row['std']:.1f}"
+
+
+def _grid_rows(document: Document) -> tuple[list[str], list[list[str]]]:
+    """A row a point and a column for each net whose errors vary; `train` is the rate on the transfer set in the last
+    epoch, shown where that is a part of the training images."""
+    varying = [name for name in GRID_ROWS if name == "student" or len(_at_points(document, name)) > 1]
+    part = any(r["samples"] < p["table"][0]["samples"] for p in document["points"] for r in p["table"][1:2])
+    rows = []
+    for point in document["points"]:
+        nets = {r["row"]: r for r in point["table"]}
+        cells = [_spread(nets[name]) if name in nets else "" for name in varying]
+        trained = [nets[name] for name in ("baseline", "student") if part]
+        rows.append([*point["at"].values(), *cells, *(_rate(net["train_errors"], net["samples"]) for net in trained)])
+    keys = [key.rpartition(".")[2] for key in document["grid"]]
+    return [*keys, *varying, *(["baseline, train", "student, train"] if part else [])], rows
+
+
+def _at_points(document: Document, name: str) -> list[str]:
+    """The different errors that a row has at the points of a grid."""
+    found = [_spread(r) for point in document["points"] for r in point["table"] if r["row"] == name]
+    return list(dict.fromkeys(found))
 
 
 def remarks(document: Document) -> list[str]:
     """The verdict, and what the reader of the table must know."""
+    if "grid" in document:
+        same = {name: _at_points(document, name) for name in GRID_ROWS if name != "student"}
+        constant = [f"{name} {found[0]}" for name, found in same.items() if len(found) == 1]
+        return [f"The same at every point: {', '.join(constant)}."] * bool(constant) + [
+            f"{', '.join(f'{k} = {v}' for k, v in point['at'].items())}: {Verdict(**point['verdict']).sentence()}"
+            for point in document["points"]
+        ]
     lines = [Verdict(**document["verdict"]).sentence()]
-    commands = {d["command"] for d in document["runs"]}
-    if "ensemble" in commands and len(document["seeds"]) > 1:
-        lines.append("The ensembles of successive seeds share members: their spread is not that of independent ones.")
-    return lines + [BIAS_LEGEND] * ("omit-classes" in commands)
+    if any("paper" in row for row in document["table"]):
+        lines.append(PAPER_LEGEND)
+    return lines + [BIAS_LEGEND] * any("bias" in d for d in document["runs"])
+
+
+def missed(document: Document) -> list[str]:
+    """The expectations that were not met, a line each."""
+    tables = [point["table"] for point in document.get("points", [document])]
+    return [
+        f"expect.{row['row']}: {row['mean']:.1f} errors, not {row['expect']:g} or fewer"
+        for table in tables
+        for row in table
+        if not row.get("met", True)
+    ]
 
 
 def write_report(document: Document, folder: Path, root: Path) -> list[Path]:
@@ -333,19 +390,36 @@ def write_report(document: Document, folder: Path, root: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    pictures = {
-        "errors.png": lambda figure: _draw_errors(figure, document),
-        "learning-curves.png": lambda figure: _draw_curves(figure, document, root),
-    }
-    if any(d["command"] == "omit-classes" for d in document["runs"]):
-        pictures["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
-    text = [f"# {document['experiment']}", final_table(document).markdown(), *remarks(document)]
-    text += [f"![{name}]({name})" for name in pictures]
-    write_aside(folder / "report.md", ("\n\n".join(text) + "\n").encode())
+    pictures: dict[str, Callable[[Any], None]]
+    if "grid" in document:
+        pictures = {"grid.png": lambda figure: _draw_grid(figure, document)}
+    else:
+        pictures = {
+            "errors.png": lambda figure: _draw_errors(figure, document),
+            "learning-curves.png": lambda figure: _draw_curves(figure, document, root),
+        }
+        if any("bias" in d for d in document["runs"]):
+            pictures["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
+    write_aside(folder / "report.md", markdown(document, list(pictures)).encode())
     write_aside(folder / "report.json", (json.dumps(document, indent=1) + "\n").encode())
     for name, draw in pictures.items():
         write_aside(folder / name, _picture(draw))
     return [folder / name for name in ("report.md", "report.json", *pictures)]
+
+
+def markdown(document: Document, pictures: Sequence[str]) -> str:
+    """The report of `kd run` as Markdown."""
+    text = [f"# {document['experiment']}", final_table(document).markdown(), *remarks(document), made(document)]
+    return "\n\n".join([*text, *(f"![{name}]({name})" for name in pictures)]) + "\n"
+
+
+def made(document: Document) -> str:
+    """How, where and by what the runs were made."""
+    m = document["made"]
+    return (
+        f"`{m['command_line']}`; commit {', '.join(m['commits'])}; {', '.join(m['devices'])}, {m['versions']}, "
+        f"{m['date']}; {m['seconds'] / 60:.0f} minutes of training in all."
+    )
 
 
 # Pictures.
@@ -388,13 +462,36 @@ def _log_scale(axis: Any, set_scale: Callable[..., None]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _draw_grid(figure: Any, document: Document) -> None:
+    """Errors of the student at each value of the first key, a line for each combination of the others; with bars of one
+    standard deviation, and the baseline dashed."""
+    axes, (first, *others) = figure.subplots(), document["grid"]
+    lines: dict[str, list[Document]] = {}
+    for point in document["points"]:
+        lines.setdefault(", ".join(f"{key} {point['at'][key]}" for key in others), []).append(point)
+    ticks = list(dict.fromkeys(point["at"][first] for point in document["points"]))
+    for i, (name, points) in enumerate(lines.items()):
+        for row, style in (("student", "-"), ("baseline", "--"), ("ensemble", ":"), ("student of ensemble", "-.")):
+            found = [(ticks.index(p["at"][first]), r) for p in points for r in p["table"] if r["row"] == row]
+            x, rows = [x for x, _ in found], [r for _, r in found]
+            spread = [r["std"] or 0 for r in rows]
+            label = f"{row}, {name}" if name else row
+            if rows:
+                axes.errorbar(x, [r["mean"] for r in rows], spread, None, style, marker="o", color=f"C{i}", label=label)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(xlabel=first, ylabel=f"errors on {document['evaluated_on']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(f"{document['experiment']}: mean over {len(document['seeds'])} seeds, ± one std", loc="left")
+
+
 def _draw_curves(figure: Any, document: Document, root: Path) -> None:
     """Test errors by epoch of teachers, baselines and students, a thin line a seed."""
     axes = figure.subplots()
     colours = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
     for d in document["runs"]:
         for row, run in (("teacher", d.get("teacher", {})), ("baseline", d.get("baseline", {})), ("student", d)):
-            if d["command"] != "distill" or not run:
+            if d["row"] != "student" or not run:
                 continue
             metrics = open_run(root, run["run"]).metrics()
             seen = row in axes.get_legend_handles_labels()[1]

@@ -242,13 +242,13 @@ class Run:
             (self.path / name).unlink(missing_ok=True)
 
     @property
-    def commit(self) -> str | None:
-        """The git commit of the kd that made the run."""
+    def environment(self) -> Document:
+        """The record of where and by what the run was made; empty when it is gone or damaged."""
         try:
-            commit = json.loads((self.path / "environment.json").read_text())["git_commit"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return commit if isinstance(commit, str) else None
+            record = json.loads((self.path / "environment.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
 
     def _config(self) -> Document:
         spec = self.spec

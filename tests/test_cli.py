@@ -13,7 +13,7 @@ import yaml
 from conftest import TINY, Shell
 from safetensors.torch import load_file
 
-from kdcli.report import verdict
+from kdcli.verdict import verdict
 
 COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", "run")
 
