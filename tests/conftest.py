@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from kdcli import cli
 from kdcli.data import MNIST_FILES
 
 torch.set_num_threads(1)
@@ -57,6 +60,21 @@ class Shell:
             [sys.executable, "-m", "kdcli", *arguments], cwd=self.folder, env=variables, capture_output=True, text=True
         )
         return Done(done.returncode, done.stdout, done.stderr)
+
+
+def kd_here(folder: Path, *words: str) -> Done:
+    """`kd` in this process, which takes a hundredth of the time of a new one."""
+    out, err, before, argv, threads = io.StringIO(), io.StringIO(), Path.cwd(), sys.argv, torch.get_num_threads()
+    os.chdir(folder)
+    sys.argv = ["kd", *words]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli._main()
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+        torch.set_num_threads(threads)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, Shell
+from conftest import TINY, Shell, kd_here
 from safetensors.torch import load_file
 
 from kdcli.verdict import verdict
@@ -26,8 +26,10 @@ def kd(kd: Shell, trained: Shell) -> Shell:
 
 
 def only(folder: Path, command: str) -> Path:
-    """The first run directory of a command."""
-    return sorted((folder / "runs" / "tiny" / command).iterdir())[0]
+    """The first run directory of a command: an ensemble of teachers, a student of a single teacher."""
+    runs = sorted((folder / "runs" / "tiny" / command).iterdir())
+    unwanted = {"ensemble": "tiny/baseline/", "distill": "tiny/ensemble/"}.get(command, "no run")
+    return next(run for run in runs if unwanted not in (run / "config.yaml").read_text())
 
 
 # What is wrong, the words after `kd`, and what the one line on stderr must hold.
@@ -118,7 +120,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "removing what is no run": ("runs rm tiny/report", "tiny/report: is not a run in"),
     "removing what lies elsewhere": ("runs rm ../..", "../..: is not a run in"),
     "removing with nobody to ask": (
-        "runs rm tiny/baseline/BASELINE",
+        "runs rm tiny/distill/STUDENT",
         "asks before it removes, and nobody is there to answer: add --yes",
     ),
     "removing a teacher in use": ("runs rm tiny/train-teacher/TEACHER", "these runs were made from them; remove them"),
@@ -129,8 +131,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
 def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> None:
     words, line = MISTAKES[mistake]
     words = words.replace("TEACHER", only(kd.folder, "train-teacher").name)
-    words = words.replace("BASELINE", only(kd.folder, "baseline").name)
-    done = kd(*shlex.split(words))
+    words = words.replace("STUDENT", only(kd.folder, "distill").name)
+    done = kd_here(kd.folder, *shlex.split(words))
     assert (done.code, done.out) == (2, "")
     assert line in done.err
     *more, last = [line for line in done.err.splitlines() if not line.startswith(("  close: ", "  tiny/", "remove: "))]
@@ -248,10 +250,11 @@ def test_dry_run_shows_the_resolved_experiment_and_writes_nothing(kd: Shell) -> 
 
 
 def test_runs_are_listed_with_status_errors_age_and_size(kd: Shell) -> None:
-    (only(kd.folder, "baseline") / "config.yaml").write_text("?")
+    broken = only(kd.folder, "baseline")
+    (broken / "config.yaml").write_text("?")
     listed = {d["run"]: d for d in kd("runs", "--json").json["runs"]}
     assert len(listed) == len(list((kd.folder / "runs/tiny").glob("*/*/config.yaml")))
-    (damaged,) = (d for d in listed.values() if d["run"].startswith("tiny/baseline/"))
+    damaged = listed["/".join(broken.parts[-3:])]
     assert (damaged["status"], damaged["errors"]) == ("damaged", None)
     folder = only(kd.folder, "distill")
     student = listed["/".join(folder.parts[-3:])]
@@ -294,7 +297,7 @@ def test_a_run_goes_with_all_that_was_made_from_it(kd: Shell) -> None:
 def test_removal_asks_first(kd: Shell, answer: str, stays: bool) -> None:
     import pty
 
-    run, (ours, theirs) = only(kd.folder, "baseline"), pty.openpty()
+    run, (ours, theirs) = only(kd.folder, "distill"), pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-m", "kdcli", "runs", "rm", str(run)], cwd=kd.folder, stdin=theirs, stderr=subprocess.PIPE
     ) as process:
@@ -315,7 +318,9 @@ def test_run_ends_with_one_table_and_a_verdict(trained: Shell) -> None:
         "teacher",
         "ensemble",
         "baseline",
+        "ensemble of baselines",
         "student",
+        "student of ensemble",
         "omit 3",
         "omit 3, test bias",
         "omit 3, heldout bias",
@@ -450,8 +455,8 @@ def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
         assert sum(map(sum, run["confusion"])) == 500
         assert run["cost"]["weight_bytes"] == 4 * run["cost"]["parameters"]
         assert ("teacher" in run) == (run["command"] in ("baseline", "distill", "omit-classes"))
-    ensemble = next(run for run in document["runs"] if run["command"] == "ensemble")
-    assert ensemble["cost"]["parameters"] == 2 * 4810
+    ensembles = [run["cost"]["parameters"] for run in document["runs"] if run["command"] == "ensemble"]
+    assert sorted(ensembles) == [2 * 1210, 2 * 4810]
     text = kd("evaluate", "tiny.yaml", "--run", document["runs"][0]["run"])
     assert "label (row)" in text.out
 
@@ -464,12 +469,8 @@ def test_evaluation_leaves_out_what_it_cannot_score_and_says_so(kd: Shell) -> No
     shutil.copytree(copy, copy.with_name("0-copy"))
     done = kd("evaluate", "tiny.yaml", "--json")
     assert done.code == 0, done.err
-    assert sorted(run["command"] for run in done.json["runs"]) == [
-        "baseline",
-        "distill",
-        "omit-classes",
-        "train-teacher",
-    ]
+    commands = ["baseline", "baseline", "distill", "distill", "ensemble", "omit-classes", "train-teacher"]
+    assert sorted(run["command"] for run in done.json["runs"]) == commands
     for reason in (
         "data.evaluate_on is heldout, not test",
         f"its member tiny/train-teacher/{member.name} is gone",

@@ -1,39 +1,20 @@
 """Any input, however wrong, is a valid run or one clear error: exit code 2, no traceback, nothing hangs."""
 
-import contextlib
-import io
 import json
-import os
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TINY, Done, Shell
+from conftest import kd_here as kd
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kdcli import BadInput, cli, config
+from kdcli import BadInput, config
 
 BRIEF = settings(max_examples=150, deadline=None)
-
-
-def kd(folder: Path, *words: str) -> Done:
-    """`kd` in this process, which takes a hundredth of the time of a new one."""
-    out, err, before, argv, threads = io.StringIO(), io.StringIO(), Path.cwd(), sys.argv, torch.get_num_threads()
-    os.chdir(folder)
-    sys.argv = ["kd", *words]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = cli._main()
-    finally:
-        os.chdir(before)
-        sys.argv = argv
-        torch.set_num_threads(threads)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 def is_clear(done: Done, *codes: int) -> bool:
