@@ -11,6 +11,14 @@ class BadInput(ValueError):
         self.lines = lines
 
 
+class Failed(RuntimeError):
+    """Runs failed while the others went on: a line each; `kd` prints them and exits with 1."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
 def failure(error: BaseException) -> str:
     """What went wrong while running, in one line."""
     if isinstance(error, OSError) and error.strerror:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import BadInput, __version__, config, failure
+from kdcli import BadInput, Failed, __version__, config, failure
 from kdcli.config import Experiment, Override
 from kdcli.runs import Document, dependents, find_folders, open_run, remove, survey
 
@@ -153,7 +153,7 @@ class Job:
         if experiment.grid:
             points = config.points(self.common.experiment, self.overrides, experiment.grid)
             lines.append(f"# {len(points)} points of the grid, each with nets such as these")
-        text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=100)
+        text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=80)
         show(self.common.as_json, document, text + "\n".join([*lines, "# --dry-run: nothing was written"]))
 
 
@@ -314,14 +314,14 @@ def run(
         display.close()
     document = report.summary(experiment, list(points), documents, evaluation)
     document["made"] = recipes.made(session, documents)
-    files = report.write_report(document, session.runs_dir / experiment.name / "report", session.runs_dir)
     show(
         job.common.as_json,
         document,
         report.final_table(document),
         *report.remarks(document),
-        *(f"wrote {file}" for file in files),
     )
+    for file in report.write_report(document, session.runs_dir / experiment.name / "report", session.runs_dir):
+        display.note(f"wrote {file}")
     for line in (missed := report.missed(document)):
         display.note(line)
     if check and missed:
@@ -371,10 +371,14 @@ def runs(
 ) -> None:
     """List the runs: status, errors, age, size. `kd runs rm` removes some."""
     if context.invoked_subcommand is not None:
+        if match or as_json or sort != "name" or runs_dir != Path("runs"):
+            raise BadInput("kd runs: the options of rm go behind it: kd runs rm --runs-dir DIR RUN…")
         return
     if sort not in ORDERS:
         raise BadInput(f"--sort {sort}: must be {', '.join(ORDERS)}")
     listed = sorted((d for d in survey(runs_dir) if match in f"{d['run']} {d['status']}"), key=ORDERS[sort])
+    if runs_dir != Path("runs") and not runs_dir.is_dir():
+        raise BadInput(f"--runs-dir {runs_dir}: there is no such folder")
     from kdcli import report
 
     show(as_json, {"command": "runs", "runs": listed}, report.runs_table(listed))
@@ -397,16 +401,19 @@ def runs_rm(
         raise BadInput("these runs were made from them; remove them too, or add --force:", *lines)
     for run in orphans:
         print(f"orphaned: {run}", file=sys.stderr)
-    size = sum(d["bytes"] for d in listed if d["run"] in chosen) / 1e6
-    print(*(f"remove: {run}" for run in chosen), f"{len(chosen)} runs, {size:.1f} MB", sep="\n", file=sys.stderr)
+    from kdcli.report import number_of_runs, size
+
+    taken = size(sum(d["bytes"] for d in listed if d["run"] in chosen))
+    print(*(f"remove: {run}" for run in chosen), f"{number_of_runs(len(chosen))}, {taken}", sep="\n", file=sys.stderr)
     if not yes and not sys.stdin.isatty():
         raise BadInput("kd runs rm: asks before it removes, and nobody is there to answer: add --yes")
-    if not yes and not typer.confirm("Remove them?", err=True):
-        print("nothing was removed", file=sys.stderr)
-        return
-    for folder in sorted(folders, key=lambda folder: folder.parent.name in ("train-teacher", "ensemble")):
-        remove(folder)
-    print(f"removed {len(chosen)} runs", file=sys.stderr)
+    if not yes:
+        print("Remove them? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing was removed", file=sys.stderr)
+            return
+    remove(sorted(folders, key=lambda folder: folder.parent.name in ("train-teacher", "ensemble")))
+    print(f"removed {number_of_runs(len(chosen))}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -452,7 +459,8 @@ def _main() -> int:
         if hasattr(error, "format_message"):  # a usage error of typer's
             print(f"kd: {error.format_message().rstrip('.')} (see kd --help)", file=sys.stderr)
             return 2
-        print(f"kd: failed: {failure(error)}", file=sys.stderr)
+        for line in error.lines if isinstance(error, Failed) else [failure(error)]:
+            print(f"kd: failed: {line}", file=sys.stderr)
         return 1
     if code in (130, 143):
         print(f"interrupted: to continue, type again: {shlex.join(['kd', *sys.argv[1:]])}", file=sys.stderr)

@@ -96,13 +96,15 @@ class Train(Section):
     epochs: int = Field(ge=1, le=1_000_000)
     batch_size: int = Field(default=128, ge=1, le=1_000_000)
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1e38)
     momentum: float | None = Field(default=None, ge=0, lt=1)  # sgd alone; left out it is 0.9
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1e6)
     schedule: Literal["constant", "linear", "cosine"] = "linear"  # linear and cosine fall to zero at the last step
     warmup: float = Field(default=0.0, ge=0)  # epochs over which the learning rate rises from zero
     jitter: int = Field(default=0, ge=0, le=7)  # each image shifts by up to so many pixels each way, anew every epoch
-    max_norm: float | None = Field(default=None, gt=0)  # bound on the norm of the weights into each hidden unit
+    max_norm: float | None = Field(
+        default=None, ge=1e-3, le=1e38
+    )  # bound on the norm of the weights into each hidden unit
     ema: float | None = Field(default=None, gt=0, lt=1)  # decay of the weights' exponential average, at most
 
     @model_validator(mode="before")
@@ -321,7 +323,7 @@ def experiments() -> dict[str, Path]:
 def find(name: str) -> Path:
     """The file of an experiment given by its path or, when it ships with kd, by its name. Raises BadInput."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+    if path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1:
         if not os.path.isfile(path):  # false too of an unusable name
             raise BadInput(f"{name}: there is no such experiment file")
         return path
@@ -469,8 +471,9 @@ def _dotted(key: Sequence[str | int]) -> str:
 def _nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     lower = {k.lower(): k for k in known}
+    among = ("; " if any("," in k for k in known) else ", ").join(known)
     close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    return f"; did you mean {lower[close[0]]}?" if close else f" (known: {', '.join(known)})"
+    return f"; did you mean {lower[close[0]]}?" if close else f" (known: {among})"
 
 
 def _fields(key: Key) -> Iterable[str]:
@@ -532,6 +535,8 @@ def _message(error: Any, key: Key) -> str:
             return f"must be a section of keys and values, not {shown}"
         case "string_pattern_mismatch":
             return f"must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', not {shown}"
+        case "string_too_long":
+            return f"must have at most {ctx['max_length']} characters, not {len(given)}"
         case "string_type":
             return f"must be a word, not {shown}"
     text = str(error["msg"]).removeprefix("Input should ")

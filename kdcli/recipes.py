@@ -1,5 +1,6 @@
 """One function a subcommand: it finds or trains the runs it needs and returns what there is to say about them."""
 
+import hashlib
 import json
 import math
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcli import BadInput, core, failure, metrics
+from kdcli import BadInput, Failed, core, failure, metrics
 from kdcli.config import CLASSES, DATASETS, Data, Distill, Experiment, Model, Omission, Section, Train
 from kdcli.data import Dataset, Split, load, stratified
 from kdcli.runs import (
@@ -29,7 +30,7 @@ from kdcli.runs import (
     open_run,
 )
 from kdcli.train import Teacher, fit, learning_rate, predict
-from kdcli.workers import train_all
+from kdcli.workers import raise_all, train_all
 
 SAVE_EVERY = 30.0  # seconds of training that an interruption may cost
 
@@ -132,7 +133,8 @@ def evaluate(session: Session, names: Sequence[str] = (), seeds: Sequence[int] |
             else:
                 runs.append(_usable(session, run, "evaluated"))
     if not runs:
-        raise BadInput(f"{session.runs_dir / name}: no finished runs; train some: kd run {session.retype}")
+        of = f" of seed {', '.join(map(str, seeds))}" if seeds is not None else ""
+        raise BadInput(f"{session.runs_dir / name}: no finished runs{of}; train some: kd run {session.retype}")
     log_p = {run.name: _log_probabilities(session, run) for run in runs}
     return {"command": "evaluate", "experiment": name, "runs": [_evaluation(session, run, log_p) for run in runs]}
 
@@ -378,9 +380,21 @@ def _usable(session: Session, run: Run, role: str) -> Run:
     if unlike := _unlike_data(session, run):
         raise BadInput(f"{run.name}: cannot be {role} in this experiment: {unlike}")
     for member in _members(run):
+        if not member.completed:
+            raise BadInput(f"{run.name}: cannot be {role}: its member {member.name} is {member.status}")
         for kind in ("weights", "logits"):
             member.load(kind)
+    for name, fingerprint in run.result.get("parents", {}).items():
+        parent = open_run(run.root, name) if (run.root / name).is_dir() else None
+        if parent and parent.completed and not _orphaned(parent) and _fingerprint(parent) != fingerprint:
+            raise BadInput(f"{run.name}: was made from other weights than {name} has now: {run.remedy}")
     return run
+
+
+def _fingerprint(run: Run) -> str:
+    """A checksum of the weights of a finished run, or of those of an ensemble's members."""
+    weights = [member.result.get("sha256", {}).get("weights.safetensors", "") for member in _members(run)]
+    return hashlib.sha256(" ".join(weights).encode()).hexdigest()
 
 
 def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
@@ -389,8 +403,9 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
     missing = [run for run in runs.values() if not run.completed]
     for run in runs.values():
         if run.completed and run.name not in session.known:
-            _usable(session, run, "shown")
-            made_by = f", by commit {made}" if (made := run.environment.get("git_commit")) != session.commit else ""
+            _usable(session, open_run(run.root, run.name), "shown")
+            commit = run.environment.get("git_commit")
+            made_by = f", by commit {commit or 'unknown'}" if commit != session.commit else ""
             session.note(f"{run.name}: finished before{made_by}")
     nets = [run for run in missing if run.spec.command != "ensemble"]  # to combine members is not worth a process
     if session.jobs > 1 and len(nets) > 1 and session.device.type == "cpu":
@@ -403,8 +418,8 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
 
 def _train_here(session: Session, groups: list[list[Run]]) -> None:
     """Train groups one after another. One that fails takes no other down: a stack is taken apart, and when all have
-    ended, RuntimeError is raised with what went wrong."""
-    failures = []
+    ended, what went wrong is raised."""
+    failures: list[Exception] = []
     while groups:
         group, *groups = groups
         try:
@@ -413,9 +428,10 @@ def _train_here(session: Session, groups: list[list[Run]]) -> None:
             if len(group) > 1:
                 groups = [[run] for run in group] + groups
             else:
-                failures.append(f"{group[0].name}: {failure(error)}")
-    if failures:
-        raise RuntimeError("; ".join(failures))
+                failures.append(Failed(f"{group[0].name}: {failure(error)}"))
+        except BadInput as error:
+            failures.append(error)
+    raise_all(failures)
 
 
 def _stackable(session: Session, runs: Sequence[Run]) -> list[list[Run]]:
@@ -437,7 +453,8 @@ def train(session: Session, runs: Sequence[Run]) -> None:
             held.enter_context(run.writing(device, threads))
         work = _combine if runs[0].spec.command == "ensemble" else _train_nets
         for run, result in zip(runs, work(session, runs), strict=True):
-            result |= {"device": device, "threads": threads}
+            parents = {name: _fingerprint(open_run(run.root, name)) for name in run.spec.parents}
+            result |= {"device": device, "threads": threads, "parents": parents}
             run.finish(result, _report(run, result))
 
 

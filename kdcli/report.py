@@ -44,7 +44,7 @@ class Display:
         text = f"epoch {metrics['epoch']}/{epochs}, {loss}, {metrics['test_errors']} errors, {metrics['seconds']:.1f} s"
         if self.console.is_terminal:
             if run not in self.tasks:
-                self.tasks[run] = self.bars.add_task(run.partition("/")[2], total=epochs)
+                self.tasks[run] = self.bars.add_task(run.partition("/")[2], total=epochs, text=text)
                 self.bars.start()
             self.bars.update(self.tasks[run], completed=metrics["epoch"], text=text)
             if last:
@@ -105,8 +105,17 @@ def runs_table(listed: Sequence[Document]) -> Table:
         under_way = d["status"] != "completed" and d["epoch"]
         status = f"{d['status']} {d['epoch']}/{d['epochs']}" if under_way else d["status"]
         errors = "" if d["errors"] is None else str(d["errors"])
-        rows.append([d["run"], status, errors, _age(d["age_s"]), f"{d['bytes'] / 1e6:.1f} MB"])
-    return Table(f"{len(listed)} runs", ("run", "status", "errors", "age", "size"), rows)
+        rows.append([d["run"], status, errors, _age(d["age_s"]), size(d["bytes"])])
+    return Table(number_of_runs(len(listed)), ("run", "status", "errors", "age", "size"), rows)
+
+
+def number_of_runs(n: int) -> str:
+    return f"{n} run" if n == 1 else f"{n} runs"
+
+
+def size(count: int) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def _age(seconds: float) -> str:

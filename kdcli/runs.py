@@ -83,7 +83,7 @@ class Run:
             result = json.loads((self.path / "result.json").read_text())
         except (FileNotFoundError, NotADirectoryError):
             return {"status": "missing"}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BadInput(f"{self.path / 'result.json'}: cannot be read ({error}): {self.remedy}") from None
         needed = {"run", "seed", "device", "seconds", "test", "evaluated_on", "sha256"}
         if not isinstance(result, dict) or not (result.get("status") in UNFINISHED or needed <= result.keys()):
@@ -116,7 +116,8 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadInput(f"--runs-dir {self.root}: cannot be written: {error.strerror}") from None
+            what = self.path if self.root.is_dir() and os.access(self.root, os.W_OK) else f"--runs-dir {self.root}"
+            raise BadInput(f"{what}: cannot be written: {error.strerror}") from None
         with (self.path / "lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +130,7 @@ class Run:
             for leftover in self.path.iterdir():
                 if leftover.is_dir():
                     raise BadInput(f"{leftover}: kd makes no such folder: remove it")
-                if leftover.name not in ("lock", "metrics.jsonl", *STATES):
+                if leftover.suffix in (".safetensors", ".tmp") or leftover.name in ("result.json", "report.md"):
                     leftover.unlink()
             self._write_json("result.json", self._header("running"))
             self._write("config.yaml", yaml.safe_dump(self._config(), sort_keys=False).encode())
@@ -173,7 +174,9 @@ class Run:
                 if len(lines) >= epochs and lines[epochs - 1].endswith(b"\n"):
                     self._write("metrics.jsonl", b"".join(lines[:epochs]))
                     return epochs, tensors
-            note(f"{self.path / name}: is damaged: an earlier state is used")
+            note(f"{self.path / name}: is damaged and not used")
+        if self.metrics():
+            note(f"{self.name}: begun anew: it had no state saved to continue from")
         return self.restart()
 
     def restart(self) -> "tuple[int, dict[str, Tensor]]":
@@ -183,8 +186,12 @@ class Run:
 
     def log(self, metrics: Document) -> None:
         """Append a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     def metrics(self) -> list[Document]:
         """The lines of metrics.jsonl, one an epoch. Raises BadInput when it is damaged."""
@@ -193,9 +200,12 @@ class Run:
             return []
         content = self._verified(path.name) if self.completed else path.read_bytes()
         try:
-            return [json.loads(line) for line in content.splitlines()]
-        except ValueError:
-            raise BadInput(f"{path}: is damaged: {self.remedy}") from None
+            lines = [json.loads(line) for line in content.splitlines()]
+        except (ValueError, RecursionError):
+            lines = [None]
+        if not all(isinstance(line, dict) and isinstance(line.get("seconds"), int | float) for line in lines):
+            raise BadInput(f"{path}: is damaged: {self.remedy}")
+        return lines
 
     def save(self, kind: str, tensors: "dict[str, Tensor]") -> None:
         """Write `<kind>.safetensors`."""
@@ -246,7 +256,7 @@ class Run:
         """The record of where and by what the run was made; empty when it is gone or damaged."""
         try:
             record = json.loads((self.path / "environment.json").read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return record if isinstance(record, dict) else {}
 
@@ -304,9 +314,9 @@ def open_run(root: Path, name: str, flag: str = "") -> Run:
     """The run called `<experiment>/<command>/<id>`, or in the directory at that path. Raises BadInput, with the flag
     that named it if one did."""
     said = f"{flag} {name}".strip() or repr(name)
-    path = root / name if os.path.isfile(root / name / "config.yaml") else Path(name)  # false too of an unusable name
+    path = root / name if os.path.isdir(root / name) else Path(name)  # false too of an unusable name
     path = Path(os.path.abspath(path))
-    if not os.path.isfile(path / "config.yaml"):
+    if not os.path.isdir(path) or path.parent.name not in (*TEACHERS, *STUDENTS):
         raise BadInput(f"{said}: there is no such run; `kd runs` lists what there is")
     run = _open(path)
     if run.root != Path(os.path.abspath(root)):
@@ -323,7 +333,8 @@ def _open(path: Path) -> Run:
         spec = Spec(str(config["experiment"]), str(config["command"]), int(config["seed"]), settings, parents)
         run = Run(path.parents[2], spec)
     except (OSError, ValueError, TypeError, KeyError, IndexError, yaml.YAMLError, RecursionError):
-        raise BadInput(f"{path / 'config.yaml'}: is not a run's configuration") from None
+        what = "is not a run's configuration" if os.path.isfile(path / "config.yaml") else "is missing"
+        raise BadInput(f"{path / 'config.yaml'}: {what}: delete {path} and train it again") from None
     if run.path != path:
         raise BadInput(f"{path / 'config.yaml'}: does not belong in this folder: {run.name} was expected")
     return run
@@ -354,11 +365,17 @@ def survey(root: Path) -> list[Document]:
 
 
 def _surveyed(root: Path, folder: Path) -> Document:
-    files = [(file.stat().st_mtime, file.stat().st_size) for file in folder.iterdir() if file.is_file()]
-    document: Document = {"run": str(folder.relative_to(root)), "status": "damaged", "errors": None, "parents": []}
-    document |= {"epoch": None, "epochs": None, "bytes": sum(size for _, size in files)}
-    document["age_s"] = round(time.time() - max((changed for changed, _ in files), default=time.time()))
-    with contextlib.suppress(BadInput, AttributeError, TypeError, KeyError):
+    files = []
+    with contextlib.suppress(OSError):  # it may be removed meanwhile
+        for file in folder.iterdir():
+            with contextlib.suppress(OSError):
+                files.append(file.stat())
+    begun = (folder / "config.yaml").exists() or (folder / "result.json").exists()
+    document: Document = {"run": str(folder.relative_to(root)), "status": "damaged" if begun else "missing"}
+    document |= {"errors": None, "parents": [], "epoch": None, "epochs": None}
+    document["bytes"] = sum(file.st_size for file in files)
+    document["age_s"] = round(time.time() - max((file.st_mtime for file in files), default=time.time()))
+    with contextlib.suppress(BadInput, AttributeError, TypeError, KeyError, OSError):
         run = _open(folder)
         document |= {"parents": list(run.spec.parents), "status": run.status}
         if run.spec.command != "ensemble":
@@ -387,23 +404,28 @@ def find_folders(root: Path, names: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def remove(folder: Path) -> None:
-    """Delete a run directory. Raises BadInput when a kd is writing it, or the system does not let it go."""
-    result = folder / "result.json"
-    try:
-        with contextlib.ExitStack() as held:
-            if not (folder / "lock").is_dir():
-                fcntl.flock(held.enter_context((folder / "lock").open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if result.is_file():
-                result.unlink()  # first: what is half removed is not completed
-            shutil.rmtree(folder)
-    except BlockingIOError:
-        raise BadInput(f"{folder}: is being written by a kd: stop that first") from None
-    except OSError as error:
-        raise BadInput(f"{error.filename}: cannot be removed: {error.strerror}") from None
-    for parent in (folder.parent, folder.parent.parent):
-        with contextlib.suppress(OSError):  # not empty
-            parent.rmdir()
+def remove(folders: Sequence[Path]) -> None:
+    """Delete run directories, in order. Raises BadInput when a kd is writing one, before any is deleted, or when the
+    system does not let one go."""
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            try:
+                if not (folder / "lock").is_dir():
+                    fcntl.flock(held.enter_context((folder / "lock").open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"{folder}: is being written by a kd: stop that first; nothing was removed") from None
+            except OSError as error:
+                raise BadInput(f"{folder}: cannot be removed: {error.strerror}; nothing was removed") from None
+        for folder in folders:
+            try:
+                if (folder / "result.json").is_file():
+                    (folder / "result.json").unlink()  # first: what is half removed is not completed
+                shutil.rmtree(folder)
+            except OSError as error:
+                raise BadInput(f"{error.filename}: cannot be removed: {error.strerror}") from None
+            for parent in (folder.parent, folder.parent.parent):
+                with contextlib.suppress(OSError):  # not empty
+                    parent.rmdir()
 
 
 def environment(device: str, threads: int) -> Document:
@@ -447,5 +469,5 @@ def differences(wanted: Document, found: Document, prefix: str = "") -> list[str
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{prefix}{key} is {b}, not {a}")
+            lines.append(f"{prefix}{key} is {'not set' if b is None else b}, not {'unset' if a is None else a}")
     return lines

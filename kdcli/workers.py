@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
-from kdcli import failure
+from kdcli import BadInput, Failed, failure
 from kdcli.config import Experiment
 from kdcli.runs import Document, Run, Spec
 
@@ -30,8 +30,8 @@ Child = subprocess.Popen[str]
 
 def train_all(session: "Session", runs: Sequence[Run]) -> None:
     """Train runs in up to `session.jobs` processes at once. One that fails takes no other down: when all have ended,
-    raises RuntimeError with what went wrong."""
-    waiting, children, failures, lock = deque(runs), list[Child](), list[str](), Lock()
+    raises what went wrong."""
+    waiting, children, failures, lock = deque(runs), list[Child](), list[Exception](), Lock()
 
     def feed(child: Child) -> None:
         """Give one process run after run; start another in its place if it dies."""
@@ -43,7 +43,7 @@ def train_all(session: "Session", runs: Sequence[Run]) -> None:
             if child.poll() is not None:
                 children.append(child := _start(session))
             if error := _train(session, child, run, lock):
-                failures.append(f"{run.name}: {error}")
+                failures.append(error)
         child.communicate()
 
     with ThreadPoolExecutor(session.jobs) as pool:
@@ -57,13 +57,23 @@ def train_all(session: "Session", runs: Sequence[Run]) -> None:
             for child in children:
                 child.terminate()
             raise
+    raise_all(failures)
+
+
+def raise_all(failures: Sequence[Exception]) -> None:
+    """Raise what ended some runs, if anything did, as one: BadInput where the input was wrong for each, else Failed."""
     if failures:
-        raise RuntimeError("; ".join(failures))
+        kind = BadInput if all(isinstance(error, BadInput) for error in failures) else Failed
+        raise kind(*(line for error in failures for line in str(error).splitlines()))
 
 
 def _start(session: "Session") -> Child:
     child = subprocess.Popen(
-        [sys.executable, "-m", "kdcli.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "kdcli.workers"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,  # a Ctrl-C is for this process, which ends them
     )
     _send(
         child,
@@ -83,21 +93,22 @@ def _send(child: Child, document: Document) -> None:
         print(json.dumps(document), file=child.stdin, flush=True)
 
 
-def _train(session: "Session", child: Child, run: Run, lock: Lock) -> str | None:
+def _train(session: "Session", child: Child, run: Run, lock: Lock) -> Exception | None:
     """Have a worker train a run and pass its progress on; returns what went wrong, if anything did."""
     _send(child, asdict(run.spec))
     assert child.stdout
     for line in child.stdout:
         message = json.loads(line)
+        if "done" in message:
+            return None
         if "error" in message:
-            error: str | None = message["error"]
-            return error
+            return BadInput(message["error"]) if message["bad_input"] else Failed(f"{run.name}: {message['error']}")
         with lock:
             if "note" in message:
                 session.note(message["note"])
             else:
                 session.progress(run.name, message["epochs"], message["metrics"])
-    return f"its process ended with exit code {child.wait()}"
+    return Failed(f"{run.name}: its process ended with exit code {child.wait()}")
 
 
 def _say(document: Document) -> None:
@@ -135,12 +146,13 @@ def main() -> None:
     session = Session(experiment, Path(start["runs_dir"]), torch.device("cpu"), data_dir, progress=tell, note=note)
     for line in sys.stdin:
         spec = json.loads(line)
-        error = None
         try:
             train(session, [session.run(Spec(**spec | {"parents": tuple(spec["parents"])}))])
         except Exception as problem:  # the next run may do better
-            error = failure(problem)
-        _say({"error": error})
+            bad = isinstance(problem, BadInput)
+            _say({"error": str(problem) if bad else failure(problem), "bad_input": bad})
+        else:
+            _say({"done": True})
 
 
 if __name__ == "__main__":

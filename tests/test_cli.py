@@ -1,3 +1,5 @@
+import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -13,6 +15,7 @@ import yaml
 from conftest import TINY, Shell, kd_here
 from safetensors.torch import load_file
 
+from kdcli.runs import Run, open_run
 from kdcli.verdict import verdict
 
 COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", "run")
@@ -137,7 +140,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> Non
     assert line in done.err
     *more, last = [line for line in done.err.splitlines() if not line.startswith(("  close: ", "  tiny/", "remove: "))]
     assert line in done.err
-    assert all(extra.startswith(("teacher tiny/train-teacher/", "1 runs, ")) for extra in more), last
+    assert all(extra.startswith(("teacher tiny/train-teacher/", "1 run, ")) for extra in more), last
 
 
 def test_a_broken_file_is_told_with_its_line(kd: Shell) -> None:
@@ -267,7 +270,7 @@ def test_runs_are_listed_with_status_errors_age_and_size(kd: Shell) -> None:
     text = kd("runs", "--match", "distill").out
     assert folder.name in text
     assert "train-teacher" not in text
-    assert kd("runs", "--runs-dir", "none").out.startswith("0 runs")
+    assert kd("runs", "--runs-dir", "none").err == "--runs-dir none: there is no such folder\n"
 
 
 def test_a_run_that_others_need_is_removed_only_by_force(kd: Shell) -> None:
@@ -291,6 +294,52 @@ def test_a_run_goes_with_all_that_was_made_from_it(kd: Shell) -> None:
     done = kd("runs", "rm", "--yes", *runs)
     assert done.code == 0, done.err
     assert not list((kd.folder / "runs").iterdir())
+
+
+def test_removal_takes_all_or_nothing_and_no_options_get_lost(kd: Shell) -> None:
+    one, other = (path for path in sorted((kd.folder / "runs/tiny/distill").iterdir()))
+    with (other / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the kd that trains it does
+        done = kd("runs", "rm", "--yes", str(one), str(other))
+    assert done.code == 2
+    assert "is being written by a kd: stop that first; nothing was removed" in done.err
+    assert one.exists()
+    assert kd("runs", "--runs-dir", "elsewhere", "rm", "--yes", str(one)).code == 2
+    assert one.exists()
+
+
+def test_a_student_of_other_weights_than_its_teacher_has_now_is_told(kd: Shell) -> None:
+    teacher = only(kd.folder, "train-teacher")
+    result = json.loads((teacher / "result.json").read_text())
+    assert kd("runs", "rm", "--yes", "--force", str(teacher)).code == 0
+    assert kd("train-teacher", "tiny.yaml").code == 0
+    assert kd("distill", "tiny.yaml").code == 0  # the same weights again
+    rewritten = Run(kd.folder / "runs", open_run(kd.folder / "runs", result["run"]).spec)
+    weights = {name: tensor + 1 for name, tensor in rewritten.load("weights").items()}
+    rewritten.save("weights", weights)
+    rewritten.finish({k: v for k, v in result.items() if k not in ("sha256", "checksum")}, "")
+    done = kd("distill", "tiny.yaml")
+    assert done.code == 2
+    assert "was made from other weights than tiny/train-teacher/" in done.err
+
+
+def test_a_terminal_shows_a_bar_a_run(kd: Shell) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    words = ["train-teacher", "tiny.yaml", "--seeds", "5-6", "--epochs", "200"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "kdcli", *words], cwd=kd.folder, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+    assert process.returncode == 0, shown.decode()
+    assert b"train-teacher/5-" in shown
+    assert b"epoch 200/200" in shown
+    assert b"\xe2\x94\x81" in shown  # a bar
 
 
 @pytest.mark.parametrize(("answer", "stays"), [("y", False), ("n", True), ("", True)])

@@ -145,7 +145,7 @@ def test_a_damaged_state_is_noted_and_the_one_before_is_used(
         content[len(content) // 2] ^= 1
         path.write_bytes(content[: len(content) // 2] if harm == "truncated" else content)
     errors = finish(shell)
-    assert "is damaged: an earlier state is used" in errors
+    assert "is damaged and not used" in errors
     assert ("continued after epoch" in errors) == (harm != "both")
     assert outcome(tmp_path) == uninterrupted
 

@@ -17,7 +17,7 @@ def finished(root: Path, spec: Spec = SPEC) -> Run:
     run = Run(root, spec)
     with run.writing("cpu", 1):
         run.restart()
-        run.log({"epoch": 1, "loss": 0.5})
+        run.log({"epoch": 1, "loss": 0.5, "seconds": 1.0})
         run.save("weights", {"w": torch.arange(6.0).view(2, 3)})
         run.finish(
             {"test": {"errors": 1}, "seconds": 1.0, "device": "cpu", "evaluated_on": "test images"}, "# report\n"
@@ -53,7 +53,7 @@ def test_a_finished_run_holds_everything_and_reads_back(tmp_path: Path) -> None:
     assert run.completed
     again = runs.open_run(tmp_path, run.name)
     assert again.spec == SPEC
-    assert again.metrics() == [{"epoch": 1, "loss": 0.5}]
+    assert again.metrics() == [{"epoch": 1, "loss": 0.5, "seconds": 1.0}]
     assert torch.equal(again.load("weights")["w"], torch.arange(6.0).view(2, 3))
     assert runs.open_run(tmp_path, str(run.path)).name == run.name
     environment = json.loads((run.path / "environment.json").read_text())
@@ -74,7 +74,7 @@ def test_an_unfinished_run_says_so_and_starts_again_clean(error: BaseException, 
     with pytest.raises(type(error)):
         work()
     assert run.status == status
-    assert finished(tmp_path).metrics() == [{"epoch": 1, "loss": 0.5}]
+    assert finished(tmp_path).metrics() == [{"epoch": 1, "loss": 0.5, "seconds": 1.0}]
 
 
 def test_a_second_writer_is_refused_and_kill_9_leaves_no_lock(tmp_path: Path) -> None:
