@@ -4,9 +4,17 @@ BIN := .venv/bin
 
 COMMANDS := train-teacher ensemble distill omit-classes evaluate run
 
-.PHONY: demo test bench torture lint clean $(COMMANDS)
+.PHONY: demo reproduce results test bench torture lint clean $(COMMANDS)
 demo: .venv/ready
 	$(BIN)/kd run digits
+
+# The paper's table over five seeds; it continues where an earlier call stopped.
+reproduce: .venv/ready
+	$(BIN)/kd run mnist --seeds 0-4
+
+# Keeps finished reports as the record: make results REPORTS="runs/mnist/report runs/digits/report"
+results: .venv/ready
+	$(BIN)/python tests/results.py $(REPORTS)
 
 # make distill EXPERIMENT=digits ARGS="--T 3 --lambda1 0.9"
 $(COMMANDS): .venv/ready

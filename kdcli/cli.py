@@ -313,14 +313,11 @@ def run(
     finally:
         display.close()
     document = report.summary(experiment, list(points), documents, evaluation)
-    document["made"] = recipes.made(session, documents)
-    show(
-        job.common.as_json,
-        document,
-        report.final_table(document),
-        *report.remarks(document),
-    )
-    for file in report.write_report(document, session.runs_dir / experiment.name / "report", session.runs_dir):
+    stem = config.find(job.common.experiment).stem
+    document |= {"file": stem, "made": recipes.made(session, documents)}
+    show(job.common.as_json, document, report.final_table(document), *report.remarks(document))
+    folder = session.runs_dir / experiment.name / ("report" if stem == experiment.name else f"report-{stem}")
+    for file in report.write_report(document, folder, session.runs_dir):
         display.note(f"wrote {file}")
     for line in (missed := report.missed(document)):
         display.note(line)

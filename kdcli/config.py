@@ -368,13 +368,12 @@ def points(name: str, overrides: Sequence[Override], grid: dict[str, list[Any]])
 
 
 def _shown(value: Any) -> str:
-    return (
-        " x ".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    """A value of a grid as a table has room for it."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_shown(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return " x ".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class _Loader(yaml.SafeLoader):

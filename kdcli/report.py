@@ -323,7 +323,7 @@ def final_table(document: Document) -> Table:
     """The one table that `kd run` ends with."""
     seeds = document["seeds"]
     over = f"mean ± std over {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-    title = f"{document['experiment']}: errors on {document['evaluated_on']}, {over}"
+    title = f"{document['file']}: errors on {document['evaluated_on']}, {over}"
     columns, rows = _grid_rows(document) if "grid" in document else _rows(document)
     kept = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
     return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
@@ -418,7 +418,7 @@ def write_report(document: Document, folder: Path, root: Path) -> list[Path]:
 
 def markdown(document: Document, pictures: Sequence[str]) -> str:
     """The report of `kd run` as Markdown."""
-    text = [f"# {document['experiment']}", final_table(document).markdown(), *remarks(document), made(document)]
+    text = [f"# {document['file']}", final_table(document).markdown(), *remarks(document), made(document)]
     return "\n\n".join([*text, *(f"![{name}]({name})" for name in pictures)]) + "\n"
 
 
@@ -491,7 +491,7 @@ def _draw_grid(figure: Any, document: Document) -> None:
     axes.set(xlabel=first, ylabel=f"errors on {document['evaluated_on']}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    axes.set_title(f"{document['experiment']}: mean over {len(document['seeds'])} seeds, ± one std", loc="left")
+    axes.set_title(f"{document['file']}: mean over {len(document['seeds'])} seeds, ± one std", loc="left")
 
 
 def _draw_curves(figure: Any, document: Document, root: Path) -> None:

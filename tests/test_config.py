@@ -162,11 +162,12 @@ def test_malformed_seeds_are_refused(text: str) -> None:
 
 
 def test_shipped_experiments_are_valid_short_and_say_what_to_expect() -> None:
-    assert set(config.experiments()) == {"mnist", "digits"}
+    assert set(config.experiments()) >= {"mnist", "mnist-quick", "digits", "search"}
     for name, path in config.experiments().items():
         lines = path.read_text().splitlines()
-        assert config.load(name).name == name
-        assert len(lines) < 40
+        experiment = config.load(name)
+        assert config.points(name, [], experiment.grid)
+        assert len(lines) <= 42
         header = " ".join(line for line in lines if line.startswith("#"))
         assert f"kd run {name}" in header
         assert "Time:" in header
@@ -176,7 +177,7 @@ def test_shipped_experiments_are_valid_short_and_say_what_to_expect() -> None:
 def test_an_unknown_experiment_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"mnst: neither an experiment's name nor a .yaml file; did you mean mnist\?"):
         config.load("mnst")
-    with pytest.raises(BadInput, match=r"quux: .* \(known: digits, mnist\)"):
+    with pytest.raises(BadInput, match=r"quux: .* \(known: digits, mnist-quick, mnist, "):
         config.load("quux")
     with pytest.raises(BadInput, match="there is no such experiment file"):
         config.load(str(tmp_path / "absent.yaml"))
