@@ -34,6 +34,14 @@ TeacherRun = Annotated[str | None, typer.Option("--teacher", metavar="RUN", help
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Epochs of each training of this command.")]
 
 
+RunsDir = Annotated[Path, typer.Option(help="Where the run directories lie.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
 @dataclass(frozen=True)
 class Common:
     """The options that every command has."""
@@ -50,13 +58,11 @@ class Common:
         int | None, typer.Option(min=1, help="Runs trained at once, each on one thread; left out: one a core.")
     ] = None
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")
-    ] = None
-    runs_dir: Annotated[Path, typer.Option(help="Where the run directories lie.")] = Path("runs")
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False
+    data_dir: DataDir = None
+    runs_dir: RunsDir = Path("runs")
+    as_json: AsJson = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+    debug: Debug = False
 
 
 class Job:
@@ -328,11 +334,11 @@ def run(
 @app.command("compare")
 def compare_runs(
     names: Annotated[list[str], typer.Argument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
-    data_dir: Annotated[Path | None, typer.Option(help="Where MNIST lies; left out: $KD_DATA, else data.")] = None,
-    runs_dir: Annotated[Path, typer.Option(help="Where the run directories lie.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = Path("runs"),
+    as_json: AsJson = False,
     as_markdown: Annotated[bool, typer.Option("--md", help="Print Markdown on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
     from kdcli import report
@@ -346,9 +352,58 @@ def compare_runs(
         show(as_json, document, *parts)
 
 
+@app.command("export")
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run: a student, a teacher, an ensemble.")],
+    form: Annotated[str, typer.Option("--format", help="onnx, torch or safetensors.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="The file to write; left out: named after the run.")] = None,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = Path("runs"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a net for others to run, with its model card, after proving it on all test images."""
+    found = open_run(runs_dir, run)
+    from kdcli import ship
+
+    d = ship.export(found, form, out, data_dir)
+    lines = [
+        f"wrote {d['file']}: {d['bytes']:,} bytes, {d['errors']} errors on {d['total']:,} images as in torch "
+        f"({d['torch_errors']}); probabilities differ by {d['max_difference']:.1e} at most",
+        f"wrote {d['card']}",
+    ]
+    if form == "onnx":
+        lines.append(f"try it: kd predict {d['file']} IMAGE.png")
+    show(as_json, d, *lines)
+
+
+@app.command("predict")
+def predict(
+    net: Annotated[str, typer.Argument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
+    images: Annotated[list[Path] | None, typer.Argument(metavar="IMAGE...", help="PNG or JPEG files.")] = None,
+    test_images: Annotated[list[int] | None, typer.Option("--test-image", metavar="N", help="Repeat it.")] = None,
+    temperatures: Annotated[str, typer.Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
+    top: Annotated[int, typer.Option(min=1, help="Show so many classes.")] = 3,
+    invert: Annotated[bool, typer.Option("--invert", help="For dark ink on a light ground.")] = False,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = Path("runs"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Classify images; of a student, show its teacher's view beside its own."""
+    if not images and not test_images:
+        raise BadInput("kd predict: name image files, or --test-image N")
+    hot = [config.parse_set(f"distill.T={part}").value for part in temperatures.split(",")]
+    if not all(isinstance(T, int | float) and not isinstance(T, bool) and 1e-3 <= T <= 1e4 for T in hot):
+        raise BadInput(f"--T {temperatures}: must be numbers from 0.001 to 10000 with commas between, such as 1,4,20")
+    from kdcli import report, ship
+
+    document = ship.predict(runs_dir, net, images or [], test_images or [], [float(T) for T in hot], invert, data_dir)
+    show(as_json, document, *report.predictions(document, top))
+
+
 runs_app = typer.Typer(invoke_without_command=True, help="List the runs, or remove some.")
 app.add_typer(runs_app, name="runs")
-RunsDir = Annotated[Path, typer.Option(help="Where the run directories lie.")]
 ORDERS: dict[str, Callable[[Document], Any]] = {
     "name": lambda d: d["run"],
     "errors": lambda d: (d["errors"] is None, d["errors"]),
@@ -363,8 +418,8 @@ def runs(
     match: Annotated[str, typer.Option(metavar="TEXT", help="Only runs with this in their name or status.")] = "",
     sort: Annotated[str, typer.Option(help="name, errors, age or size.")] = "name",
     runs_dir: RunsDir = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """List the runs: status, errors, age, size. `kd runs rm` removes some."""
     if context.invoked_subcommand is not None:
@@ -387,7 +442,7 @@ def runs_rm(
     force: Annotated[bool, typer.Option("--force", help="Even if other runs were made from them.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     runs_dir: RunsDir = Path("runs"),
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Remove runs, unless others were made from them."""
     folders, listed = find_folders(runs_dir, names), survey(runs_dir)

@@ -606,17 +606,17 @@ def _stop_if_diverged(run: Run, train: Train, of_epoch: dict[str, float], steps:
     raise RuntimeError(error)
 
 
-def _nets(session: Session, run: Run) -> list[core.MLP]:
+def nets(run: Run, device: torch.device) -> list[core.MLP]:
     """The trained net of a run, or those of an ensemble's members: frozen, in eval mode."""
-    nets = []
+    found = []
     for member in _members(run):
         net = build(member.spec.settings)
         try:
             net.load_state_dict(member.load("weights"))
         except RuntimeError:
             raise BadInput(f"{member.path}: its weights do not fit its config.yaml: {member.remedy}") from None
-        nets.append(net.to(session.device).eval().requires_grad_(False))
-    return nets
+        found.append(net.to(device).eval().requires_grad_(False))
+    return found
 
 
 def _members(run: Run) -> list[Run]:
@@ -642,9 +642,9 @@ def _soft_targets(session: Session, sources: Sequence[Run], settings: Document, 
         return torch.stack([core.average(z, T, how).exp() for z, how in zip(members, averages, strict=True)])
 
     if settings["train"]["jitter"]:
-        nets = [_nets(session, source) for source in sources]
+        asked = [nets(source, session.device) for source in sources]
         return lambda index, x: soften(
-            [torch.stack([net(own) for net in of_one]) for of_one, own in zip(nets, x, strict=True)]
+            [torch.stack([net(own) for net in of_one]) for of_one, own in zip(asked, x, strict=True)]
         )
     images, device = len(session.dataset.train), session.device
     kept = [torch.stack([_logits(m, "train", images).to(device) for m in _members(source)]) for source in sources]
@@ -672,7 +672,7 @@ def _corrections(logits: dict[str, Tensor], data: Dataset, omitted: list[int]) -
 
 def _log_probabilities(session: Session, run: Run) -> Tensor:
     """log p [N, C] at T = 1 on the test images, from the weights; of an ensemble, by its own average."""
-    logits = torch.stack([predict(net, session.dataset.test) for net in _nets(session, run)])
+    logits = torch.stack([predict(net, session.dataset.test) for net in nets(run, session.device)])
     return core.average(logits, 1.0, run.spec.settings.get("average", "arithmetic"))
 
 
@@ -692,20 +692,32 @@ def _evaluation(session: Session, run: Run, log_p: dict[str, Tensor]) -> Documen
                 log_p[name] = _log_probabilities(session, teacher)
         if name in log_p:
             document["teacher"] = {"run": name} | metrics.compare(log_p[run.name], log_p[name])
-    nets = _nets(session, run)
-    weights = [p for net in nets for p in net.parameters()]
-    document["cost"] = {
-        "parameters": sum(p.numel() for p in weights),
-        "multiply_adds": sum(p.numel() for p in weights if p.dim() == 2),
-        "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
+    own = nets(run, session.device)
+    document["measured_on"] = f"{session.device.type}, {torch.get_num_threads()} threads"
+    document["cost"] = cost(own) | {
         "latency_ms": {
-            str(n): round(
-                metrics.latency(
-                    lambda x: torch.stack([net(x) for net in nets]), test.inputs(torch.arange(n, device=session.device))
-                ),
-                4,
+            str(n): metrics.latency(
+                lambda x: torch.stack([net(x) for net in own]), test.inputs(torch.arange(n, device=session.device))
             )
             for n in (1, 128)
         },
     }
+    if "teacher" in document:
+        teacher = open_run(run.root, document["teacher"]["run"])
+        right = [1 - r["test"]["errors"] / r["test"]["total"] for r in (document, teacher.result)]
+        price = cost(nets(teacher, session.device))
+        document["teacher"] |= {
+            "accuracy_kept": right[0] / right[1] if right[1] else None,
+            "multiply_adds_kept": document["cost"]["multiply_adds"] / price["multiply_adds"],
+        }
     return document
+
+
+def cost(nets: Sequence[core.MLP]) -> Document:
+    """What it takes to hold the nets and to classify one image with all of them."""
+    weights = [p for net in nets for p in net.parameters()]
+    return {
+        "parameters": sum(p.numel() for p in weights),
+        "multiply_adds": sum(p.numel() for p in weights if p.dim() == 2),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
+    }

@@ -142,6 +142,29 @@ def compare_tables(document: Document) -> list[Table | str]:
     return [*result, INTERVAL_LEGEND]
 
 
+def predictions(document: Document, top: int) -> list[Table | str]:
+    """What `kd predict` shows: of each image the likeliest classes, a column a net and temperature, with bars."""
+    result: list[Table | str] = []
+    for image in document["images"]:
+        views = image["views"]
+        order = sorted(range(len(views[0]["p"])), key=lambda c: -max(view["p"][c] for view in views))
+        rows = [[f"{c}{' *' if c == image['label'] else ''}", *(_bar(v["p"][c]) for v in views)] for c in order[:top]]
+        columns = ["class", *(f"{v['net']}, T = {v['T']:g}" if len(views) > 1 else "probability" for v in views)]
+        label = f", the label is {image['label']} (*)" if image["label"] is not None else ""
+        result.append(Table(f"{image['image']}: {order_of(views[0]['p'])[0]}{label}", columns, rows))
+    return result
+
+
+def order_of(p: Sequence[float]) -> list[int]:
+    """The classes, the likeliest first."""
+    return sorted(range(len(p)), key=lambda c: -p[c])
+
+
+def _bar(p: float) -> str:
+    blocks = "█" * int(p * 6) + "▏▎▍▌▋▊▉█"[int(p * 48) % 8]
+    return f"{blocks if p >= 1 / 96 else ''} {p:.4f}"
+
+
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={_value(v)}" for key, v in value.items())
@@ -219,14 +242,18 @@ MATRICES = 4  # confusion matrices are shown for so many runs at most
 
 
 def _evaluations(documents: Sequence[Document]) -> list[Table | str]:
-    quality, cost, classes = [], [], []
+    quality, cost, speed, classes = [], [], [], []
     for d in documents:
         test, price, teacher = d["test"], d["cost"], d.get("teacher", {})
         name = d["run"].partition("/")[2]
         follows = [_rate(teacher["agreement"], 1), f"{teacher['kl_from_teacher']:.4f}"] if teacher else ["", ""]
         quality.append([name, str(test["errors"]), *(f"{d[key]:.4f}" for key in ("nll", "brier", "ece")), *follows])
-        latencies = [f"{price['latency_ms'][n]:.3f}" for n in ("1", "128")]
-        cost.append([name, *(f"{price[k]:,}" for k in ("parameters", "multiply_adds", "weight_bytes")), *latencies])
+        kept = ""
+        if teacher and teacher["accuracy_kept"]:
+            kept = f"{100 * teacher['accuracy_kept']:.2f} % at {100 * teacher['multiply_adds_kept']:.0f} %"
+        cost.append([name, *(f"{price[k]:,}" for k in ("parameters", "multiply_adds", "weight_bytes")), kept])
+        latencies = [f"{price['latency_ms'][n][q]:.3f}" for n in ("1", "128") for q in ("p50", "p95")]
+        speed.append([name, *latencies, f"{price['latency_ms']['128']['images_per_s']:,}"])
         classes.append([name, *map(str, test["per_class_errors"])])
     first, digits = documents[0], [str(c) for c in range(CLASSES)]
     result: list[Table | str] = [
@@ -235,7 +262,16 @@ def _evaluations(documents: Sequence[Document]) -> list[Table | str]:
             ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"),
             quality,
         ),
-        Table("Cost", ("run", "parameters", "mult-adds", "bytes", "ms, batch 1", "ms, 128"), cost),
+        Table(
+            "Cost of one image; accuracy kept of the teacher's, at which share of its multiply-adds",
+            ("run", "parameters", "mult-adds", "bytes", "kept"),
+            cost,
+        ),
+        Table(
+            f"Milliseconds a batch of 1 and of 128 on this machine ({first['measured_on']})",
+            ("run", "1: p50", "p95", "128: p50", "p95", "images/s"),
+            speed,
+        ),
         Table("Errors per class", ("run", *digits), classes),
     ]
     if len(documents) > MATRICES:

@@ -1,0 +1,275 @@
+"""Using what was trained: `kd export` writes a net for others to run and proves it, `kd predict` asks one."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcli import BadInput, Failed, core, metrics
+from kdcli.config import CLASSES, DATASETS, Data
+from kdcli.data import Split
+from kdcli.recipes import cost, loaded, nets
+from kdcli.runs import Document, Run, open_run, write_aside
+
+FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
+TOLERANCE = 1e-5  # between probabilities, which differ by the order in which sums are taken
+CPU = torch.device("cpu")
+Classifier = Callable[[Tensor], Tensor]  # inputs [N, D] -> log-probabilities [N, C] at T = 1
+
+
+class Probabilities(nn.Module):
+    """A net, or the members of an ensemble, with the softmax at its end: inputs [N, D] -> probabilities [N, C]."""
+
+    def __init__(self, members: Sequence[core.MLP], how: str) -> None:
+        super().__init__()
+        self.members, self.how = nn.ModuleList(members), how
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = torch.stack([member(inputs) for member in self.members])
+        if self.how == "arithmetic":
+            return logits.softmax(-1).mean(0)
+        return logits.mean(0).softmax(-1)
+
+
+def export(run: Run, form: str, file: Path | None, data_dir: Path | None) -> Document:
+    """Write a finished run's net as `file` and its model card beside it, after the written net has classified all test
+    images as torch does. Raises BadInput for a run, format or place that cannot be; Failed where the two disagree."""
+    if form not in FORMATS:
+        raise BadInput(f"--format {form}: must be one of {', '.join(FORMATS)}")
+    if not run.completed:
+        raise BadInput(f"{run.name}: is {run.status}: cannot be exported; train it first")
+    file = file or Path(f"{run.name.replace('/', '-')}{FORMATS[form]}")
+    if file.is_dir() or not file.parent.is_dir():
+        raise BadInput(f"--out {file}: must be a file in a folder that exists")
+    test = loaded(Data(**run.spec.settings["data"]), data_dir, CPU).test
+    model = Probabilities(nets(run, CPU), run.spec.settings.get("average", "arithmetic")).eval()
+    content = {"onnx": _onnx, "torch": _torch, "safetensors": _safetensors}[form](model, run)
+    aside = file.with_name(f"unproved-{file.name}")
+    write_aside(aside, content)
+    try:
+        wanted, found = _asked(lambda x: model(x), test), _asked(_opened(aside, form, model), test)
+    finally:
+        aside.unlink()
+    difference = float((wanted - found).abs().max())
+    counted, theirs = metrics.count_errors(wanted, test.labels), metrics.count_errors(found, test.labels)
+    if difference > TOLERANCE or theirs["errors"] != counted["errors"]:
+        raise Failed(f"{file}: differs from torch by {difference:.2g}, {theirs['errors']} errors: not written")
+    write_aside(file, content)
+    document = {"command": "export", "run": run.name, "format": form, "file": str(file), "bytes": len(content)}
+    document |= {"max_difference": difference, "errors": theirs["errors"], "torch_errors": counted["errors"]}
+    document |= {"total": len(test), "card": str(file.with_suffix(".md"))}
+    write_aside(file.with_suffix(".md"), _card(run, document, metrics.score(wanted.log(), test.labels)).encode())
+    return document
+
+
+@torch.inference_mode()
+def _asked(net: Callable[[Tensor], Tensor], test: Split) -> Tensor:
+    """Probabilities [N, C] on all test images."""
+    return torch.cat([net(test.inputs(index)) for index in torch.arange(len(test)).split(1000)])
+
+
+def _onnx(model: Probabilities, run: Run) -> bytes:
+    """The net as an ONNX graph, written out layer by layer."""
+    onnx = _onnx_library("onnx")
+    nodes, weights, outputs = [], [], []
+    for i, member in enumerate(model.members):
+        assert isinstance(member, core.MLP)
+        x, layers = "inputs", member.linears()
+        for j, layer in enumerate(layers):
+            names = f"member{i}.layer{j}.weight", f"member{i}.layer{j}.bias"
+            tensors = (layer.weight, layer.bias)
+            weights += [
+                onnx.numpy_helper.from_array(t.detach().numpy(), n) for n, t in zip(names, tensors, strict=True)
+            ]
+            last = layer is layers[-1]
+            out = f"member{i}.logits" if last else f"member{i}.layer{j}.sum"
+            nodes.append(onnx.helper.make_node("Gemm", [x, *names], [out], transB=1))
+            if not last:
+                nodes.append(onnx.helper.make_node("Relu", [out], [x := f"member{i}.layer{j}"]))
+        if model.how == "arithmetic":
+            nodes.append(onnx.helper.make_node("Softmax", [out], [out := f"member{i}.probabilities"], axis=-1))
+        outputs.append(out)
+    if model.how == "arithmetic":
+        nodes.append(onnx.helper.make_node("Mean", outputs, ["probabilities"]))
+    else:
+        nodes.append(onnx.helper.make_node("Mean", outputs, ["logits"]))
+        nodes.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1))
+    pixels, real = DATASETS[run.spec.settings["data"]["name"]].side ** 2, onnx.TensorProto.FLOAT
+    inputs = [onnx.helper.make_tensor_value_info("inputs", real, ["batch", pixels])]
+    results = [onnx.helper.make_tensor_value_info("probabilities", real, ["batch", CLASSES])]
+    graph = onnx.helper.make_graph(nodes, run.name, inputs, results, weights)
+    # Opset and format of 2021: every runtime reads them.
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 15)], ir_version=8)
+    onnx.helper.set_model_props(made, {"run": run.name, "data": json.dumps(run.spec.settings["data"])})
+    onnx.checker.check_model(made)
+    content: bytes = made.SerializeToString()
+    return content
+
+
+def _onnx_library(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise BadInput(f"{name} is not installed: pip install 'kdcli[onnx]'") from None
+
+
+def _torch(model: Probabilities, run: Run) -> bytes:
+    """The net as torch.export writes it."""
+    import io
+
+    buffer, side = io.BytesIO(), DATASETS[run.spec.settings["data"]["name"]].side
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(model, (torch.zeros(2, side**2),), dynamic_shapes=({0: batch},)), buffer)
+    return buffer.getvalue()
+
+
+def _safetensors(model: Probabilities, run: Run) -> bytes:
+    """The weights alone, and in the header what they are."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return save(tensors, {"run": run.name, "average": model.how, "settings": json.dumps(run.spec.settings)})
+
+
+def _opened(file: Path, form: str, model: Probabilities) -> Callable[[Tensor], Tensor]:
+    """The net in an exported file, as another program would run it."""
+    if form == "onnx":
+        return _onnx_net(file)
+    if form == "torch":
+        program: Callable[[Tensor], Tensor] = torch.export.load(file).module()
+        return program
+    from safetensors.torch import load
+
+    members = []
+    for member in model.members:
+        assert isinstance(member, core.MLP)
+        inputs, *hidden = (layer.in_features for layer in member.linears())
+        members.append(core.MLP(inputs, hidden, CLASSES))
+    fresh = Probabilities(members, model.how).eval()
+    fresh.load_state_dict(load(file.read_bytes()))
+    return fresh
+
+
+def _onnx_net(file: Path) -> Callable[[Tensor], Tensor]:
+    runtime = _onnx_library("onnxruntime")
+    try:
+        session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        (pixels,) = (i.shape[1] for i in session.get_inputs() if i.name == "inputs")
+        (_,) = (o for o in session.get_outputs() if o.name == "probabilities")
+        if not isinstance(pixels, int):
+            raise ValueError
+    except Exception:  # the runtime has a dozen kinds of its own
+        raise BadInput(f"{file}: is not a net that kd exported") from None
+
+    def net(inputs: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["probabilities"], {"inputs": inputs.numpy()})[0])
+
+    net.pixels = pixels  # type: ignore[attr-defined]
+    return net
+
+
+def _card(run: Run, exported: Document, scores: Document) -> str:
+    """The model card: what the net is, from what it was made, and what it can."""
+    settings, result = run.spec.settings, run.result
+    side, price = DATASETS[settings["data"]["name"]].side, cost(nets(run, CPU))
+    rows = {
+        "file": f"{Path(exported['file']).name}, {exported['format']}, {exported['bytes']:,} bytes",
+        "input": f"`inputs`, float32 [batch, {side**2}]: {side} x {side} pixels row by row, 0 the ground, 1 the ink",
+        "output": f"`probabilities`, float32 [batch, {CLASSES}], of the digits 0 to 9: the softmax is built in",
+        "data": f"{settings['data']['name']}, {result.get('samples', 'all')} training images",
+        "made by": f"kd {run.spec.command}, seed {run.spec.seed}",
+        "made from": ", ".join(run.spec.parents) or "hard labels alone",
+    }
+    if "distill" in settings:
+        rows["soft targets"] = "T = {T:g}, lambda1 = {lambda1:g}, lambda2 = {lambda2:g}".format(**settings["distill"])
+    if settings.get("omitted"):
+        rows["never seen"] = f"{', '.join(map(str, settings['omitted']))}; the biases are as trained, not corrected"
+    rows |= {
+        "errors": f"{exported['errors']} of {exported['total']:,} {result['evaluated_on']}",
+        "proof": f"torch counts {exported['torch_errors']}; probabilities differ by up to {exported['max_difference']:.1e}",
+        "calibration": "NLL {nll:.4f}, Brier {brier:.4f}, ECE {ece:.4f}".format(**scores),
+        "cost": f"{price['parameters']:,} parameters, {price['multiply_adds']:,} multiply-adds an image",
+        "training": f"{result['seconds']:.0f} s on {result['device']}",
+        "one seed": "other seeds of the same recipe differ by some errors: `kd compare` tells by how many",
+    }
+    lines = [f"# {run.name}", "", "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+# Asking a net.
+
+
+def predict(
+    root: Path,
+    name: str,
+    files: Sequence[Path],
+    test_images: Sequence[int],
+    temperatures: Sequence[float],
+    invert: bool,
+    data_dir: Path | None,
+) -> Document:
+    """What a run, or an exported ONNX file, says of image files and of test images; beside it what its teacher says, at
+    each temperature. Raises BadInput for what is no image, no run, or out of range."""
+    student, teacher, run = _source(root, name)
+    pixels = student.pixels if run is None else DATASETS[run.spec.settings["data"]["name"]].side ** 2
+    side = round(pixels**0.5)
+    shown: list[tuple[str, int | None, Tensor]] = []
+    shown += [(str(file), None, _read_image(file, side, invert)) for file in files]
+    if test_images:
+        if run is None:
+            raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
+        test = loaded(Data(**run.spec.settings["data"]), data_dir, CPU).test
+        for i in test_images:
+            if not 0 <= i < len(test):
+                raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
+            shown.append((f"test image {i}", int(test.labels[i]), test.inputs(torch.tensor([i]))))
+    images = []
+    for label, digit, inputs in shown:
+        views = [{"net": "student" if teacher else name, "T": 1.0, "p": student(inputs)[0].tolist()}]
+        for T in temperatures if teacher else ():
+            views.append({"net": "teacher", "T": T, "p": teacher(inputs, T)[0].tolist()})
+        images.append({"image": label, "label": digit, "views": views})
+    return {"command": "predict", "run": run.name if run else name, "images": images}
+
+
+def _source(root: Path, name: str) -> tuple[Any, Any, Run | None]:
+    """The net, its teacher if it has one, and its run unless it is an exported file."""
+    if name.lower().endswith(".onnx"):
+        if not Path(name).is_file():
+            raise BadInput(f"{name}: there is no such file")
+        return _onnx_net(Path(name)), None, None
+    run = open_run(root, name)
+    if not run.completed:
+        raise BadInput(f"{run.name}: is {run.status}: cannot predict; train it first")
+    teacher = None
+    if run.spec.parents and run.spec.command != "ensemble" and (root / run.spec.parents[0]).is_dir():
+        teacher = _softened(open_run(root, run.spec.parents[0]))
+    own = _softened(run)
+    return lambda x: own(x, 1.0), teacher, run
+
+
+def _softened(run: Run) -> Callable[[Tensor, float], Tensor]:
+    members, how = nets(run, CPU), run.spec.settings.get("average", "arithmetic")
+    return lambda x, T: core.average(torch.stack([net(x) for net in members]), T, how).exp()
+
+
+def _read_image(file: Path, side: int, invert: bool) -> Tensor:
+    """An image file of any size as inputs [1, side * side], grey, 1 the ink. Raises BadInput."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            grey = image.convert("L").resize((side, side), Image.Resampling.BOX)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else "it is not an image that can be read"
+        )
+        raise BadInput(f"{file}: {reason}") from None
+    values = torch.from_numpy(np.asarray(grey, np.float32) / 255).flatten()[None]
+    return 1 - values if invert else values
