@@ -323,7 +323,7 @@ def run(
     document |= {"file": stem, "made": recipes.made(session, documents)}
     show(job.common.as_json, document, report.final_table(document), *report.remarks(document))
     folder = session.runs_dir / experiment.name / ("report" if stem == experiment.name else f"report-{stem}")
-    for file in report.write_report(document, folder, session.runs_dir):
+    for file in report.write_report(session, document, evaluation, folder):
         display.note(f"wrote {file}")
     for line in (missed := report.missed(document)):
         display.note(line)

@@ -135,7 +135,7 @@ def evaluate(session: Session, names: Sequence[str] = (), seeds: Sequence[int] |
     if not runs:
         of = f" of seed {', '.join(map(str, seeds))}" if seeds is not None else ""
         raise BadInput(f"{session.runs_dir / name}: no finished runs{of}; train some: kd run {session.retype}")
-    log_p = {run.name: _log_probabilities(session, run) for run in runs}
+    log_p = {run.name: log_probabilities(session, run) for run in runs}
     return {"command": "evaluate", "experiment": name, "runs": [_evaluation(session, run, log_p) for run in runs]}
 
 
@@ -489,7 +489,7 @@ def _combine(session: Session, runs: Sequence[Run]) -> list[Document]:
     (run,) = runs
     members, how = [member.result for member in _members(run)], run.spec.settings["average"]
     labels = session.dataset.test.labels.cpu()
-    logits = torch.stack([_logits(member, "test", len(labels)) for member in _members(run)])
+    logits = teacher_logits(run, "test", len(labels))
     averages = {a: metrics.count_errors(core.average(logits, 1.0, a), labels) for a in ("arithmetic", "geometric")}
     errors = [member["test"]["errors"] for member in members]
     result = {
@@ -537,8 +537,9 @@ def discordant(labels: Tensor, student: Run, baseline: Run) -> dict[str, int]:
 
 
 def _predictions(run: Run, images: int) -> Tensor:
-    logits = torch.stack([_logits(member, "test", images) for member in _members(run)])
-    return core.average(logits, 1.0, run.spec.settings.get("average", "arithmetic")).argmax(1)
+    return core.average(
+        teacher_logits(run, "test", images), 1.0, run.spec.settings.get("average", "arithmetic")
+    ).argmax(1)
 
 
 def build(settings: Document, init: torch.Generator | None = None) -> core.MLP:
@@ -631,6 +632,11 @@ def _logits(run: Run, split: str, images: int) -> Tensor:
     return logits
 
 
+def teacher_logits(run: Run, split: str, images: int) -> Tensor:
+    """The logits [M, N, C] that the members of a teacher kept; a lone teacher has M = 1."""
+    return torch.stack([_logits(member, split, images) for member in _members(run)])
+
+
 def _soft_targets(session: Session, sources: Sequence[Run], settings: Document, transfer: Tensor) -> Teacher:
     """The teachers of M students as `fit` asks them. Their logits on the images at `transfer` are read once; for a
     jittered transfer set no cached logits would be right, so the nets themselves are asked."""
@@ -647,8 +653,7 @@ def _soft_targets(session: Session, sources: Sequence[Run], settings: Document, 
             [torch.stack([net(own) for net in of_one]) for of_one, own in zip(asked, x, strict=True)]
         )
     images, device = len(session.dataset.train), session.device
-    kept = [torch.stack([_logits(m, "train", images).to(device) for m in _members(source)]) for source in sources]
-    targets = soften([members[:, transfer] for members in kept])
+    targets = soften([teacher_logits(source, "train", images).to(device)[:, transfer] for source in sources])
     student = torch.arange(len(sources), device=device)[:, None]
     return lambda index, x: targets[student, index]
 
@@ -670,7 +675,7 @@ def _corrections(logits: dict[str, Tensor], data: Dataset, omitted: list[int]) -
     return {name: corrected(shift) for name, shift in shifts.items()}
 
 
-def _log_probabilities(session: Session, run: Run) -> Tensor:
+def log_probabilities(session: Session, run: Run) -> Tensor:
     """log p [N, C] at T = 1 on the test images, from the weights; of an ensemble, by its own average."""
     logits = torch.stack([predict(net, session.dataset.test) for net in nets(run, session.device)])
     return core.average(logits, 1.0, run.spec.settings.get("average", "arithmetic"))
@@ -689,7 +694,7 @@ def _evaluation(session: Session, run: Run, log_p: dict[str, Tensor]) -> Documen
         if (run.root / name).is_dir():
             teacher = open_run(run.root, name)
             if name not in log_p and teacher.completed and not _orphaned(teacher):
-                log_p[name] = _log_probabilities(session, teacher)
+                log_p[name] = log_probabilities(session, teacher)
         if name in log_p:
             document["teacher"] = {"run": name} | metrics.compare(log_p[run.name], log_p[name])
     own = nets(run, session.device)

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,6 +17,9 @@ from kdcli import BadInput
 from kdcli.config import CLASSES, Experiment, Key
 from kdcli.runs import Document, open_run, write_aside
 from kdcli.verdict import Verdict, mean_interval, verdict
+
+if TYPE_CHECKING:
+    from kdcli.recipes import Session
 
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
@@ -238,6 +241,7 @@ BIAS_LEGEND = (
     "Bias chosen by test: on the test set, as the paper did; heldout: on training images outside the transfer set; "
     "prior: on the unlabelled training images, from the known shares of the classes."
 )
+COLOURS = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
 MATRICES = 4  # confusion matrices are shown for so many runs at most
 
 
@@ -429,27 +433,35 @@ def missed(document: Document) -> list[str]:
     ]
 
 
-def write_report(document: Document, folder: Path, root: Path) -> list[Path]:
-    """Write the table, the document and the pictures of `kd run` to a folder; returns the files."""
+def write_report(session: "Session", document: Document, evaluation: Document, folder: Path) -> list[Path]:
+    """Write the page, the table, the document and the pictures of `kd run` to a folder; returns the files."""
+    from kdcli import page
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    pictures: dict[str, Callable[[Any], None]]
+    draw: dict[str, Callable[[Any], None]]
     if "grid" in document:
-        pictures = {"grid.png": lambda figure: _draw_grid(figure, document)}
+        draw = {"grid.png": lambda figure: _draw_grid(figure, document)}
     else:
-        pictures = {
+        draw = {
             "errors.png": lambda figure: _draw_errors(figure, document),
-            "learning-curves.png": lambda figure: _draw_curves(figure, document, root),
+            "learning-curves.png": lambda figure: _draw_curves(figure, document, session.runs_dir),
+            **page.pictures(session, document),
         }
         if any("bias" in d for d in document["runs"]):
-            pictures["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
-    write_aside(folder / "report.md", markdown(document, list(pictures)).encode())
-    write_aside(folder / "report.json", (json.dumps(document, indent=1) + "\n").encode())
-    for name, draw in pictures.items():
-        write_aside(folder / name, _picture(draw))
-    return [folder / name for name in ("report.md", "report.json", *pictures)]
+            draw["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
+    pictures = {name: _picture(drawing) for name, drawing in draw.items()}
+    files = {
+        "report.html": page.html(session, document, evaluation, pictures).encode(),
+        "report.md": markdown(document, list(pictures)).encode(),
+        "report.json": (json.dumps(document, indent=1) + "\n").encode(),
+        **pictures,
+    }
+    for name, content in files.items():
+        write_aside(folder / name, content)
+    return [folder / name for name in files]
 
 
 def markdown(document: Document, pictures: Sequence[str]) -> str:
@@ -533,7 +545,6 @@ def _draw_grid(figure: Any, document: Document) -> None:
 def _draw_curves(figure: Any, document: Document, root: Path) -> None:
     """Test errors by epoch of teachers, baselines and students, a thin line a seed."""
     axes = figure.subplots()
-    colours = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
     for d in document["runs"]:
         for row, run in (("teacher", d.get("teacher", {})), ("baseline", d.get("baseline", {})), ("student", d)):
             if d["row"] != "student" or not run:
@@ -542,7 +553,7 @@ def _draw_curves(figure: Any, document: Document, root: Path) -> None:
             seen = row in axes.get_legend_handles_labels()[1]
             x, y = [m["epoch"] for m in metrics], [m["test_errors"] for m in metrics]
             if metrics:  # an ensemble as the teacher has no curve of its own
-                axes.plot(x, y, color=colours[row], linewidth=1, alpha=0.8, label=None if seen else row)
+                axes.plot(x, y, color=COLOURS[row], linewidth=1, alpha=0.8, label=None if seen else row)
     _log_scale(axes.yaxis, axes.set_yscale)
     axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}, logarithmic scale")
     axes.spines[["top", "right"]].set_visible(False)

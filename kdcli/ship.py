@@ -192,7 +192,7 @@ def _card(run: Run, exported: Document, scores: Document) -> str:
         rows["never seen"] = f"{', '.join(map(str, settings['omitted']))}; the biases are as trained, not corrected"
     rows |= {
         "errors": f"{exported['errors']} of {exported['total']:,} {result['evaluated_on']}",
-        "proof": f"torch counts {exported['torch_errors']}; probabilities differ by up to {exported['max_difference']:.1e}",
+        "proof": "torch counts {torch_errors}; probabilities differ by up to {max_difference:.1e}".format(**exported),
         "calibration": "NLL {nll:.4f}, Brier {brier:.4f}, ECE {ece:.4f}".format(**scores),
         "cost": f"{price['parameters']:,} parameters, {price['multiply_adds']:,} multiply-adds an image",
         "training": f"{result['seconds']:.0f} s on {result['device']}",
