@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-COMMANDS := train-teacher ensemble distill omit-classes evaluate run
+COMMANDS := train-teacher ensemble distill omit-classes evaluate run report
 
 .PHONY: demo reproduce results test bench torture lint clean $(COMMANDS)
 demo: .venv/ready

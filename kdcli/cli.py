@@ -24,13 +24,26 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False)
 
+
+def _complete_experiment(incomplete: str) -> list[str]:
+    return [name for name in config.experiments() if name.startswith(incomplete)]
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    """The runs in ./runs, for the shell's completion."""
+    return [run for d in survey(Path("runs")) if (run := str(d["run"])).startswith(incomplete)]
+
+
 T = Annotated[float | None, typer.Option("--T", help="Temperature of the soft targets (distill.T).")]
 Lambda1 = Annotated[float | None, typer.Option("--lambda1", help="Weight of the soft targets (distill.lambda1).")]
 Lambda2 = Annotated[
     float | None,
     typer.Option("--lambda2", help="Weight of the hard labels; left out, here and in the file: 1 - lambda1."),
 ]
-TeacherRun = Annotated[str | None, typer.Option("--teacher", metavar="RUN", help="Learn from this run instead.")]
+TeacherRun = Annotated[
+    str | None,
+    typer.Option("--teacher", metavar="RUN", help="Learn from this run instead.", autocompletion=_complete_run),
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Epochs of each training of this command.")]
 
 
@@ -46,7 +59,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 class Common:
     """The options that every command has."""
 
-    experiment: Annotated[str, typer.Argument(help="An experiment's name (mnist, digits) or its YAML file.")] = "mnist"
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="An experiment's name (mnist, digits) or its YAML file.", autocompletion=_complete_experiment
+        ),
+    ] = "mnist"
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key: teacher.train.epochs=5.")
     ] = None
@@ -283,7 +301,15 @@ def omit_classes(
 
 @command("evaluate")
 def evaluate(
-    job: Job, run: Annotated[list[str] | None, typer.Option(metavar="RUN", help="A run to evaluate; repeat it.")] = None
+    job: Job,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN",
+            help="A run to evaluate; repeat it.",
+            autocompletion=_complete_run,
+        ),
+    ] = None,
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
     experiment = job.experiment()
@@ -303,37 +329,70 @@ def run(
     job: Job,
     check: Annotated[bool, typer.Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False,
 ) -> None:
-    """Do everything the file describes, and end with one table."""
+    """Do everything the file describes, and end with one table and a report."""
     experiment = job.experiment()
     if check and not experiment.expect:
         raise BadInput(f"--check: {job.common.experiment} has no expect section to check")
     if job.common.dry_run:
         return job.dry_run(experiment)
-    points = config.points(job.common.experiment, job.overrides, experiment.grid)
+    document, _ = _whole(job, experiment, train=True)
+    from kdcli import report
+
+    missed = report.missed(document)
+    print(*missed, sep="\n", end="\n" if missed else "", file=sys.stderr)
+    if check and missed:
+        raise typer.Exit(3)
+
+
+@command("report")
+def report_(job: Job, open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False) -> None:
+    """Write the report of an experiment whose runs are all finished: report.html, Markdown, JSON and pictures."""
+    experiment = job.experiment()
+    if job.common.dry_run:
+        return job.dry_run(experiment)
+    _, page = _whole(job, experiment, train=False)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Path]:
+    """Run, or only find, all runs of an experiment; show the table and write the report."""
+    common = job.common
+    points = config.points(common.experiment, job.overrides, experiment.grid)
     from kdcli import recipes, report
 
     display = report.Display()
     try:
         session = job.session(experiment, display)
+        if not train and (missing := recipes.unfinished(session, list(points.values()))):
+            words = shlex.join(["kd", "run", *sys.argv[sys.argv.index("report") + 1 :]])
+            raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0]}; train them: {words}")
         documents, evaluation = recipes.run(session, list(points.values()))
     finally:
         display.close()
     document = report.summary(experiment, list(points), documents, evaluation)
-    stem = config.find(job.common.experiment).stem
+    stem = config.find(common.experiment).stem
     document |= {"file": stem, "made": recipes.made(session, documents)}
-    show(job.common.as_json, document, report.final_table(document), *report.remarks(document))
+    show(common.as_json, document, report.final_table(document), *report.remarks(document))
     folder = session.runs_dir / experiment.name / ("report" if stem == experiment.name else f"report-{stem}")
-    for file in report.write_report(session, document, evaluation, folder):
+    files = report.write_report(session, document, evaluation, folder)
+    for file in files:
         display.note(f"wrote {file}")
-    for line in (missed := report.missed(document)):
-        display.note(line)
-    if check and missed:
-        raise typer.Exit(3)
+    students = [d["run"] for of_point in documents for d in of_point if d["row"] == "student"]
+    display.note(f"next: open {files[0]}, or ship a student: kd export {students[0]}")
+    return document, files[0]
 
 
 @app.command("compare")
 def compare_runs(
-    names: Annotated[list[str], typer.Argument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.", autocompletion=_complete_run
+        ),
+    ],
     data_dir: DataDir = None,
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
@@ -354,7 +413,12 @@ def compare_runs(
 
 @app.command("export")
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run: a student, a teacher, an ensemble.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A finished run: a student, a teacher, an ensemble.", autocompletion=_complete_run
+        ),
+    ],
     form: Annotated[str, typer.Option("--format", help="onnx, torch or safetensors.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="The file to write; left out: named after the run.")] = None,
     data_dir: DataDir = None,
@@ -379,7 +443,12 @@ def export(
 
 @app.command("predict")
 def predict(
-    net: Annotated[str, typer.Argument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
+    net: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.", autocompletion=_complete_run
+        ),
+    ],
     images: Annotated[list[Path] | None, typer.Argument(metavar="IMAGE...", help="PNG or JPEG files.")] = None,
     test_images: Annotated[list[int] | None, typer.Option("--test-image", metavar="N", help="Repeat it.")] = None,
     temperatures: Annotated[str, typer.Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
@@ -438,7 +507,14 @@ def runs(
 
 @runs_app.command("rm")
 def runs_rm(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, by name or by path.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Runs, by name or by path.",
+            autocompletion=_complete_run,
+        ),
+    ],
     force: Annotated[bool, typer.Option("--force", help="Even if other runs were made from them.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     runs_dir: RunsDir = Path("runs"),

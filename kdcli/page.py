@@ -80,7 +80,8 @@ def _figures(document: Document, student: Document) -> str:
     """The numbers that matter, large."""
     rows = {row["row"]: row for row in document["table"]}
     cells = [(f"{rows[name]['mean']:g}", f"errors of the {name}") for name in NETS]
-    cells.append((f"{Verdict(**document['verdict']).fewer_errors:+g}", "fewer errors by soft targets"))
+    fewer = Verdict(**document["verdict"]).fewer_errors
+    cells.append((f"{abs(fewer):g}", f"{'fewer' if fewer >= 0 else 'more'} errors with soft targets"))
     kept = student["teacher"]["multiply_adds_kept"]
     cells.append((f"{100 * kept:.0f} %", "of the teacher's multiply-adds"))
     return f'<div class="figures">{"".join(f"<div><b>{value}</b>{name}</div>" for value, name in cells)}</div>'
@@ -98,11 +99,12 @@ def _per_class(scores: dict[str, Document]) -> report.Table:
 
 
 def _heat(rows: Sequence[Sequence[float]], corner: str, shown: str) -> str:
-    """A table of CLASSES x CLASSES, the off-diagonal cells shaded by their share of the greatest."""
-    most = max(value for i, row in enumerate(rows) for j, value in enumerate(row) if i != j) or 1
+    """A table of CLASSES x CLASSES, the off-diagonal cells shaded from the least of them to the greatest."""
+    others = [value for i, row in enumerate(rows) for j, value in enumerate(row) if i != j]
+    least, most = min(others), max(others)
 
     def cell(i: int, j: int) -> str:
-        share = 0 if i == j else rows[i][j] / most
+        share = 0 if i == j or most == least else (rows[i][j] - least) / (most - least)
         return f'<td class="heat" style="--share:{share:.2f}">{rows[i][j]:{shown}}</td>'
 
     head = "".join(f"<th>{c}</th>" for c in range(CLASSES))
@@ -276,7 +278,9 @@ def draw_cost(figure: Any, document: Document) -> None:
         axes.errorbar(
             r["multiply_adds"], r["mean"], r["std"] or 0, fmt="o", color=report.COLOURS.get(r["row"], "#9e9ac8")
         )
-        axes.annotate(r["row"], (r["multiply_adds"], r["mean"]), xytext=(7, 5), textcoords="offset points", fontsize=9)
+        below = -11 if r["row"] in ("student of ensemble", "ensemble of baselines") else 5
+        at = (r["multiply_adds"], r["mean"])
+        axes.annotate(r["row"], at, xytext=(7, below), textcoords="offset points", fontsize=9)
     axes.set_xscale("log")
     axes.margins(0.2)
     axes.set(xlabel="multiply-adds an image, logarithmic scale", ylabel=f"errors on {document['evaluated_on']}")
@@ -289,19 +293,19 @@ def draw_knowledge(
     """For each image its hard label and the teacher's output at each temperature, as bars with numbers; teacher: the
     logits [M, N, C] of its members."""
     grid = figure.subplots(len(images), 2 + len(temperatures), squeeze=False)
-    for row, i in zip(grid, images, strict=True):
-        row[0].imshow(test.images[i], cmap="gray_r")
+    for row, i in zip(grid.tolist(), images, strict=True):
+        row[0].imshow(test.images[i].numpy(), cmap="gray_r")
         row[0].axis("off")
         hard = F.one_hot(test.labels[i], CLASSES).double()
         columns = [("hard label", hard)]
         columns += [(f"T = {T:g}", core.average(teacher[:, i : i + 1], T, how)[0].exp()) for T in temperatures]
         for axes, (name, p) in zip(row[1:], columns, strict=True):
-            axes.barh(range(CLASSES), p, color="#3182bd")
+            axes.barh(range(CLASSES), p.tolist(), color="#3182bd")
             for c, share in enumerate(p.tolist()):
                 axes.text(share + 0.02, c, f"{share:.3f}" if share >= 5e-4 else "", va="center", fontsize=5.5)
             axes.set(xlim=(0, 1.25), xticks=[], yticks=range(CLASSES))
             axes.tick_params(labelsize=6, length=0)
             axes.invert_yaxis()
             axes.spines[["top", "right", "bottom"]].set_visible(False)
-            if row is grid[0]:
+            if i == images[0]:
                 axes.set_title(name, fontsize=9)

@@ -173,6 +173,13 @@ def made(session: Session, documents: Sequence[Sequence[Document]]) -> Document:
     }
 
 
+def unfinished(session: Session, points: Sequence[Experiment]) -> list[str]:
+    """The runs of the experiment that are not finished, by name."""
+    specs = [spec for point in points for spec in (*_hard_labelled(point), *_ensembles(point).values())]
+    specs += [spec for point in points for spec in _soft_labelled(session, point)]
+    return list(dict.fromkeys(spec.name for spec in specs if not session.run(spec).completed))
+
+
 def _hard_labelled(experiment: Experiment) -> list[Spec]:
     """The runs that need no other: teachers, baselines, and the members of the ensembles of both."""
     seeds = experiment.seed

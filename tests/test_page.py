@@ -1,0 +1,109 @@
+"""The report as a page: whole in itself, read by a real browser where there is one, and true to the documents."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, Shell, kd_here
+
+from kdcli.page import telling
+
+
+class Page(HTMLParser):
+    """Which tags are open or stand alone, what they refer to, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(trained: Shell) -> Path:
+    return trained.folder / "runs" / "tiny" / "report" / "report.html"
+
+
+def test_the_page_is_well_formed_and_asks_nothing_of_the_network(page: Path) -> None:
+    text = page.read_text()
+    parsed = Page(text)
+    assert parsed.open == []
+    assert len(parsed.references) > 30
+    assert all(reference.startswith("data:") for reference in parsed.references)
+    assert not re.search(r"https?://|url\(|@import|<script", text)
+
+
+def test_the_page_begins_with_the_verdict_and_shows_every_part(page: Path, trained: Shell) -> None:
+    text = Page(page.read_text()).text
+    assert text.index("than the baseline (McNemar") < text.index("errors of the teacher")
+    for part in (
+        "Learning curves",
+        "Where the errors are",
+        "Are the probabilities right?",
+        "The hardest test images",
+        "Cost against accuracy",
+        "What the teacher knows beyond the labels",
+        "omit 3: a class taught without examples",
+        "kd run tiny.yaml --json",
+    ):
+        assert part in text
+    assert {path.name for path in page.parent.iterdir()} == {
+        "report.html",
+        "report.md",
+        "report.json",
+        "errors.png",
+        "learning-curves.png",
+        "omitted-classes.png",
+        "calibration.png",
+        "cost.png",
+        "dark-knowledge.png",
+    }
+
+
+def test_a_real_browser_shows_it_without_an_error(page: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium")
+    log = tmp_path / "net.json"
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    words += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += [f"--log-net-log={log}", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    done = subprocess.run([browser, *words], capture_output=True, text=True, timeout=120)
+    assert "omit 3: a class taught without examples" in done.stdout
+    assert "CONSOLE" not in done.stderr
+    assert not re.findall(r'"url":"https?://(?!localhost)[^"]*tiny', log.read_text() if log.exists() else "")
+
+
+def test_report_trains_nothing(trained: Shell, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "report")
+    done = kd_here(tmp_path, "report", "tiny.yaml")
+    assert done.code == 0, done.err
+    assert "next: open runs/tiny/report/report.html, or ship a student: kd export tiny/distill/" in done.err
+    assert (tmp_path / "runs" / "tiny" / "report" / "report.html").is_file()
+    done = kd_here(tmp_path, "report", "tiny.yaml", "--seeds", "0-1")
+    assert done.code == 2
+    assert re.search(r"runs are not finished, the first is tiny/.*; train them: kd run tiny.yaml --seeds 0-1", done.err)
+
+
+def test_telling_images_are_right_hesitant_and_of_different_classes() -> None:
+    p = torch.tensor([[0.6, 0.4, 0.0], [0.9, 0.1, 0.0], [0.4, 0.6, 0.0], [0.2, 0.5, 0.3], [0.0, 0.1, 0.9]])
+    labels = torch.tensor([0, 0, 0, 1, 2])
+    assert telling(p.clamp_min(1e-9).log(), labels) == [3, 0, 4]
