@@ -362,6 +362,7 @@ def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Pat
     common = job.common
     points = config.points(common.experiment, job.overrides, experiment.grid)
     from kdcli import recipes, report
+    from kdcli.page import write_report
 
     display = report.Display()
     try:
@@ -377,7 +378,7 @@ def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Pat
     document |= {"file": stem, "made": recipes.made(session, documents)}
     show(common.as_json, document, report.final_table(document), *report.remarks(document))
     folder = session.runs_dir / experiment.name / ("report" if stem == experiment.name else f"report-{stem}")
-    files = report.write_report(session, document, evaluation, folder)
+    files = write_report(session, document, evaluation, folder)
     for file in files:
         display.note(f"wrote {file}")
     students = [d["run"] for of_point in documents for d in of_point if d["row"] == "student"]

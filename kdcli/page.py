@@ -2,28 +2,47 @@
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli import core, metrics, report
+from kdcli import BadInput, core, metrics, report
 from kdcli.config import CLASSES
 from kdcli.data import Split
-from kdcli.recipes import Session, find_teachers, log_probabilities, omission_spec, teacher_logits
-from kdcli.runs import Document, Run
+from kdcli.pictures import NETS, pictures
+from kdcli.recipes import Session, find_teachers, log_probabilities, teacher_logits
+from kdcli.runs import Document, Run, write_aside
+from kdcli.specs import omission_spec
 from kdcli.verdict import Verdict
 
-NETS = ("teacher", "baseline", "student")
-HARDEST, TELLING = 12, 4
+HARDEST = 12
 STYLE = Path(__file__).with_name("page.css")
 
 
-def html(session: Session, document: Document, evaluation: Document, pictures: dict[str, bytes]) -> str:
+def write_report(session: Session, document: Document, evaluation: Document, folder: Path) -> list[Path]:
+    """Write the page, the table, the document and the pictures of `kd run` to a folder; returns the files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
+    drawn = pictures(session, document)
+    files = {
+        "report.html": html(session, document, evaluation, drawn).encode(),
+        "report.md": report.markdown(document, list(drawn)).encode(),
+        "report.json": (json.dumps(document, indent=1) + "\n").encode(),
+        **drawn,
+    }
+    for name, content in files.items():
+        write_aside(folder / name, content)
+    return [folder / name for name in files]
+
+
+def html(session: Session, document: Document, evaluation: Document, drawn: dict[str, bytes]) -> str:
     """The page of a finished experiment. It asks nothing of the network: pictures are inside."""
     body = [
         f"<h1>{escape(document['file'])}: knowledge distillation, errors on {escape(document['evaluated_on'])}</h1>"
@@ -31,10 +50,10 @@ def html(session: Session, document: Document, evaluation: Document, pictures: d
     if "grid" in document:
         first, *others = report.remarks(document)
         body += [f'<p class="note">{escape(first)}</p>', _table(report.final_table(document))]
-        body += [_figure(pictures, "grid.png", "Mean over seeds, with bars of one standard deviation.")]
+        body += [_figure(drawn, "grid.png", "Mean over seeds, with bars of one standard deviation.")]
         body += [f'<p class="note">{escape(line)}</p>' for line in others]
     else:
-        body += _experiment(session, document, evaluation, pictures)
+        body += _experiment(session, document, evaluation, drawn)
     body.append(f'<p class="note">Made by {_code(report.made(document))}</p>')
     title = escape(f"{document['file']}: kd report")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -42,7 +61,7 @@ def html(session: Session, document: Document, evaluation: Document, pictures: d
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'
 
 
-def _experiment(session: Session, document: Document, evaluation: Document, pictures: dict[str, bytes]) -> list[str]:
+def _experiment(session: Session, document: Document, evaluation: Document, drawn: dict[str, bytes]) -> list[str]:
     """The parts of the page of an experiment without a grid; nets by image are those of the first seed."""
     first, *notes = report.remarks(document)
     runs = {row: next(d for d in document["runs"] if d["row"] == row) for row in NETS}
@@ -52,22 +71,20 @@ def _experiment(session: Session, document: Document, evaluation: Document, pict
     seed = document["seeds"][0]
     body = [f'<p class="verdict">{escape(first)}</p>', _figures(document, scores[runs["student"]["run"]])]
     body += [_table(report.final_table(document)), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
-    body += [_figure(pictures, "errors.png", "Every seed is a dot, the bar their mean.")]
+    body += [_figure(drawn, "errors.png", "Every seed is a dot, the bar their mean.")]
     body += [
         "<h2>Learning curves</h2>",
-        _figure(pictures, "learning-curves.png", "Test errors by epoch, a line a seed."),
+        _figure(drawn, "learning-curves.png", "Test errors by epoch, a line a seed."),
     ]
     body += ["<h2>Where the errors are</h2>", f'<p class="note">Of seed {seed}.</p>']
     body.append(_table(_per_class({row: scores[d["run"]] for row, d in runs.items()})))
     body.append(_confusion(scores[runs["student"]["run"]]["confusion"], "label", "the student says"))
-    if "omitted-classes.png" in pictures:
-        body.append(
-            _figure(pictures, "omitted-classes.png", "Classes missing from the transfer set, before and after.")
-        )
-    body += ["<h2>Are the probabilities right?</h2>", _figure(pictures, "calibration.png", CALIBRATION_CAPTION)]
+    if "omitted-classes.png" in drawn:
+        body.append(_figure(drawn, "omitted-classes.png", "Classes missing from the transfer set, before and after."))
+    body += ["<h2>Are the probabilities right?</h2>", _figure(drawn, "calibration.png", CALIBRATION_CAPTION)]
     body += ["<h2>The hardest test images</h2>", _hardest(log_p, test)]
-    body += ["<h2>Cost against accuracy</h2>", _figure(pictures, "cost.png", "Errors against multiply-adds an image.")]
-    return body + _knowledge(session, runs, pictures)
+    body += ["<h2>Cost against accuracy</h2>", _figure(drawn, "cost.png", "Errors against multiply-adds an image.")]
+    return body + _knowledge(session, runs, drawn)
 
 
 CALIBRATION_CAPTION = (
@@ -117,8 +134,8 @@ def _confusion(counts: list[list[int]], row: str, column: str) -> str:
     return _heat(counts, f"{row} \\ {column}", "d")
 
 
-def _figure(pictures: dict[str, bytes], name: str, caption: str) -> str:
-    data = base64.b64encode(pictures[name]).decode()
+def _figure(drawn: dict[str, bytes], name: str, caption: str) -> str:
+    data = base64.b64encode(drawn[name]).decode()
     image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
@@ -162,26 +179,14 @@ def _hardest(log_p: dict[str, Tensor], test: Split) -> str:
 # What the teacher knows beyond the labels.
 
 
-def telling(log_p: Tensor, labels: Tensor) -> list[int]:
-    """The images that a teacher gets right while it hesitates most, at most one a class: log-probabilities [N, C]."""
-    entropy = -(log_p.exp() * log_p).sum(1)
-    entropy[log_p.argmax(1) != labels] = -1
-    best: dict[int, int] = {}
-    for i in entropy.argsort(descending=True).tolist():
-        best.setdefault(int(labels[i]), i)
-        if len(best) == TELLING:
-            break
-    return list(best.values())
-
-
-def _knowledge(session: Session, runs: dict[str, Document], pictures: dict[str, bytes]) -> list[str]:
+def _knowledge(session: Session, runs: dict[str, Document], drawn: dict[str, bytes]) -> list[str]:
     train, distill = session.dataset.train.to(torch.device("cpu")), session.experiment.distill
     teacher = session.open(runs["student"]["teacher"])
     logits, how = teacher_logits(teacher, "train", len(train)), teacher.spec.settings.get("average", "arithmetic")
     soft = core.average(logits, distill.T, how).exp()
     mean = torch.stack([soft[train.labels == c].mean(0) for c in range(CLASSES)]) * 100
     caption = "The hard label, and what the teacher says at each temperature: which other digits an image resembles."
-    body = ["<h2>What the teacher knows beyond the labels</h2>", _figure(pictures, "dark-knowledge.png", caption)]
+    body = ["<h2>What the teacher knows beyond the labels</h2>", _figure(drawn, "dark-knowledge.png", caption)]
     body.append(
         f'<p class="note">Mean soft targets at T = {distill.T:g}, in per cent, by label: which digits look like which. '
         "The higher T, the flatter.</p>"
@@ -230,82 +235,3 @@ def _omitted(session: Session, run: Run, soft: Tensor, train: Split) -> list[str
         "what the student says.</p>",
         _gallery(changes) if changes else '<p class="note">None.</p>',
     ]
-
-
-def pictures(session: Session, document: Document) -> dict[str, Callable[[Any], None]]:
-    """What draws the pictures that need predictions: of the first seed's nets."""
-    runs = {row: session.open(next(d for d in document["runs"] if d["row"] == row)) for row in NETS}
-    log_p = {row: log_probabilities(session, run).cpu() for row, run in runs.items()}
-    test, teacher = session.dataset.test.to(torch.device("cpu")), runs["teacher"]
-    logits = teacher_logits(teacher, "test", len(test))
-    hot = sorted({1.0, 4.0, 20.0, session.experiment.distill.T})
-    images = telling(log_p["teacher"], test.labels)
-    return {
-        "calibration.png": lambda figure: draw_calibration(figure, log_p, test.labels),
-        "cost.png": lambda figure: draw_cost(figure, document),
-        "dark-knowledge.png": lambda figure: draw_knowledge(figure, logits, "arithmetic", test, images, hot),
-    }
-
-
-def draw_calibration(figure: Any, log_p: dict[str, Tensor], labels: Tensor) -> None:
-    """Accuracy against confidence in ten bins, a line a net; bins of fewer than five images are left out."""
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
-    for row, colour in report.COLOURS.items():
-        confidence, predicted = log_p[row].exp().max(1)
-        bins = (confidence * 10).ceil().clamp(1, 10) - 1
-        points = []
-        for b in range(10):
-            mine = bins == b
-            if int(mine.sum()) >= 5:
-                points.append((float(confidence[mine].mean()), float((predicted == labels)[mine].double().mean())))
-        axes.plot(
-            *zip(*points, strict=True),
-            "o-",
-            color=colour,
-            label=f"{row}, ECE {metrics.calibration_error(log_p[row], labels):.4f}",
-        )
-    axes.set(xlabel="probability of the top class", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-
-
-def draw_cost(figure: Any, document: Document) -> None:
-    """Errors against multiply-adds, a point a row of the table."""
-    axes = figure.subplots()
-    rows = [r for r in document["table"] if "multiply_adds" in r and "unseen" not in r]
-    for r in rows:
-        axes.errorbar(
-            r["multiply_adds"], r["mean"], r["std"] or 0, fmt="o", color=report.COLOURS.get(r["row"], "#9e9ac8")
-        )
-        below = -11 if r["row"] in ("student of ensemble", "ensemble of baselines") else 5
-        at = (r["multiply_adds"], r["mean"])
-        axes.annotate(r["row"], at, xytext=(7, below), textcoords="offset points", fontsize=9)
-    axes.set_xscale("log")
-    axes.margins(0.2)
-    axes.set(xlabel="multiply-adds an image, logarithmic scale", ylabel=f"errors on {document['evaluated_on']}")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_knowledge(
-    figure: Any, teacher: Tensor, how: str, test: Split, images: Sequence[int], temperatures: Sequence[float]
-) -> None:
-    """For each image its hard label and the teacher's output at each temperature, as bars with numbers; teacher: the
-    logits [M, N, C] of its members."""
-    grid = figure.subplots(len(images), 2 + len(temperatures), squeeze=False)
-    for row, i in zip(grid.tolist(), images, strict=True):
-        row[0].imshow(test.images[i].numpy(), cmap="gray_r")
-        row[0].axis("off")
-        hard = F.one_hot(test.labels[i], CLASSES).double()
-        columns = [("hard label", hard)]
-        columns += [(f"T = {T:g}", core.average(teacher[:, i : i + 1], T, how)[0].exp()) for T in temperatures]
-        for axes, (name, p) in zip(row[1:], columns, strict=True):
-            axes.barh(range(CLASSES), p.tolist(), color="#3182bd")
-            for c, share in enumerate(p.tolist()):
-                axes.text(share + 0.02, c, f"{share:.3f}" if share >= 5e-4 else "", va="center", fontsize=5.5)
-            axes.set(xlim=(0, 1.25), xticks=[], yticks=range(CLASSES))
-            axes.tick_params(labelsize=6, length=0)
-            axes.invert_yaxis()
-            axes.spines[["top", "right", "bottom"]].set_visible(False)
-            if i == images[0]:
-                axes.set_title(name, fontsize=9)

@@ -1,25 +1,18 @@
 """What a person sees: progress, tables, the verdict, the pictures. Reads results, trains nothing."""
 
-import io
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from kdcli import BadInput
 from kdcli.config import CLASSES, Experiment, Key
-from kdcli.runs import Document, open_run, write_aside
+from kdcli.runs import Document
 from kdcli.verdict import Verdict, mean_interval, verdict
-
-if TYPE_CHECKING:
-    from kdcli.recipes import Session
 
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
@@ -241,7 +234,6 @@ BIAS_LEGEND = (
     "Bias chosen by test: on the test set, as the paper did; heldout: on training images outside the transfer set; "
     "prior: on the unlabelled training images, from the known shares of the classes."
 )
-COLOURS = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
 MATRICES = 4  # confusion matrices are shown for so many runs at most
 
 
@@ -433,37 +425,6 @@ def missed(document: Document) -> list[str]:
     ]
 
 
-def write_report(session: "Session", document: Document, evaluation: Document, folder: Path) -> list[Path]:
-    """Write the page, the table, the document and the pictures of `kd run` to a folder; returns the files."""
-    from kdcli import page
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    draw: dict[str, Callable[[Any], None]]
-    if "grid" in document:
-        draw = {"grid.png": lambda figure: _draw_grid(figure, document)}
-    else:
-        draw = {
-            "errors.png": lambda figure: _draw_errors(figure, document),
-            "learning-curves.png": lambda figure: _draw_curves(figure, document, session.runs_dir),
-            **page.pictures(session, document),
-        }
-        if any("bias" in d for d in document["runs"]):
-            draw["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
-    pictures = {name: _picture(drawing) for name, drawing in draw.items()}
-    files = {
-        "report.html": page.html(session, document, evaluation, pictures).encode(),
-        "report.md": markdown(document, list(pictures)).encode(),
-        "report.json": (json.dumps(document, indent=1) + "\n").encode(),
-        **pictures,
-    }
-    for name, content in files.items():
-        write_aside(folder / name, content)
-    return [folder / name for name in files]
-
-
 def markdown(document: Document, pictures: Sequence[str]) -> str:
     """The report of `kd run` as Markdown."""
     text = [f"# {document['file']}", final_table(document).markdown(), *remarks(document), made(document)]
@@ -477,105 +438,3 @@ def made(document: Document) -> str:
         f"`{m['command_line']}`; commit {', '.join(m['commits'])}; {', '.join(m['devices'])}, {m['versions']}, "
         f"{m['date']}; {m['seconds'] / 60:.0f} minutes of training in all."
     )
-
-
-# Pictures.
-
-
-def _picture(draw: Callable[[Any], None]) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    draw(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _draw_errors(figure: Any, document: Document) -> None:
-    """The errors of every row: each seed as a dot, the mean as a bar across, on a logarithmic scale."""
-    axes = figure.subplots()
-    rows = document["table"][::-1]
-    for i, r in enumerate(rows):
-        axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
-        axes.plot(r["errors"], [i] * r["n"], "o", color="#3182bd", markersize=5, alpha=0.6)
-        axes.plot(r["mean"], i, "|", color="black", markersize=16, markeredgewidth=2)
-        axes.annotate(f"{r['mean']:g}", (max(r["errors"]), i), xytext=(8, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(rows)), [r["row"] for r in rows])
-    _log_scale(axes.xaxis, axes.set_xscale)
-    axes.margins(x=0.1)
-    axes.set_xlabel(f"errors on {document['evaluated_on']}, logarithmic scale (dots: seeds; bar: their mean)")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_title(f"{document['experiment']}: errors", loc="left")
-
-
-def _log_scale(axis: Any, set_scale: Callable[..., None]) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5, on which 0 has a place."""
-    from matplotlib.ticker import NullFormatter, SymmetricalLogLocator
-
-    set_scale("symlog", linthresh=1)
-    axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _draw_grid(figure: Any, document: Document) -> None:
-    """Errors of the student at each value of the first key, a line for each combination of the others; with bars of one
-    standard deviation, and the baseline dashed."""
-    axes, (first, *others) = figure.subplots(), document["grid"]
-    lines: dict[str, list[Document]] = {}
-    for point in document["points"]:
-        lines.setdefault(", ".join(f"{key} {point['at'][key]}" for key in others), []).append(point)
-    ticks = list(dict.fromkeys(point["at"][first] for point in document["points"]))
-    for i, (name, points) in enumerate(lines.items()):
-        for row, style in (("student", "-"), ("baseline", "--"), ("ensemble", ":"), ("student of ensemble", "-.")):
-            found = [(ticks.index(p["at"][first]), r) for p in points for r in p["table"] if r["row"] == row]
-            x, rows = [x for x, _ in found], [r for _, r in found]
-            spread = [r["std"] or 0 for r in rows]
-            label = f"{row}, {name}" if name else row
-            if rows:
-                axes.errorbar(x, [r["mean"] for r in rows], spread, None, style, marker="o", color=f"C{i}", label=label)
-    axes.set_xticks(range(len(ticks)), ticks)
-    axes.set(xlabel=first, ylabel=f"errors on {document['evaluated_on']}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.set_title(f"{document['file']}: mean over {len(document['seeds'])} seeds, ± one std", loc="left")
-
-
-def _draw_curves(figure: Any, document: Document, root: Path) -> None:
-    """Test errors by epoch of teachers, baselines and students, a thin line a seed."""
-    axes = figure.subplots()
-    for d in document["runs"]:
-        for row, run in (("teacher", d.get("teacher", {})), ("baseline", d.get("baseline", {})), ("student", d)):
-            if d["row"] != "student" or not run:
-                continue
-            metrics = open_run(root, run["run"]).metrics()
-            seen = row in axes.get_legend_handles_labels()[1]
-            x, y = [m["epoch"] for m in metrics], [m["test_errors"] for m in metrics]
-            if metrics:  # an ensemble as the teacher has no curve of its own
-                axes.plot(x, y, color=COLOURS[row], linewidth=1, alpha=0.8, label=None if seen else row)
-    _log_scale(axes.yaxis, axes.set_yscale)
-    axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}, logarithmic scale")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.set_title(f"{document['experiment']}: learning curves, a line a seed", loc="left")
-
-
-def _draw_omissions(figure: Any, document: Document) -> None:
-    """Errors per class of the students that never saw some classes, before and after the held-out bias."""
-    runs = [d for d in document["runs"] if d["command"] == "omit-classes"]
-    labels = list(dict.fromkeys(d["label"] for d in runs))
-    for axes, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
-        mine = [d for d in runs if d["label"] == label]
-        stages = [
-            ("before", [d["test"] for d in mine], "#fdae6b"),
-            ("heldout bias", [d["bias"]["heldout"] for d in mine], "#3182bd"),
-        ]
-        for i, (name, stage, colour) in enumerate(stages):
-            means = [statistics.mean(s["per_class_errors"][c] for s in stage) for c in range(CLASSES)]
-            axes.bar([c + 0.4 * i - 0.2 for c in range(CLASSES)], means, 0.4, color=colour, label=name)
-        unseen = mine[0]["omitted"]
-        axes.set_xticks(range(CLASSES), [f"{c}*" if c in unseen else str(c) for c in range(CLASSES)])
-        axes.set(xlabel="class (*: not in the transfer set)", ylabel="errors on its test images", title=label)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

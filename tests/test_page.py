@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY, Shell, kd_here
 
-from kdcli.page import telling
+from kdcli.pictures import telling
 
 
 class Page(HTMLParser):

@@ -1,0 +1,222 @@
+"""The pictures of `kd run`, drawn with matplotlib."""
+
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdcli import core, metrics
+from kdcli.config import CLASSES
+from kdcli.data import Split
+from kdcli.recipes import Session, log_probabilities, teacher_logits
+from kdcli.runs import Document, open_run
+
+NETS, TELLING = ("teacher", "baseline", "student"), 4
+COLOURS = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
+
+
+def pictures(session: Session, document: Document) -> dict[str, bytes]:
+    """The pictures of `kd run`, PNG, by file name."""
+    if "grid" in document:
+        return {"grid.png": _png(lambda figure: _draw_grid(figure, document))}
+    draw = {
+        "errors.png": lambda figure: _draw_errors(figure, document),
+        "learning-curves.png": lambda figure: _draw_curves(figure, document, session.runs_dir),
+        **_of_predictions(session, document),
+    }
+    if any("bias" in d for d in document["runs"]):
+        draw["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
+    return {name: _png(drawing) for name, drawing in draw.items()}
+
+
+def _of_predictions(session: Session, document: Document) -> dict[str, Callable[[Any], None]]:
+    """What draws the pictures that need predictions: of the first seed's nets."""
+    runs = {row: session.open(next(d for d in document["runs"] if d["row"] == row)) for row in NETS}
+    log_p = {row: log_probabilities(session, run).cpu() for row, run in runs.items()}
+    test, teacher = session.dataset.test.to(torch.device("cpu")), runs["teacher"]
+    logits = teacher_logits(teacher, "test", len(test))
+    hot = sorted({1.0, 4.0, 20.0, session.experiment.distill.T})
+    images = telling(log_p["teacher"], test.labels)
+    return {
+        "calibration.png": lambda figure: _draw_calibration(figure, log_p, test.labels),
+        "cost.png": lambda figure: _draw_cost(figure, document),
+        "dark-knowledge.png": lambda figure: _draw_knowledge(figure, logits, "arithmetic", test, images, hot),
+    }
+
+
+def _png(draw: Callable[[Any], None]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    draw(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_errors(figure: Any, document: Document) -> None:
+    """The errors of every row: each seed as a dot, the mean as a bar across, on a logarithmic scale."""
+    axes = figure.subplots()
+    rows = document["table"][::-1]
+    for i, r in enumerate(rows):
+        axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
+        axes.plot(r["errors"], [i] * r["n"], "o", color="#3182bd", markersize=5, alpha=0.6)
+        axes.plot(r["mean"], i, "|", color="black", markersize=16, markeredgewidth=2)
+        axes.annotate(f"{r['mean']:g}", (max(r["errors"]), i), xytext=(8, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(rows)), [r["row"] for r in rows])
+    _log_scale(axes.xaxis, axes.set_xscale)
+    axes.margins(x=0.1)
+    axes.set_xlabel(f"errors on {document['evaluated_on']}, logarithmic scale (dots: seeds; bar: their mean)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(f"{document['experiment']}: errors", loc="left")
+
+
+def _log_scale(axis: Any, set_scale: Callable[..., None]) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5, on which 0 has a place."""
+    from matplotlib.ticker import NullFormatter, SymmetricalLogLocator
+
+    set_scale("symlog", linthresh=1)
+    axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _draw_grid(figure: Any, document: Document) -> None:
+    """Errors of the student at each value of the first key, a line for each combination of the others; with bars of one
+    standard deviation, and the baseline dashed."""
+    axes, (first, *others) = figure.subplots(), document["grid"]
+    lines: dict[str, list[Document]] = {}
+    for point in document["points"]:
+        lines.setdefault(", ".join(f"{key} {point['at'][key]}" for key in others), []).append(point)
+    ticks = list(dict.fromkeys(point["at"][first] for point in document["points"]))
+    for i, (name, points) in enumerate(lines.items()):
+        for row, style in (("student", "-"), ("baseline", "--"), ("ensemble", ":"), ("student of ensemble", "-.")):
+            found = [(ticks.index(p["at"][first]), r) for p in points for r in p["table"] if r["row"] == row]
+            x, rows = [x for x, _ in found], [r for _, r in found]
+            spread = [r["std"] or 0 for r in rows]
+            label = f"{row}, {name}" if name else row
+            if rows:
+                axes.errorbar(x, [r["mean"] for r in rows], spread, None, style, marker="o", color=f"C{i}", label=label)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(xlabel=first, ylabel=f"errors on {document['evaluated_on']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(f"{document['file']}: mean over {len(document['seeds'])} seeds, ± one std", loc="left")
+
+
+def _draw_curves(figure: Any, document: Document, root: Path) -> None:
+    """Test errors by epoch of teachers, baselines and students, a thin line a seed."""
+    axes = figure.subplots()
+    for d in document["runs"]:
+        for row, run in (("teacher", d.get("teacher", {})), ("baseline", d.get("baseline", {})), ("student", d)):
+            if d["row"] != "student" or not run:
+                continue
+            metrics = open_run(root, run["run"]).metrics()
+            seen = row in axes.get_legend_handles_labels()[1]
+            x, y = [m["epoch"] for m in metrics], [m["test_errors"] for m in metrics]
+            if metrics:  # an ensemble as the teacher has no curve of its own
+                axes.plot(x, y, color=COLOURS[row], linewidth=1, alpha=0.8, label=None if seen else row)
+    _log_scale(axes.yaxis, axes.set_yscale)
+    axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}, logarithmic scale")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(f"{document['experiment']}: learning curves, a line a seed", loc="left")
+
+
+def _draw_omissions(figure: Any, document: Document) -> None:
+    """Errors per class of the students that never saw some classes, before and after the held-out bias."""
+    runs = [d for d in document["runs"] if d["command"] == "omit-classes"]
+    labels = list(dict.fromkeys(d["label"] for d in runs))
+    for axes, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
+        mine = [d for d in runs if d["label"] == label]
+        stages = [
+            ("before", [d["test"] for d in mine], "#fdae6b"),
+            ("heldout bias", [d["bias"]["heldout"] for d in mine], "#3182bd"),
+        ]
+        for i, (name, stage, colour) in enumerate(stages):
+            means = [statistics.mean(s["per_class_errors"][c] for s in stage) for c in range(CLASSES)]
+            axes.bar([c + 0.4 * i - 0.2 for c in range(CLASSES)], means, 0.4, color=colour, label=name)
+        unseen = mine[0]["omitted"]
+        axes.set_xticks(range(CLASSES), [f"{c}*" if c in unseen else str(c) for c in range(CLASSES)])
+        axes.set(xlabel="class (*: not in the transfer set)", ylabel="errors on its test images", title=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+
+
+def _draw_calibration(figure: Any, log_p: dict[str, Tensor], labels: Tensor) -> None:
+    """Accuracy against confidence in ten bins, a line a net; bins of fewer than five images are left out."""
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
+    for row, colour in COLOURS.items():
+        confidence, predicted = log_p[row].exp().max(1)
+        bins = (confidence * 10).ceil().clamp(1, 10) - 1
+        points = []
+        for b in range(10):
+            mine = bins == b
+            if int(mine.sum()) >= 5:
+                points.append((float(confidence[mine].mean()), float((predicted == labels)[mine].double().mean())))
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-",
+            color=colour,
+            label=f"{row}, ECE {metrics.calibration_error(log_p[row], labels):.4f}",
+        )
+    axes.set(xlabel="probability of the top class", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _draw_cost(figure: Any, document: Document) -> None:
+    """Errors against multiply-adds, a point a row of the table."""
+    axes = figure.subplots()
+    rows = [r for r in document["table"] if "multiply_adds" in r and "unseen" not in r]
+    for r in rows:
+        axes.errorbar(r["multiply_adds"], r["mean"], r["std"] or 0, fmt="o", color=COLOURS.get(r["row"], "#9e9ac8"))
+        below = -11 if r["row"] in ("student of ensemble", "ensemble of baselines") else 5
+        at = (r["multiply_adds"], r["mean"])
+        axes.annotate(r["row"], at, xytext=(7, below), textcoords="offset points", fontsize=9)
+    axes.set_xscale("log")
+    axes.margins(0.2)
+    axes.set(xlabel="multiply-adds an image, logarithmic scale", ylabel=f"errors on {document['evaluated_on']}")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_knowledge(
+    figure: Any, teacher: Tensor, how: str, test: Split, images: Sequence[int], temperatures: Sequence[float]
+) -> None:
+    """For each image its hard label and the teacher's output at each temperature, as bars with numbers; teacher: the
+    logits [M, N, C] of its members."""
+    grid = figure.subplots(len(images), 2 + len(temperatures), squeeze=False)
+    for row, i in zip(grid.tolist(), images, strict=True):
+        row[0].imshow(test.images[i].numpy(), cmap="gray_r")
+        row[0].axis("off")
+        hard = F.one_hot(test.labels[i], CLASSES).double()
+        columns = [("hard label", hard)]
+        columns += [(f"T = {T:g}", core.average(teacher[:, i : i + 1], T, how)[0].exp()) for T in temperatures]
+        for axes, (name, p) in zip(row[1:], columns, strict=True):
+            axes.barh(range(CLASSES), p.tolist(), color="#3182bd")
+            for c, share in enumerate(p.tolist()):
+                axes.text(share + 0.02, c, f"{share:.3f}" if share >= 5e-4 else "", va="center", fontsize=5.5)
+            axes.set(xlim=(0, 1.25), xticks=[], yticks=range(CLASSES))
+            axes.tick_params(labelsize=6, length=0)
+            axes.invert_yaxis()
+            axes.spines[["top", "right", "bottom"]].set_visible(False)
+            if i == images[0]:
+                axes.set_title(name, fontsize=9)
+
+
+def telling(log_p: Tensor, labels: Tensor) -> list[int]:
+    """The images that a teacher gets right while it hesitates most, at most one a class: log-probabilities [N, C]."""
+    entropy = -(log_p.exp() * log_p).sum(1)
+    entropy[log_p.argmax(1) != labels] = -1
+    best: dict[int, int] = {}
+    for i in entropy.argsort(descending=True).tolist():
+        best.setdefault(int(labels[i]), i)
+        if len(best) == TELLING:
+            break
+    return list(best.values())
