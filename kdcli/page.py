@@ -194,7 +194,8 @@ def _knowledge(session: Session, runs: dict[str, Document], drawn: dict[str, byt
     body.append(_heat(mean.tolist(), "label", ".1f"))
     for entry in session.experiment.omit_classes:
         run = _omission(session, entry.label)
-        body += [f"<h2>{escape(entry.label)}: a class taught without examples</h2>"] if run else []
+        what = "a class" if len(entry.omitted) == 1 else "classes"
+        body += [f"<h2>{escape(entry.label)}: {what} taught without examples</h2>"] if run else []
         body += _omitted(session, run, soft, train) if run else []
     return body
 
