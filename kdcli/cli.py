@@ -101,7 +101,7 @@ class Job:
 
     def experiment(self) -> Experiment:
         experiment = config.load(self.common.experiment, self.overrides)
-        if experiment.grid and self.command != "run":
+        if experiment.grid and self.command not in ("run", "report"):
             keys = " ".join(f"--set {key}=…" for key in experiment.grid)
             raise BadInput(f"{self.common.experiment}: has a grid, which `kd run` walks; for one of its points: {keys}")
         return experiment
@@ -401,6 +401,8 @@ def compare_runs(
     debug: Debug = False,
 ) -> None:
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
+    if as_json and as_markdown:
+        raise BadInput("--json --md: choose one of them")
     from kdcli import report
     from kdcli.compare import compare
 
@@ -438,7 +440,7 @@ def export(
         f"wrote {d['card']}",
     ]
     if form == "onnx":
-        lines.append(f"try it: kd predict {d['file']} IMAGE.png")
+        lines.append(f"try it: kd predict {shlex.quote(d['file'])} IMAGE.png")
     show(as_json, d, *lines)
 
 

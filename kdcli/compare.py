@@ -20,6 +20,9 @@ def compare(root: Path, names: Sequence[str], data_dir: Path | None, note: Calla
     first. A name is a run's, which is a group by itself, or `<experiment>/<command>`: its finished runs, in a group
     those that differ in seed alone. Raises BadInput when there are not two groups, of one dataset."""
     groups = [group for name in names for group in _groups(root, name, note)]
+    named = [run.name for group in groups for run in group]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise BadInput(f"{' '.join(names)}: names {twice[0]} twice")
     if not 2 <= len(groups) <= len(ascii_uppercase):
         raise BadInput(f"{' '.join(names)}: kd compare needs 2 to 26 groups of finished runs, not {len(groups)}")
     data = [group[0].spec.settings["data"] for group in groups]
@@ -33,7 +36,8 @@ def compare(root: Path, names: Sequence[str], data_dir: Path | None, note: Calla
         "total": first["test"]["total"],
         "groups": [_group(letter, group) for letter, group in zip(ascii_uppercase, groups, strict=False)],
         "comparisons": [
-            {"group": letter, "changed": _changed(described[0], settings)} | _compared(groups[0], group, data_dir)
+            {"group": letter, "changed": _seeds(groups[0], group) | _changed(described[0], settings)}
+            | _compared(groups[0], group, data_dir)
             for letter, settings, group in zip(ascii_uppercase[1:], described[1:], groups[1:], strict=False)
         ],
     }
@@ -48,7 +52,9 @@ def _groups(root: Path, name: str, note: Callable[[str], None]) -> list[list[Run
         return [[run]]
     groups: dict[str, list[Run]] = {}
     for run in list_runs(root, experiment, [command], note):
-        if run.completed:
+        if not run.completed:
+            note(f"left out: {run.name}: is {run.status}")
+        else:
             groups.setdefault(json.dumps(_described(run), sort_keys=True), []).append(run)
     if not groups:
         raise BadInput(f"{name}: there are no finished runs; `kd runs` lists what there is")
@@ -81,6 +87,12 @@ def _changed(reference: Document, settings: Document, prefix: str = "") -> Docum
     return changed
 
 
+def _seeds(reference: Sequence[Run], group: Sequence[Run]) -> Document:
+    """The seeds of two single runs, where they differ."""
+    pair = [reference[0].spec.seed, group[0].spec.seed]
+    return {"seed": pair} if len(reference) == len(group) == 1 and pair[0] != pair[1] else {}
+
+
 def _group(letter: str, runs: Sequence[Run]) -> Document:
     errors = [run.result["test"]["errors"] for run in runs]
     return {
@@ -108,4 +120,4 @@ def _compared(reference: Sequence[Run], group: Sequence[Run], data_dir: Path | N
         data = Data(**pairs[0][0].spec.settings["data"])
         labels = loaded(data, data_dir, torch.device("cpu")).test.labels
         only = discordant(labels, pairs[0][1], pairs[0][0])
-    return paired(fewer, **only)._asdict()
+    return {"seeds": [run.spec.seed for run, _ in pairs]} | paired(fewer, **only)._asdict()

@@ -206,6 +206,14 @@ class Omission(Section):
 Count = Annotated[float, Field(ge=0)]
 
 
+def _paper(given: Any) -> list[float]:
+    numbers = given if isinstance(given, list) else [given]
+    fine = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers)
+    if not fine or not 1 <= len(numbers) <= 2:
+        raise _problem("", f"must be a number of errors, or two: in all, and on the classes never seen; not {given!r}")
+    return [float(n) for n in numbers]
+
+
 class Experiment(Section):
     """One experiment; `seed` may be a number or a list of different ones."""
 
@@ -224,7 +232,7 @@ class Experiment(Section):
     distill: Distill
     omit_classes: list[Omission] = []
     expect: dict[str, Count] = {}  # row of the final table: mean errors it may have at most
-    paper: dict[str, Count | Annotated[list[Count], Field(min_length=2, max_length=2)]] = {}  # or [errors, on unseen]
+    paper: dict[str, Annotated[Any, BeforeValidator(_paper)]] = {}  # row: [errors] or [errors, errors on unseen]
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}  # dotted key: its values, which `kd run` walks
 
     @model_validator(mode="after")
@@ -249,6 +257,11 @@ class Experiment(Section):
         for key in self.grid:
             if key.split(".")[0] in ("name", "seed", "threads", "expect", "paper", "grid") or key in _FIXED:
                 raise _problem(f"grid.{key}", "cannot vary within one experiment")
+            if inside := [other for other in self.grid if other.startswith(f"{key}.")]:
+                raise _problem(f"grid.{inside[0]}", f"lies within {key}, which varies too: keep one of them")
+        for section in ("paper", "omit_classes"):
+            if self.grid and getattr(self, section):
+                raise _problem(section, "has no place in the table of a grid: leave it out")
         return self
 
     @property

@@ -21,6 +21,10 @@ from kdcli.specs import omission_spec
 from kdcli.verdict import Verdict
 
 HARDEST = 12
+HARDEST_NOTE = (
+    "Those on which the student's loss is greatest, the greatest first: what each net says, with what probability; "
+    "wrong answers in red."
+)
 STYLE = Path(__file__).with_name("page.css")
 
 
@@ -50,7 +54,13 @@ def html(session: Session, document: Document, evaluation: Document, drawn: dict
     if "grid" in document:
         first, *others = report.remarks(document)
         body += [f'<p class="note">{escape(first)}</p>', _table(report.final_table(document))]
-        body += [_figure(drawn, "grid.png", "Mean over seeds, with bars of one standard deviation.")]
+        body += [
+            _figure(
+                drawn,
+                "grid.png",
+                "Errors at every point; where there are several seeds, their mean ± one standard deviation.",
+            )
+        ]
         body += [f'<p class="note">{escape(line)}</p>' for line in others]
     else:
         body += _experiment(session, document, evaluation, drawn)
@@ -80,10 +90,20 @@ def _experiment(session: Session, document: Document, evaluation: Document, draw
     body.append(_table(_per_class({row: scores[d["run"]] for row, d in runs.items()})))
     body.append(_confusion(scores[runs["student"]["run"]]["confusion"], "label", "the student says"))
     if "omitted-classes.png" in drawn:
-        body.append(_figure(drawn, "omitted-classes.png", "Classes missing from the transfer set, before and after."))
+        body.append(
+            _figure(
+                drawn,
+                "omitted-classes.png",
+                "Students without some classes, before and after the bias; mean over the seeds.",
+            )
+        )
     body += ["<h2>Are the probabilities right?</h2>", _figure(drawn, "calibration.png", CALIBRATION_CAPTION)]
-    body += ["<h2>The hardest test images</h2>", _hardest(log_p, test)]
-    body += ["<h2>Cost against accuracy</h2>", _figure(drawn, "cost.png", "Errors against multiply-adds an image.")]
+    body += ["<h2>The hardest test images</h2>", f'<p class="note">{HARDEST_NOTE} Of seed {seed}.</p>']
+    body.append(_hardest(log_p, test))
+    body += [
+        "<h2>Cost against accuracy</h2>",
+        _figure(drawn, "cost.png", "Errors against multiply-adds an image; the bars are one std over seeds."),
+    ]
     return body + _knowledge(session, runs, drawn)
 
 
@@ -185,7 +205,10 @@ def _knowledge(session: Session, runs: dict[str, Document], drawn: dict[str, byt
     logits, how = teacher_logits(teacher, "train", len(train)), teacher.spec.settings.get("average", "arithmetic")
     soft = core.average(logits, distill.T, how).exp()
     mean = torch.stack([soft[train.labels == c].mean(0) for c in range(CLASSES)]) * 100
-    caption = "The hard label, and what the teacher says at each temperature: which other digits an image resembles."
+    caption = (
+        "The hard label, and what the teacher of the first seed says at each temperature, with a scale of its own in "
+        "every panel: which other digits an image resembles."
+    )
     body = ["<h2>What the teacher knows beyond the labels</h2>", _figure(drawn, "dark-knowledge.png", caption)]
     body.append(
         f'<p class="note">Mean soft targets at T = {distill.T:g}, in per cent, by label: which digits look like which. '

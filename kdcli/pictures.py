@@ -67,7 +67,8 @@ def _draw_errors(figure: Any, document: Document) -> None:
         axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
         axes.plot(r["errors"], [i] * r["n"], "o", color="#3182bd", markersize=5, alpha=0.6)
         axes.plot(r["mean"], i, "|", color="black", markersize=16, markeredgewidth=2)
-        axes.annotate(f"{r['mean']:g}", (max(r["errors"]), i), xytext=(8, 0), textcoords="offset points", va="center")
+        text = f"{r['mean']:.1f}" if r["n"] > 1 else f"{r['mean']:g}"
+        axes.annotate(text, (r["mean"], i), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [r["row"] for r in rows])
     _log_scale(axes.xaxis, axes.set_xscale)
     axes.margins(x=0.1)
@@ -103,10 +104,11 @@ def _draw_grid(figure: Any, document: Document) -> None:
             if rows:
                 axes.errorbar(x, [r["mean"] for r in rows], spread, None, style, marker="o", color=f"C{i}", label=label)
     axes.set_xticks(range(len(ticks)), ticks)
-    axes.set(xlabel=first, ylabel=f"errors on {document['evaluated_on']}")
+    axes.set(xlabel=f"{first} (the values in a row, not to scale)", ylabel=f"errors on {document['evaluated_on']}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    axes.set_title(f"{document['file']}: mean over {len(document['seeds'])} seeds, ± one std", loc="left")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    n = len(document["seeds"])
+    axes.set_title(f"{document['file']}: " + (f"mean over {n} seeds, ± one std" if n > 1 else "one seed"), loc="left")
 
 
 def _draw_curves(figure: Any, document: Document, root: Path) -> None:
@@ -201,8 +203,10 @@ def _draw_knowledge(
         for axes, (name, p) in zip(row[1:], columns, strict=True):
             axes.barh(range(CLASSES), p.tolist(), color="#3182bd")
             for c, share in enumerate(p.tolist()):
-                axes.text(share + 0.02, c, f"{share:.3f}" if share >= 5e-4 else "", va="center", fontsize=5.5)
-            axes.set(xlim=(0, 1.25), xticks=[], yticks=range(CLASSES))
+                axes.text(
+                    share + 0.02 * float(p.max()), c, f"{share:.3f}" if share >= 5e-4 else "", va="center", fontsize=5.5
+                )
+            axes.set(xlim=(0, 1.35 * float(p.max())), xticks=[], yticks=range(CLASSES))
             axes.tick_params(labelsize=6, length=0)
             axes.invert_yaxis()
             axes.spines[["top", "right", "bottom"]].set_visible(False)

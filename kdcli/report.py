@@ -19,7 +19,7 @@ INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover t
 PAPER_LEGEND = (
     "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it out, "
     "equal where it does not; of a single net lower or higher. The intervals do not cover the sampling of the test "
-    "set. Unseen, and in brackets of the paper: the errors on classes missing from the transfer set."
+    "set."
 )
 
 
@@ -134,6 +134,8 @@ def compare_tables(document: Document) -> list[Table | str]:
         found = {k: v for k, v in c.items() if k in Verdict._fields}
         changed = "; ".join(f"{key} {_value(b)}, not {_value(a)}" for key, (a, b) in c["changed"].items()) or "nothing"
         said = Verdict(**found).sentence(c["group"], groups[0]["group"]) if found else c["why_not"]
+        if found and c["seeds"] != groups[0]["seeds"]:
+            said = f"Over the seeds that both have ({', '.join(map(str, c['seeds']))}): {said}"
         result.append(f"{c['group']} against {groups[0]['group']}: {changed}.\n{said}\n")
     return [*result, INTERVAL_LEGEND]
 
@@ -337,7 +339,7 @@ def _row(
         row |= {"expect": experiment.expect[name], "met": row["mean"] <= experiment.expect[name]}
     if name in experiment.paper:
         paper = experiment.paper[name]
-        row["paper"] = paper if isinstance(paper, list) else [paper]
+        row["paper"] = paper
         row["against_paper"] = _against(row["paper"][0], row["mean"], row["interval"])
     return row
 
@@ -382,10 +384,10 @@ def _grid_rows(document: Document) -> tuple[list[str], list[list[str]]]:
     """A row a point and a column for each net whose errors vary; `train` is the rate on the transfer set in the last
     epoch, shown where that is a part of the training images."""
     varying = [name for name in GRID_ROWS if name == "student" or len(_at_points(document, name)) > 1]
-    part = any(r["samples"] < p["table"][0]["samples"] for p in document["points"] for r in p["table"][1:2])
+    tables = [{r["row"]: r for r in point["table"]} for point in document["points"]]
+    part = any(nets["baseline"]["samples"] < nets["teacher"]["samples"] for nets in tables)
     rows = []
-    for point in document["points"]:
-        nets = {r["row"]: r for r in point["table"]}
+    for point, nets in zip(document["points"], tables, strict=True):
         cells = [_spread(nets[name]) if name in nets else "" for name in varying]
         trained = [nets[name] for name in ("baseline", "student") if part]
         rows.append([*point["at"].values(), *cells, *(_rate(net["train_errors"], net["samples"]) for net in trained)])
@@ -411,6 +413,8 @@ def remarks(document: Document) -> list[str]:
     lines = [Verdict(**document["verdict"]).sentence()]
     if any("paper" in row for row in document["table"]):
         lines.append(PAPER_LEGEND)
+    if any("unseen" in row for row in document["table"]):
+        lines.append("Unseen: the errors on classes missing from the transfer set; in brackets, the paper's.")
     return lines + [BIAS_LEGEND] * any("bias" in d for d in document["runs"])
 
 
@@ -436,5 +440,5 @@ def made(document: Document) -> str:
     m = document["made"]
     return (
         f"`{m['command_line']}`; commit {', '.join(m['commits'])}; {', '.join(m['devices'])}, {m['versions']}, "
-        f"{m['date']}; {m['seconds'] / 60:.0f} minutes of training in all."
+        f"{m['date']}; {m['seconds'] / 60:.{0 if m['seconds'] > 600 else 1}f} minutes of training in all."
     )

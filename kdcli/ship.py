@@ -1,6 +1,8 @@
 """Using what was trained: `kd export` writes a net for others to run and proves it, `kd predict` asks one."""
 
 import json
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from kdcli.runs import Document, Run, open_run, write_aside
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
 TOLERANCE = 1e-5  # between probabilities, which differ by the order in which sums are taken
 CPU = torch.device("cpu")
-Classifier = Callable[[Tensor], Tensor]  # inputs [N, D] -> log-probabilities [N, C] at T = 1
+Softened = Callable[[Tensor, float], Tensor]  # (inputs [N, D], T) -> probabilities [N, C]
 
 
 class Probabilities(nn.Module):
@@ -43,8 +45,14 @@ def export(run: Run, form: str, file: Path | None, data_dir: Path | None) -> Doc
     if not run.completed:
         raise BadInput(f"{run.name}: is {run.status}: cannot be exported; train it first")
     file = file or Path(f"{run.name.replace('/', '-')}{FORMATS[form]}")
-    if file.is_dir() or not file.parent.is_dir():
-        raise BadInput(f"--out {file}: must be a file in a folder that exists")
+    if file.suffix != FORMATS[form] or not file.parent.is_dir():
+        raise BadInput(
+            f"--out {file}: must be a file in a folder that exists, with a name that ends in {FORMATS[form]}"
+        )
+    card = file.with_name(f"{file.name}.md")
+    for taken in (file, card):
+        if os.path.lexists(taken):
+            raise BadInput(f"{taken}: is there already: remove it, or choose another --out")
     test = loaded(Data(**run.spec.settings["data"]), data_dir, CPU).test
     model = Probabilities(nets(run, CPU), run.spec.settings.get("average", "arithmetic")).eval()
     content = {"onnx": _onnx, "torch": _torch, "safetensors": _safetensors}[form](model, run)
@@ -61,8 +69,8 @@ def export(run: Run, form: str, file: Path | None, data_dir: Path | None) -> Doc
     write_aside(file, content)
     document = {"command": "export", "run": run.name, "format": form, "file": str(file), "bytes": len(content)}
     document |= {"max_difference": difference, "errors": theirs["errors"], "torch_errors": counted["errors"]}
-    document |= {"total": len(test), "card": str(file.with_suffix(".md"))}
-    write_aside(file.with_suffix(".md"), _card(run, document, metrics.score(wanted.log(), test.labels)).encode())
+    document |= {"total": len(test), "card": str(card), "net": _shape(model)}
+    write_aside(card, _card(run, document, metrics.score(wanted.log(), test.labels)).encode())
     return document
 
 
@@ -134,7 +142,18 @@ def _safetensors(model: Probabilities, run: Run) -> bytes:
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    return save(tensors, {"run": run.name, "average": model.how, "settings": json.dumps(run.spec.settings)})
+    settings = json.dumps(run.spec.settings)
+    return save(tensors, {"run": run.name, "net": _shape(model), "average": model.how, "settings": settings})
+
+
+def _shape(model: Probabilities) -> str:
+    """The widths of a net's layers, or of those of an ensemble's members: `784-800-800-10`."""
+    shapes = []
+    for member in model.members:
+        assert isinstance(member, core.MLP)
+        layers = member.linears()
+        shapes.append("-".join(map(str, [layers[0].in_features, *(layer.out_features for layer in layers)])))
+    return ", ".join(shapes)
 
 
 def _opened(file: Path, form: str, model: Probabilities) -> Callable[[Tensor], Tensor]:
@@ -157,6 +176,8 @@ def _opened(file: Path, form: str, model: Probabilities) -> Callable[[Tensor], T
 
 
 def _onnx_net(file: Path) -> Callable[[Tensor], Tensor]:
+    if not file.is_file():
+        raise BadInput(f"{file}: there is no such file")
     runtime = _onnx_library("onnxruntime")
     try:
         session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -180,12 +201,17 @@ def _card(run: Run, exported: Document, scores: Document) -> str:
     side, price = DATASETS[settings["data"]["name"]].side, cost(nets(run, CPU))
     rows = {
         "file": f"{Path(exported['file']).name}, {exported['format']}, {exported['bytes']:,} bytes",
+        "net": f"{exported['net']}, ReLU between the layers",
         "input": f"`inputs`, float32 [batch, {side**2}]: {side} x {side} pixels row by row, 0 the ground, 1 the ink",
         "output": f"`probabilities`, float32 [batch, {CLASSES}], of the digits 0 to 9: the softmax is built in",
-        "data": f"{settings['data']['name']}, {result.get('samples', 'all')} training images",
+        "data": f"{settings['data']['name']}, {result['samples']:,} training images" if "samples" in result else "",
         "made by": f"kd {run.spec.command}, seed {run.spec.seed}",
         "made from": ", ".join(run.spec.parents) or "hard labels alone",
     }
+    if exported["format"] == "safetensors":
+        rows["output"] = "weights alone, by member and layer: apply the layers, then the softmax"
+    if "average" in settings:
+        rows["data"], rows["average"] = settings["data"]["name"], f"{settings['average']}, of the members' outputs"
     if "distill" in settings:
         rows["soft targets"] = "T = {T:g}, lambda1 = {lambda1:g}, lambda2 = {lambda2:g}".format(**settings["distill"])
     if settings.get("omitted"):
@@ -216,9 +242,16 @@ def predict(
 ) -> Document:
     """What a run, or an exported ONNX file, says of image files and of test images; beside it what its teacher says, at
     each temperature. Raises BadInput for what is no image, no run, or out of range."""
-    student, teacher, run = _source(root, name)
-    pixels = student.pixels if run is None else DATASETS[run.spec.settings["data"]["name"]].side ** 2
-    side = round(pixels**0.5)
+    if name.lower().endswith(".onnx"):
+        if list(temperatures) != [1]:
+            raise BadInput("--T: an exported file has T = 1 built in: name the run instead")
+        run, student = None, _onnx_net(Path(name))
+        pixels = student.pixels  # type: ignore[attr-defined]
+    else:
+        own, teacher, run = _source(root, name)
+        student, ask = lambda x: own(x, 1.0), teacher or own
+        pixels = DATASETS[run.spec.settings["data"]["name"]].side ** 2
+    side, taught = round(pixels**0.5), run is not None and teacher is not None
     shown: list[tuple[str, int | None, Tensor]] = []
     shown += [(str(file), None, _read_image(file, side, invert)) for file in files]
     if test_images:
@@ -230,46 +263,55 @@ def predict(
                 raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
             shown.append((f"test image {i}", int(test.labels[i]), test.inputs(torch.tensor([i]))))
     images = []
+    others = dict.fromkeys(T for T in temperatures if taught or T != 1)
     for label, digit, inputs in shown:
-        views = [{"net": "student" if teacher else name, "T": 1.0, "p": student(inputs)[0].tolist()}]
-        for T in temperatures if teacher else ():
-            views.append({"net": "teacher", "T": T, "p": teacher(inputs, T)[0].tolist()})
+        views = [{"net": "student" if taught else "net", "T": 1.0, "p": student(inputs)[0].tolist()}]
+        for T in others:
+            views.append({"net": "teacher" if taught else "net", "T": T, "p": ask(inputs, T)[0].tolist()})
         images.append({"image": label, "label": digit, "views": views})
     return {"command": "predict", "run": run.name if run else name, "images": images}
 
 
-def _source(root: Path, name: str) -> tuple[Any, Any, Run | None]:
-    """The net, its teacher if it has one, and its run unless it is an exported file."""
-    if name.lower().endswith(".onnx"):
-        if not Path(name).is_file():
-            raise BadInput(f"{name}: there is no such file")
-        return _onnx_net(Path(name)), None, None
-    run = open_run(root, name)
+def _source(root: Path, name: str) -> tuple[Softened, Softened | None, Run]:
+    """A finished run as it answers, its teacher if it has one, and itself."""
+    run, teacher = open_run(root, name), None
     if not run.completed:
         raise BadInput(f"{run.name}: is {run.status}: cannot predict; train it first")
-    teacher = None
     if run.spec.parents and run.spec.command != "ensemble" and (root / run.spec.parents[0]).is_dir():
         teacher = _softened(open_run(root, run.spec.parents[0]))
-    own = _softened(run)
-    return lambda x: own(x, 1.0), teacher, run
+    return _softened(run), teacher, run
 
 
-def _softened(run: Run) -> Callable[[Tensor, float], Tensor]:
+def _softened(run: Run) -> Softened:
     members, how = nets(run, CPU), run.spec.settings.get("average", "arithmetic")
     return lambda x, T: core.average(torch.stack([net(x) for net in members]), T, how).exp()
 
 
 def _read_image(file: Path, side: int, invert: bool) -> Tensor:
-    """An image file of any size as inputs [1, side * side], grey, 1 the ink. Raises BadInput."""
-    from PIL import Image, UnidentifiedImageError
+    """An image file of any size as inputs [1, side * side], grey, 1 the ink; one that is not square is centred on the
+    ground, and what is transparent is ground. Raises BadInput."""
+    from PIL import Image
 
+    ground = 255 if invert else 0
     try:
-        with Image.open(file) as image:
-            grey = image.convert("L").resize((side, side), Image.Resampling.BOX)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else "it is not an image that can be read"
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                if image.mode.startswith("I;16"):
+                    pixels = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGBA")
+                elif image.mode in ("I", "F"):
+                    raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
+                else:
+                    pixels = image.convert("RGBA")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadInput(f"{file}: is too large: {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
+    except (OSError, SyntaxError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is not an image that can be read"
         raise BadInput(f"{file}: {reason}") from None
+    square = Image.new("RGBA", (max(pixels.size),) * 2, (ground,) * 3 + (255,))
+    square.alpha_composite(pixels, ((square.width - pixels.width) // 2, (square.width - pixels.height) // 2))
+    grey = square.convert("L").resize((side, side), Image.Resampling.BOX)
     values = torch.from_numpy(np.asarray(grey, np.float32) / 255).flatten()[None]
+    if float(values.max() - values.min()) < 1 / 16:
+        raise BadInput(f"{file}: is blank")
     return 1 - values if invert else values

@@ -98,6 +98,8 @@ def test_groups_are_compared_over_the_seeds_they_share(grid: Shell) -> None:
     ("words", "line"),
     [
         (["tiny/distill/0-ffffffffff", "tiny/baseline"], "tiny/distill/0-ffffffffff: there is no such run"),
+        (["tiny/distill", "tiny/distill"], "twice"),
+        (["tiny/distill", "tiny/baseline", "--md", "--json"], "--json --md: choose one of them"),
         (["tiny/train-teacher"], "kd compare needs 2 to 26 groups of finished runs, not 1"),
         (["tiny/omit-classes", "tiny/baseline"], "tiny/omit-classes: there are no finished runs"),
     ],
@@ -143,18 +145,22 @@ def test_a_key_set_by_hand_does_not_vary(grid: Shell) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("grid: {distill.Temp: [3]}", "grid: distill.Temp=3: distill.Temp: unknown key"),
+        ("grid: {distill.Temp: [3]}", "distill.Temp: unknown key"),
         ("grid: {distill.T: [3, -1]}", "grid: distill.T=-1: distill.T: must be greater than or equal to 0.001"),
         ("grid: {distill.T: []}", "f:14: grid.distill.T: must not be empty"),
         ("grid: {data.heldout: [30]}", "f:14: grid.data.heldout: cannot vary within one experiment"),
         ("grid: {seed: [3]}", "f:14: grid.seed: cannot vary within one experiment"),
         ("paper: {studnt: 3}", "f:14: paper.studnt: is not a row of this experiment; did you mean student?"),
-        ("paper: {student: -3}", "f:14: paper.student"),
+        ("paper: {student: -3}", "f:14: paper.student: must be a number of errors, or two: in all, and on the"),
+        ("paper: {student: [1, 2, 3]}", "f:14: paper.student: must be a number of errors, or two"),
+        ("grid: {distill: [{T: 1}], distill.T: [3]}", "f:14: grid.distill.T: lies within distill, which varies too"),
+        ("grid: {distill.T: [3]}", "omit_classes: has no place in the table of a grid: leave it out"),
     ],
 )
 def test_a_wrong_grid_is_told(text: str, line: str, tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
-    path.write_text(f"{TINY}{text}\n")
+    without = TINY.replace("omit_classes:\n  - omit: [3]\n", "# none\n# at all\n")
+    path.write_text(f"{TINY if 'omit_classes' in line else without}{text}\n")
     with pytest.raises(BadInput) as error:
         config.points(str(path), [], config.load(str(path)).grid)
     assert line in str(error.value).replace(str(path), "f")

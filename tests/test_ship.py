@@ -11,7 +11,7 @@ from conftest import Shell, kd_here
 from PIL import Image
 from safetensors.torch import load_file
 
-from kdcli import core, data
+from kdcli import core, data, ship
 from kdcli.config import Data
 from kdcli.recipes import nets
 from kdcli.runs import Run, open_run
@@ -44,8 +44,8 @@ def test_an_onnx_file_says_what_torch_says(row: str, trained: Shell, tmp_path: P
         assert np.allclose(found, wanted(run)[:batch].numpy(), atol=1e-6)
     assert document["errors"] == document["torch_errors"] == run.result["test"]["errors"]
     assert document["max_difference"] < 1e-5
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["net.md", "net.onnx"]
-    card = (tmp_path / "net.md").read_text()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["net.onnx", "net.onnx.md"]
+    card = (tmp_path / "net.onnx.md").read_text()
     assert f"| errors | {document['errors']} of 500 test images |" in card
     assert ("| soft targets | T = 4, lambda1 = 0.9, lambda2 = 0.1 |" in card) == (row == "student")
 
@@ -89,6 +89,25 @@ def test_image_files_of_any_size_are_classified(trained: Shell, tmp_path: Path) 
         assert torch.allclose(found.double(), expected[:5], atol=5e-3)
 
 
+def test_depth_transparency_and_shape_do_not_change_what_is_read(tmp_path: Path) -> None:
+    """One digit as a 16-bit file, on a transparent ground, and on a wider sheet of paper."""
+    ink = np.kron(DIGITS.test.images[3].numpy(), np.ones((10, 10), np.uint8)) * 15
+    wanted = ship._read_image(saved(tmp_path / "plain.png", Image.fromarray(ink)), 8, False)
+    deep = Image.fromarray(ink.astype(np.uint16) * 257)
+    clear = Image.merge("LA", (Image.new("L", (80, 80), 0), Image.fromarray(ink)))
+    narrow = Image.fromarray(np.pad(ink[:, 10:70], ((0, 0), (0, 0))))
+    assert torch.allclose(ship._read_image(saved(tmp_path / "deep.png", deep), 8, False), wanted, atol=1e-2)
+    assert torch.allclose(ship._read_image(saved(tmp_path / "clear.png", clear), 8, True), wanted, atol=1e-2)
+    middle = ship._read_image(saved(tmp_path / "narrow.png", narrow), 8, False).view(8, 8)
+    assert torch.allclose(middle[:, 1:7], wanted.view(8, 8)[:, 1:7], atol=1e-2)
+    assert not middle[:, [0, 7]].any()
+
+
+def saved(file: Path, image: Image.Image) -> Path:
+    image.save(file)
+    return file
+
+
 def test_a_test_image_is_shown_with_the_teachers_view_at_each_temperature(trained: Shell) -> None:
     run = find(trained, "student")
     done = kd_here(trained.folder, "predict", run.name, "--test-image", "7", "--T", "1,4,20", "--json")
@@ -116,18 +135,29 @@ def test_a_test_image_is_shown_with_the_teachers_view_at_each_temperature(traine
         ("predict RUN --test-image 1 --T 0", "--T 0: must be numbers from 0.001 to 10000"),
         ("predict RUN --test-image 1 --T hot", "--T hot: must be numbers from 0.001 to 10000"),
         ("predict RUN absent.png", "absent.png: No such file or directory"),
-        ("predict RUN tiny.yaml", "tiny.yaml: it is not an image that can be read"),
+        ("predict RUN tiny.yaml", "tiny.yaml: is not an image that can be read"),
         ("predict absent.onnx x.png", "absent.onnx: there is no such file"),
         ("predict run.onnx x.png", "run.onnx: is not a net that kd exported"),
         ("predict tiny/distill/0-0 x.png", "tiny/distill/0-0: there is no such run"),
         ("export tiny/distill/0-0", "tiny/distill/0-0: there is no such run"),
         ("export RUN --format tflite", "--format tflite: must be one of onnx, torch, safetensors"),
         ("export RUN --out nowhere/net.onnx", "--out nowhere/net.onnx: must be a file in a folder that exists"),
+        (
+            "export RUN --out net.md",
+            "--out net.md: must be a file in a folder that exists, with a name that ends in .onnx",
+        ),
+        ("export RUN --out run.onnx", "run.onnx: is there already: remove it, or choose another --out"),
+        ("predict run.onnx x.png --T 4", "--T: an exported file has T = 1 built in: name the run instead"),
+        ("predict RUN blank.png", "blank.png: is blank"),
+        ("predict RUN deep.tiff", "deep.tiff: has pixels of mode F: save it with 8 or 16 bits a pixel"),
     ],
 )
 def test_the_wrong_thing_typed(words: str, line: str, trained: Shell, tmp_path: Path) -> None:
     (tmp_path / "run.onnx").write_bytes(b"not a net")
-    words = words.replace("run.onnx", str(tmp_path / "run.onnx"))
+    Image.new("L", (40, 40), 200).save(tmp_path / "blank.png")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "deep.tiff")
+    for name in ("run.onnx", "blank.png", "deep.tiff"):
+        words = words.replace(name, str(tmp_path / name))
     done = kd_here(trained.folder, *words.replace("RUN", find(trained, "student").name).split())
     assert (done.code, done.out) == (2, "")
     assert line in done.err
