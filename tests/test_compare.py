@@ -71,7 +71,7 @@ def test_two_single_runs_are_compared_by_mcnemars_test(trained: Shell) -> None:
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     """A folder in which a grid of two temperatures and a part of the training images was run, over three seeds."""
     shell = Shell(tmp_path_factory.mktemp("grid"))
-    text = TINY.replace("ensemble: {members: 2}\n", "").replace("heldout: 200", "heldout: 200, transfer: 300")
+    text = TINY.replace("heldout: 200", "heldout: 200, transfer: 300")
     text = text.replace(
         "omit_classes:\n  - omit: [3]\n", "grid: {distill.T: [1, 8], student.model.hidden: [[8], [24]]}\n"
     )
@@ -84,7 +84,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 def test_groups_are_compared_over_the_seeds_they_share(grid: Shell) -> None:
     found = json.loads(kd_here(grid.folder, "compare", "tiny/baseline", "tiny/distill", "--json").out)
-    assert [g["seeds"] for g in found["groups"]] == [[0, 1, 2]] * 6
+    assert [g["seeds"] for g in found["groups"]] == [[0, 1, 2]] * 10
     first = found["groups"][0]
     for group, comparison in zip(found["groups"][1:], found["comparisons"], strict=True):
         fewer = [a - b for a, b in zip(first["errors"], group["errors"], strict=True)]
@@ -118,10 +118,12 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     assert [list(p["at"].values()) for p in document["points"]] == [["1", "8"], ["1", "24"], ["8", "8"], ["8", "24"]]
     assert len(runs(grid.folder, "train-teacher")) == 3
     assert len(runs(grid.folder, "baseline")) == 6
-    assert len(runs(grid.folder, "distill")) == 12
+    assert len(runs(grid.folder, "distill")) == 24  # of the teacher and of the ensemble
     for point in document["points"]:
         for run in point["runs"]:
             settings = yaml.safe_load((grid.folder / "runs" / run["run"] / "config.yaml").read_text())["settings"]
+            if run["command"] == "ensemble":
+                continue
             assert run["samples"] == (1297 if run["row"] == "teacher" else 300)
             if run["row"] == "student":
                 assert config._shown(settings["distill"]["T"]) == point["at"]["distill.T"]
@@ -129,7 +131,7 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     folder = grid.folder / "runs" / "tiny" / "report-study"
     assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.md").read_text()
-    assert "| T | hidden | baseline | student | baseline, train | student, train |" in text
+    assert "| T | hidden | baseline | student | student of ensemble | baseline, train | student, train |" in text
     assert "The same at every point: teacher " in text
 
 
