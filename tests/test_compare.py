@@ -190,6 +190,16 @@ def test_results_md_is_what_the_documents_say() -> None:
     assert (results.EXPERIMENTS / "RESULTS.md").read_text() == results.record(documents, pictures)
 
 
+def test_the_readme_quotes_only_what_stands_in_the_record() -> None:
+    readme, record = (
+        (results.EXPERIMENTS.parent / name).read_text() for name in ("README.md", "experiments/RESULTS.md")
+    )
+    quoted, _, _ = readme.partition("## Five minutes")
+    rows = [line for line in quoted.splitlines() if line.startswith("|")]
+    assert len(rows) > 5
+    assert set(rows) <= set(record.splitlines())
+
+
 def test_a_report_becomes_a_part_of_the_record(grid: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RECORD", tmp_path / "results")
     results.keep(grid.folder / "runs" / "tiny" / "report-study")
