@@ -60,7 +60,7 @@ def _png(draw: Callable[[Any], None]) -> bytes:
 
 
 def _draw_errors(figure: Any, document: Document) -> None:
-    """The errors of every row: each seed as a dot, the mean as a bar across, on a logarithmic scale."""
+    """The errors of every row: a dot a seed, a bar for the mean; on a logarithmic scale where they lie far apart."""
     axes = figure.subplots()
     rows = document["table"][::-1]
     for i, r in enumerate(rows):
@@ -68,11 +68,15 @@ def _draw_errors(figure: Any, document: Document) -> None:
         axes.plot(r["errors"], [i] * r["n"], "o", color="#3182bd", markersize=5, alpha=0.6)
         axes.plot(r["mean"], i, "|", color="black", markersize=16, markeredgewidth=2)
         text = f"{r['mean']:.1f}" if r["n"] > 1 else f"{r['mean']:g}"
-        axes.annotate(text, (r["mean"], i), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(text, (r["mean"], i), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [r["row"] for r in rows])
-    _log_scale(axes.xaxis, axes.set_xscale)
-    axes.margins(x=0.1)
-    axes.set_xlabel(f"errors on {document['evaluated_on']}, logarithmic scale (dots: seeds; bar: their mean)")
+    every = [errors for r in rows for errors in r["errors"]]
+    wide = max(every) > 4 * max(min(every), 1)
+    if wide:
+        _log_scale(axes.xaxis, axes.set_xscale)
+    axes.margins(x=0.1, y=0.08)
+    scale = ", logarithmic scale" if wide else ""
+    axes.set_xlabel(f"errors on {document['evaluated_on']}{scale} (dots: seeds; bar: their mean)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(f"{document['experiment']}: errors", loc="left")
 
