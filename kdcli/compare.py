@@ -1,7 +1,6 @@
 """`kd compare`: runs, or groups of runs that differ in seed alone, side by side, with a verdict against the first."""
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -12,7 +11,7 @@ from kdcli import BadInput
 from kdcli.config import Data
 from kdcli.recipes import discordant, loaded
 from kdcli.runs import STUDENTS, TEACHERS, Document, Run, differences, list_runs, open_run
-from kdcli.verdict import mean_interval, paired
+from kdcli.verdict import paired, spread
 
 
 def compare(root: Path, names: Sequence[str], data_dir: Path | None, note: Callable[[str], None]) -> Document:
@@ -94,16 +93,12 @@ def _seeds(reference: Sequence[Run], group: Sequence[Run]) -> Document:
 
 
 def _group(letter: str, runs: Sequence[Run]) -> Document:
-    errors = [run.result["test"]["errors"] for run in runs]
     return {
         "group": letter,
         "name": runs[0].name if len(runs) == 1 else runs[0].name.rpartition("/")[0],
         "runs": [run.name for run in runs],
         "seeds": [run.spec.seed for run in runs],
-        "errors": errors,
-        "mean": statistics.mean(errors),
-        "std": statistics.stdev(errors) if len(errors) > 1 else None,
-        "interval": mean_interval(errors),
+        **spread([run.result["test"]["errors"] for run in runs]),
     }
 
 

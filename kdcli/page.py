@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from kdcli import BadInput, core, metrics, report
 from kdcli.config import CLASSES
 from kdcli.data import Split
-from kdcli.pictures import NETS, pictures
-from kdcli.recipes import Session, find_teachers, log_probabilities, teacher_logits
+from kdcli.pictures import NETS, Predictions, grid_picture, pictures, predictions
+from kdcli.recipes import Session, teacher_logits
 from kdcli.runs import Document, Run, write_aside
-from kdcli.specs import omission_spec
 from kdcli.verdict import Verdict
 
 HARDEST = 12
@@ -34,9 +33,10 @@ def write_report(session: Session, document: Document, evaluation: Document, fol
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    drawn = pictures(session, document)
+    said = None if "grid" in document else predictions(session, document)
+    drawn = pictures(session, document, said) if said else grid_picture(document)
     files = {
-        "report.html": html(session, document, evaluation, drawn).encode(),
+        "report.html": html(session, document, evaluation, drawn, said).encode(),
         "report.md": report.markdown(document, list(drawn)).encode(),
         "report.json": (json.dumps(document, indent=1) + "\n").encode(),
         **drawn,
@@ -46,24 +46,14 @@ def write_report(session: Session, document: Document, evaluation: Document, fol
     return [folder / name for name in files]
 
 
-def html(session: Session, document: Document, evaluation: Document, drawn: dict[str, bytes]) -> str:
-    """The page of a finished experiment. It asks nothing of the network: pictures are inside."""
-    body = [
-        f"<h1>{escape(document['file'])}: knowledge distillation, errors on {escape(document['evaluated_on'])}</h1>"
-    ]
-    if "grid" in document:
-        first, *others = report.remarks(document)
-        body += [f'<p class="note">{escape(first)}</p>', _table(report.final_table(document))]
-        body += [
-            _figure(
-                drawn,
-                "grid.png",
-                "Errors at every point; where there are several seeds, their mean ± one standard deviation.",
-            )
-        ]
-        body += [f'<p class="note">{escape(line)}</p>' for line in others]
-    else:
-        body += _experiment(session, document, evaluation, drawn)
+def html(
+    session: Session, document: Document, evaluation: Document, drawn: dict[str, bytes], said: Predictions | None
+) -> str:
+    """The page of a finished experiment, `said` what its nets said unless it is a grid. It asks nothing of the network:
+    pictures are inside."""
+    title = f"{document['file']}: knowledge distillation, errors on {document['evaluated_on']}"
+    body = [f"<h1>{escape(title)}</h1>"]
+    body += _experiment(session, document, evaluation, drawn, said) if said else _grid(document, drawn)
     body.append(f'<p class="note">Made by {_code(report.made(document))}</p>')
     title = escape(f"{document['file']}: kd report")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -71,13 +61,20 @@ def html(session: Session, document: Document, evaluation: Document, drawn: dict
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'
 
 
-def _experiment(session: Session, document: Document, evaluation: Document, drawn: dict[str, bytes]) -> list[str]:
+def _grid(document: Document, drawn: dict[str, bytes]) -> list[str]:
+    """The parts of the page of a grid."""
+    first, *others = (f'<p class="note">{escape(line)}</p>' for line in report.remarks(document))
+    caption = "Errors at every point; where there are several seeds, their mean ± one standard deviation."
+    return [first, _table(report.final_table(document)), _figure(drawn, "grid.png", caption), *others]
+
+
+def _experiment(
+    session: Session, document: Document, evaluation: Document, drawn: dict[str, bytes], said: Predictions
+) -> list[str]:
     """The parts of the page of an experiment without a grid; nets by image are those of the first seed."""
     first, *notes = report.remarks(document)
     runs = {row: next(d for d in document["runs"] if d["row"] == row) for row in NETS}
     scores = {e["run"]: e for e in evaluation["runs"]}
-    log_p = {row: log_probabilities(session, session.open(d)).cpu() for row, d in runs.items()}
-    test = session.dataset.test.to(torch.device("cpu"))
     seed = document["seeds"][0]
     body = [f'<p class="verdict">{escape(first)}</p>', _figures(document, scores[runs["student"]["run"]])]
     body += [_table(report.final_table(document)), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
@@ -88,7 +85,7 @@ def _experiment(session: Session, document: Document, evaluation: Document, draw
     ]
     body += ["<h2>Where the errors are</h2>", f'<p class="note">Of seed {seed}.</p>']
     body.append(_table(_per_class({row: scores[d["run"]] for row, d in runs.items()})))
-    body.append(_confusion(scores[runs["student"]["run"]]["confusion"], "label", "the student says"))
+    body.append(_heat(scores[runs["student"]["run"]]["confusion"], "label \\ the student says", "d"))
     if "omitted-classes.png" in drawn:
         body.append(
             _figure(
@@ -99,12 +96,12 @@ def _experiment(session: Session, document: Document, evaluation: Document, draw
         )
     body += ["<h2>Are the probabilities right?</h2>", _figure(drawn, "calibration.png", CALIBRATION_CAPTION)]
     body += ["<h2>The hardest test images</h2>", f'<p class="note">{HARDEST_NOTE} Of seed {seed}.</p>']
-    body.append(_hardest(log_p, test))
+    body.append(_hardest(said.log_p, said.test))
     body += [
         "<h2>Cost against accuracy</h2>",
         _figure(drawn, "cost.png", "Errors against multiply-adds an image; the bars are one std over seeds."),
     ]
-    return body + _knowledge(session, runs, drawn)
+    return body + _knowledge(session, document, drawn, said.test)
 
 
 CALIBRATION_CAPTION = (
@@ -148,10 +145,6 @@ def _heat(rows: Sequence[Sequence[float]], corner: str, shown: str) -> str:
     body = "".join(f"<tr><td>{i}</td>{''.join(cell(i, j) for j in range(CLASSES))}</tr>" for i in range(CLASSES))
     head = f"<thead><tr><th>{corner}</th>{head}</tr></thead>"
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def _confusion(counts: list[list[int]], row: str, column: str) -> str:
-    return _heat(counts, f"{row} \\ {column}", "d")
 
 
 def _figure(drawn: dict[str, bytes], name: str, caption: str) -> str:
@@ -199,9 +192,10 @@ def _hardest(log_p: dict[str, Tensor], test: Split) -> str:
 # What the teacher knows beyond the labels.
 
 
-def _knowledge(session: Session, runs: dict[str, Document], drawn: dict[str, bytes]) -> list[str]:
+def _knowledge(session: Session, document: Document, drawn: dict[str, bytes], test: Split) -> list[str]:
     train, distill = session.dataset.train.to(torch.device("cpu")), session.experiment.distill
-    teacher = session.open(runs["student"]["teacher"])
+    first = {d["row"]: d for d in reversed(document["runs"])}  # the document of the first seed, by row
+    teacher = session.open(first["student"]["teacher"])
     logits, how = teacher_logits(teacher, "train", len(train)), teacher.spec.settings.get("average", "arithmetic")
     soft = core.average(logits, distill.T, how).exp()
     mean = torch.stack([soft[train.labels == c].mean(0) for c in range(CLASSES)]) * 100
@@ -216,24 +210,16 @@ def _knowledge(session: Session, runs: dict[str, Document], drawn: dict[str, byt
     )
     body.append(_heat(mean.tolist(), "label", ".1f"))
     for entry in session.experiment.omit_classes:
-        run = _omission(session, entry.label)
         what = "a class" if len(entry.omitted) == 1 else "classes"
-        body += [f"<h2>{escape(entry.label)}: {what} taught without examples</h2>"] if run else []
-        body += _omitted(session, run, soft, train) if run else []
+        body.append(f"<h2>{escape(entry.label)}: {what} taught without examples</h2>")
+        body += _omitted(session, session.open(first[entry.label]), soft, train, test)
     return body
 
 
-def _omission(session: Session, label: str) -> Run | None:
-
-    entry = next(e for e in session.experiment.omit_classes if e.label == label)
-    run = session.run(omission_spec(session.experiment, session.experiment.seed[0], find_teachers(session)[0], entry))
-    return run if run.completed else None
-
-
-def _omitted(session: Session, run: Run, soft: Tensor, train: Split) -> list[str]:
+def _omitted(session: Session, run: Run, soft: Tensor, train: Split, test: Split) -> list[str]:
     """The transfer images that the teacher finds most like a class never seen, and test images of such classes before
     and after the bias."""
-    omitted, test = run.spec.settings["omitted"], session.dataset.test.to(torch.device("cpu"))
+    omitted = run.spec.settings["omitted"]
     seen = ~torch.isin(train.labels, torch.tensor(omitted))
     if session.dataset.held:
         seen[session.dataset.heldout.cpu()] = False

@@ -4,7 +4,7 @@ import io
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,33 +20,40 @@ NETS, TELLING = ("teacher", "baseline", "student"), 4
 COLOURS = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
 
 
-def pictures(session: Session, document: Document) -> dict[str, bytes]:
-    """The pictures of `kd run`, PNG, by file name."""
-    if "grid" in document:
-        return {"grid.png": _png(lambda figure: _draw_grid(figure, document))}
-    draw = {
+class Predictions(NamedTuple):
+    """What the nets of the first seed say of the test images, on the CPU."""
+
+    log_p: dict[str, Tensor]  # by row: log-probabilities [N, C] at T = 1
+    teacher: Tensor  # logits [1, N, C]
+    test: Split
+
+
+def predictions(session: Session, document: Document) -> Predictions:
+    """The predictions behind the report of an experiment without a grid."""
+    runs = {row: session.open(next(d for d in document["runs"] if d["row"] == row)) for row in NETS}
+    test = session.dataset.test.to(torch.device("cpu"))
+    log_p = {row: log_probabilities(session, run).cpu() for row, run in runs.items()}
+    return Predictions(log_p, teacher_logits(runs["teacher"], "test", len(test)), test)
+
+
+def grid_picture(document: Document) -> dict[str, bytes]:
+    """The one picture of a grid, PNG, by file name."""
+    return {"grid.png": _png(lambda figure: _draw_grid(figure, document))}
+
+
+def pictures(session: Session, document: Document, said: Predictions) -> dict[str, bytes]:
+    """The pictures of an experiment without a grid, PNG, by file name."""
+    hot = sorted({1.0, 4.0, 20.0, session.experiment.distill.T})
+    draw: dict[str, Callable[[Any], None]] = {
         "errors.png": lambda figure: _draw_errors(figure, document),
         "learning-curves.png": lambda figure: _draw_curves(figure, document, session.runs_dir),
-        **_of_predictions(session, document),
+        "calibration.png": lambda figure: _draw_calibration(figure, said.log_p, said.test.labels),
+        "cost.png": lambda figure: _draw_cost(figure, document),
+        "dark-knowledge.png": lambda figure: _draw_knowledge(figure, said, hot),
     }
     if any("bias" in d for d in document["runs"]):
         draw["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
     return {name: _png(drawing) for name, drawing in draw.items()}
-
-
-def _of_predictions(session: Session, document: Document) -> dict[str, Callable[[Any], None]]:
-    """What draws the pictures that need predictions: of the first seed's nets."""
-    runs = {row: session.open(next(d for d in document["runs"] if d["row"] == row)) for row in NETS}
-    log_p = {row: log_probabilities(session, run).cpu() for row, run in runs.items()}
-    test, teacher = session.dataset.test.to(torch.device("cpu")), runs["teacher"]
-    logits = teacher_logits(teacher, "test", len(test))
-    hot = sorted({1.0, 4.0, 20.0, session.experiment.distill.T})
-    images = telling(log_p["teacher"], test.labels)
-    return {
-        "calibration.png": lambda figure: _draw_calibration(figure, log_p, test.labels),
-        "cost.png": lambda figure: _draw_cost(figure, document),
-        "dark-knowledge.png": lambda figure: _draw_knowledge(figure, logits, "arithmetic", test, images, hot),
-    }
 
 
 def _png(draw: Callable[[Any], None]) -> bytes:
@@ -61,8 +68,9 @@ def _png(draw: Callable[[Any], None]) -> bytes:
 
 def _draw_errors(figure: Any, document: Document) -> None:
     """The errors of every row: a dot a seed, a bar for the mean; on a logarithmic scale where they lie far apart."""
-    axes = figure.subplots()
     rows = document["table"][::-1]
+    figure.set_figheight(max(4.5, 0.45 * len(rows)))  # room for a number above every bar
+    axes = figure.subplots()
     for i, r in enumerate(rows):
         axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
         axes.plot(r["errors"], [i] * r["n"], "o", color="#3182bd", markersize=5, alpha=0.6)
@@ -192,18 +200,16 @@ def _draw_cost(figure: Any, document: Document) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_knowledge(
-    figure: Any, teacher: Tensor, how: str, test: Split, images: Sequence[int], temperatures: Sequence[float]
-) -> None:
-    """For each image its hard label and the teacher's output at each temperature, as bars with numbers; teacher: the
-    logits [M, N, C] of its members."""
+def _draw_knowledge(figure: Any, said: Predictions, temperatures: Sequence[float]) -> None:
+    """For each telling image its hard label and the teacher's output at each temperature, as bars with numbers."""
+    test, images = said.test, telling(said.log_p["teacher"], said.test.labels)
     grid = figure.subplots(len(images), 2 + len(temperatures), squeeze=False)
     for row, i in zip(grid.tolist(), images, strict=True):
         row[0].imshow(test.images[i].numpy(), cmap="gray_r")
         row[0].axis("off")
         hard = F.one_hot(test.labels[i], CLASSES).double()
         columns = [("hard label", hard)]
-        columns += [(f"T = {T:g}", core.average(teacher[:, i : i + 1], T, how)[0].exp()) for T in temperatures]
+        columns += [(f"T = {T:g}", core.soften(said.teacher[0, i], T).exp()) for T in temperatures]
         for axes, (name, p) in zip(row[1:], columns, strict=True):
             axes.barh(range(CLASSES), p.tolist(), color="#3182bd")
             for c, share in enumerate(p.tolist()):

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from kdcli.config import CLASSES, Experiment, Key
 from kdcli.runs import Document
-from kdcli.verdict import Verdict, mean_interval, verdict
+from kdcli.verdict import Verdict, spread, verdict
 
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
@@ -125,9 +125,8 @@ def compare_tables(document: Document) -> list[Table | str]:
     """What `kd compare` shows: the groups, and of each the settings that differ from A's and the verdict against A."""
     groups, rows = document["groups"], []
     for g in groups:
-        mean = f"{g['mean']:.1f} ± {g['std']:.1f}" if g["std"] is not None else f"{g['mean']:g}"
         interval = "{:.1f} to {:.1f}".format(*g["interval"]) if g["interval"] else ""
-        rows.append([g["group"], g["name"], str(len(g["errors"])), mean, interval])
+        rows.append([g["group"], g["name"], str(len(g["errors"])), _spread(g), interval])
     title = f"Errors on {document['total']:,} {document['evaluated_on']}"
     result: list[Table | str] = [Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)]
     for c in document["comparisons"]:
@@ -149,13 +148,8 @@ def predictions(document: Document, top: int) -> list[Table | str]:
         rows = [[f"{c}{' *' if c == image['label'] else ''}", *(_bar(v["p"][c]) for v in views)] for c in order[:top]]
         columns = ["class", *(f"{v['net']}, T = {v['T']:g}" if len(views) > 1 else "probability" for v in views)]
         label = f", the label is {image['label']} (*)" if image["label"] is not None else ""
-        result.append(Table(f"{image['image']}: {order_of(views[0]['p'])[0]}{label}", columns, rows))
+        result.append(Table(f"{image['image']}: {max(order, key=views[0]['p'].__getitem__)}{label}", columns, rows))
     return result
-
-
-def order_of(p: Sequence[float]) -> list[int]:
-    """The classes, the likeliest first."""
-    return sorted(range(len(p)), key=lambda c: -p[c])
 
 
 def _bar(p: float) -> str:
@@ -324,8 +318,7 @@ def _row(
     scores: Sequence[Document],
 ) -> Document:
     errors, unseen = [c["errors"] for c in counted], documents[0].get("omitted", [])
-    row: Document = {"row": name, "mean": statistics.mean(errors), "n": len(errors), "errors": errors}
-    row |= {"std": statistics.stdev(errors) if len(errors) > 1 else None, "interval": mean_interval(errors)}
+    row: Document = {"row": name, "n": len(errors)} | spread(errors)
     if unseen:
         row["unseen"] = statistics.mean(sum(c["per_class_errors"][k] for k in unseen) for c in counted)
     if "last_epoch" in documents[0]:

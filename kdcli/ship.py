@@ -59,7 +59,7 @@ def export(run: Run, form: str, file: Path | None, data_dir: Path | None) -> Doc
     aside = file.with_name(f"unproved-{file.name}")
     write_aside(aside, content)
     try:
-        wanted, found = _asked(lambda x: model(x), test), _asked(_opened(aside, form, model), test)
+        wanted, found = _asked(model, test), _asked(_opened(aside, form, model), test)
     finally:
         aside.unlink()
     difference = float((wanted - found).abs().max())
@@ -159,7 +159,7 @@ def _shape(model: Probabilities) -> str:
 def _opened(file: Path, form: str, model: Probabilities) -> Callable[[Tensor], Tensor]:
     """The net in an exported file, as another program would run it."""
     if form == "onnx":
-        return _onnx_net(file)
+        return _onnx_net(file)[0]
     if form == "torch":
         program: Callable[[Tensor], Tensor] = torch.export.load(file).module()
         return program
@@ -175,7 +175,8 @@ def _opened(file: Path, form: str, model: Probabilities) -> Callable[[Tensor], T
     return fresh
 
 
-def _onnx_net(file: Path) -> Callable[[Tensor], Tensor]:
+def _onnx_net(file: Path) -> tuple[Callable[[Tensor], Tensor], int]:
+    """An exported net, and the pixels of its images. Raises BadInput when the file is none."""
     if not file.is_file():
         raise BadInput(f"{file}: there is no such file")
     runtime = _onnx_library("onnxruntime")
@@ -191,8 +192,7 @@ def _onnx_net(file: Path) -> Callable[[Tensor], Tensor]:
     def net(inputs: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["probabilities"], {"inputs": inputs.numpy()})[0])
 
-    net.pixels = pixels  # type: ignore[attr-defined]
-    return net
+    return net, pixels
 
 
 def _card(run: Run, exported: Document, scores: Document) -> str:
@@ -245,8 +245,7 @@ def predict(
     if name.lower().endswith(".onnx"):
         if list(temperatures) != [1]:
             raise BadInput("--T: an exported file has T = 1 built in: name the run instead")
-        run, student = None, _onnx_net(Path(name))
-        pixels = student.pixels  # type: ignore[attr-defined]
+        run, (student, pixels) = None, _onnx_net(Path(name))
     else:
         own, teacher, run = _source(root, name)
         student, ask = lambda x: own(x, 1.0), teacher or own

@@ -87,9 +87,15 @@ def fit(
         logits, soft_targets = (torch.cat(outs, 1) for outs in zip(*seen, strict=True))
         metrics = _metrics(logits, transfer_set.labels[order], soft_targets, distill)
         for of_one, z in zip(metrics, logits, strict=True):
-            if not math.isfinite(of_one["loss"]):
-                of_one["diverged_at"] = epoch * steps + int((~z.isfinite().all(1)).int().argmax()) // train.batch_size
+            _mark_divergence(of_one, z, epoch * steps, train.batch_size)
         yield Epoch([{"epoch": epoch + 1} | of_one for of_one in metrics], averaged, own)
+
+
+def _mark_divergence(metrics: dict[str, float], logits: Tensor, before: int, batch_size: int) -> None:
+    """Where the loss of an epoch is not finite, say at which step what the net said, logits [N, C], first was not;
+    `before` steps came before this epoch."""
+    if not math.isfinite(metrics["loss"]):
+        metrics["diverged_at"] = before + int((~logits.isfinite().all(1)).int().argmax()) // batch_size
 
 
 def _make_step(

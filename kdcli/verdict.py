@@ -84,6 +84,12 @@ def seeds_to_settle(mean: float, std: float) -> int | None:
     return high
 
 
+def spread(errors: Sequence[int]) -> Document:
+    """The errors over seeds with their mean, standard deviation (None of one) and the interval of the mean."""
+    std = statistics.stdev(errors) if len(errors) > 1 else None
+    return {"errors": list(errors), "mean": statistics.mean(errors), "std": std, "interval": mean_interval(errors)}
+
+
 def mean_interval(errors: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % t-interval of the mean over seeds; None for fewer than two."""
     from scipy import stats

@@ -33,30 +33,27 @@ def keep(folder: Path) -> None:
         part["runs"] = [run["run"] for run in part.pop("runs")]
     stem = document["file"]
     RECORD.mkdir(exist_ok=True)
-    (RECORD / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-    for picture in folder.glob("*.png"):
+    for picture in (pictures := sorted(folder.glob("*.png"))):
         shutil.copy(picture, RECORD / f"{stem}-{picture.name}")
+    document["pictures"] = [f"{stem}-{picture.name}" for picture in pictures]
+    (RECORD / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
-def record(documents: dict[str, Document], pictures: list[str]) -> str:
+def record(documents: dict[str, Document]) -> str:
     """RESULTS.md."""
     stems = sorted(documents, key=lambda stem: (ORDER.index(stem) if stem in ORDER else len(ORDER), stem))
-    parts = [INTRODUCTION]
-    for stem in stems:
-        mine = [f"results/{name}" for name in pictures if name.rpartition(".")[0].startswith(f"{stem}-")]
-        longer = [other for other in stems if other != stem and other.startswith(f"{stem}-")]
-        mine = [name for name in mine if not any(name.startswith(f"results/{other}-") for other in longer)]
-        parts.append("#" + markdown(documents[stem], mine))
-    return "\n".join(parts)
+    parts = [
+        "#" + markdown(documents[stem], [f"results/{name}" for name in documents[stem]["pictures"]]) for stem in stems
+    ]
+    return "\n".join([INTRODUCTION, *parts])
 
 
-def kept() -> tuple[dict[str, Document], list[str]]:
-    """The documents by experiment file, and the names of the pictures."""
-    documents = {path.stem: json.loads(path.read_text()) for path in sorted(RECORD.glob("*.json"))}
-    return documents, sorted(path.name for path in RECORD.glob("*.png"))
+def kept() -> dict[str, Document]:
+    """The documents by experiment file."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RECORD.glob("*.json"))}
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         keep(Path(name))
-    (EXPERIMENTS / "RESULTS.md").write_text(record(*kept()))
+    (EXPERIMENTS / "RESULTS.md").write_text(record(kept()))

@@ -186,8 +186,7 @@ def test_rows_are_held_against_the_papers_figures(trained: Shell, tmp_path: Path
 
 
 def test_results_md_is_what_the_documents_say() -> None:
-    documents, pictures = results.kept()
-    assert (results.EXPERIMENTS / "RESULTS.md").read_text() == results.record(documents, pictures)
+    assert (results.EXPERIMENTS / "RESULTS.md").read_text() == results.record(results.kept())
 
 
 def test_the_readme_quotes_only_what_stands_in_the_record() -> None:
@@ -203,9 +202,8 @@ def test_the_readme_quotes_only_what_stands_in_the_record() -> None:
 def test_a_report_becomes_a_part_of_the_record(grid: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RECORD", tmp_path / "results")
     results.keep(grid.folder / "runs" / "tiny" / "report-study")
-    documents, pictures = results.kept()
-    assert pictures == ["study-grid.png"]
-    text = results.record(documents, pictures)
+    assert [path.name for path in (tmp_path / "results").glob("*.png")] == ["study-grid.png"]
+    text = results.record(results.kept())
     assert "## study" in text
     assert "![results/study-grid.png](results/study-grid.png)" in text
     assert "kd run study.yaml --seeds 0-2" in text
