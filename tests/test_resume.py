@@ -43,6 +43,13 @@ def finish(shell: Shell, epochs: int = 60) -> str:
     return errors
 
 
+def wait_for_two_states(folder: Path) -> Path:
+    """Wait until a training has saved two epochs; returns the older state."""
+    while not (found := list(folder.rglob("state.previous"))):
+        time.sleep(0.02)
+    return found[0]
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """All that must not differ: the weights, and the metrics and result but for their times."""
     (run,) = (folder / "runs" / "tiny" / "train-teacher").iterdir()
@@ -115,8 +122,7 @@ def test_a_signal_stops_and_the_same_command_continues(
 ) -> None:
     shell = Shell(tmp_path)
     with start(shell) as process:
-        while not list(tmp_path.rglob("state.previous")):  # two epochs are saved
-            time.sleep(0.02)
+        wait_for_two_states(tmp_path)
         process.send_signal(sent)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == code
@@ -132,11 +138,9 @@ def test_a_damaged_state_is_noted_and_the_one_before_is_used(
 ) -> None:
     shell = Shell(tmp_path)
     with start(shell) as process:
-        while not list(tmp_path.rglob("state.previous")):
-            time.sleep(0.02)
+        previous = wait_for_two_states(tmp_path)
         process.kill()
         process.communicate()
-    (previous,) = tmp_path.rglob("state.previous")
     newest = previous.with_name("state")
     if not newest.exists():  # killed between a renaming and a writing
         shutil.copy(previous, newest)
@@ -250,8 +254,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, uninterrupted: dict[str, 
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while not list(tmp_path.rglob("state.previous")):
-            time.sleep(0.02)
+        wait_for_two_states(tmp_path)
         process.send_signal(signal.SIGINT)
         assert process.stdout
         assert process.stdout.readline() == "ending\n"
@@ -281,11 +284,9 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
 def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     with start(shell) as process:
-        while not list(tmp_path.rglob("state.previous")):
-            time.sleep(0.02)
+        previous = wait_for_two_states(tmp_path)
         process.kill()
         process.communicate()
-    (previous,) = tmp_path.rglob("state.previous")
     previous.with_name("state").unlink(missing_ok=True)
     run = runs.open_run(tmp_path / "runs", str(previous.parent))
     _, tensors = run.load_state(print)
