@@ -86,7 +86,7 @@ def kd(tmp_path: Path) -> Shell:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     """A folder in which `kd run tiny.yaml` was run; tests read it and do not change it."""
     shell = Shell(tmp_path_factory.mktemp("trained"))
-    done = shell("run", "tiny.yaml", "--json")
+    done = shell("run", "tiny.yaml", "--json", "--jobs", "1")
     assert done.code == 0, done.err
     (shell.folder / "run.json").write_text(done.out)
     return shell

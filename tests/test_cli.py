@@ -161,7 +161,7 @@ def test_damaged_teachers_weights_stop_the_run(damage: str, words: str, kd: Shel
     weights.unlink()
     if damage == "truncated":
         weights.write_bytes(content[:100])
-    done = kd(*words.split())
+    done = kd_here(kd.folder, *words.split())
     assert done.code == 2
     assert len(done.err.splitlines()) == 1
     assert "weights.safetensors: is " in done.err
@@ -237,12 +237,12 @@ def test_dry_run_shows_the_resolved_experiment_and_writes_nothing(kd: Shell) -> 
     shutil.rmtree(kd.folder / "runs")
     before = sorted(kd.folder.rglob("*"))
     for command in ("distill", "run"):
-        done = kd(command, "tiny.yaml", "--dry-run", "--set", "distill.T=7")
+        done = kd_here(kd.folder, command, "tiny.yaml", "--dry-run", "--set", "distill.T=7")
         assert done.code == 0, done.err
         loss = {"teacher": "teacher", "T": 7.0, "lambda1": 0.9, "lambda2": 0.1, "t_squared": True}
         assert yaml.safe_load(done.out)["distill"] == loss
         assert "# teacher: 4,810 parameters, 156 steps of 50 images" in done.out
-    document = kd("evaluate", "tiny.yaml", "--dry-run", "--json").json
+    document = kd_here(kd.folder, "evaluate", "tiny.yaml", "--dry-run", "--json").json
     nets = {net["net"]: net for net in document["nets"]}
     assert list(nets) == ["teacher", "member 0", "member 1", "baseline", "student", "omit 3"]
     assert nets["student"]["parameters"] == 65 * 16 + 17 * 10
@@ -255,7 +255,7 @@ def test_dry_run_shows_the_resolved_experiment_and_writes_nothing(kd: Shell) -> 
 def test_runs_are_listed_with_status_errors_age_and_size(kd: Shell) -> None:
     broken = only(kd.folder, "baseline")
     (broken / "config.yaml").write_text("?")
-    listed = {d["run"]: d for d in kd("runs", "--json").json["runs"]}
+    listed = {d["run"]: d for d in kd_here(kd.folder, "runs", "--json").json["runs"]}
     assert len(listed) == len(list((kd.folder / "runs/tiny").glob("*/*/config.yaml")))
     damaged = listed["/".join(broken.parts[-3:])]
     assert (damaged["status"], damaged["errors"]) == ("damaged", None)
@@ -265,26 +265,29 @@ def test_runs_are_listed_with_status_errors_age_and_size(kd: Shell) -> None:
     assert student["errors"] == json.loads((folder / "result.json").read_text())["test"]["errors"]
     assert student["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
     assert 0 <= student["age_s"] < 3600
-    errors = [d["errors"] for d in kd("runs", "--json", "--sort", "errors", "--match", "completed").json["runs"]]
+    errors = [
+        d["errors"]
+        for d in kd_here(kd.folder, "runs", "--json", "--sort", "errors", "--match", "completed").json["runs"]
+    ]
     assert errors == sorted(errors)
-    text = kd("runs", "--match", "distill").out
+    text = kd_here(kd.folder, "runs", "--match", "distill").out
     assert folder.name in text
     assert "train-teacher" not in text
-    assert kd("runs", "--runs-dir", "none").err == "--runs-dir none: there is no such folder\n"
+    assert kd_here(kd.folder, "runs", "--runs-dir", "none").err == "--runs-dir none: there is no such folder\n"
 
 
 def test_a_run_that_others_need_is_removed_only_by_force(kd: Shell) -> None:
     teacher, student = only(kd.folder, "train-teacher"), only(kd.folder, "distill")
-    refused = kd("runs", "rm", str(teacher), "--yes")
+    refused = kd_here(kd.folder, "runs", "rm", str(teacher), "--yes")
     assert refused.code == 2
     assert f"  tiny/distill/{student.name}" in refused.err.splitlines()
     assert f"  tiny/ensemble/{only(kd.folder, 'ensemble').name}" in refused.err.splitlines()
     assert teacher.exists()
-    forced = kd("runs", "rm", str(teacher), "--yes", "--force")
+    forced = kd_here(kd.folder, "runs", "rm", str(teacher), "--yes", "--force")
     assert forced.code == 0, forced.err
     assert f"orphaned: tiny/distill/{student.name}" in forced.err.splitlines()
     assert not teacher.exists()
-    assert kd("runs", "rm", f"tiny/distill/{student.name}", "--yes").code == 0
+    assert kd_here(kd.folder, "runs", "rm", f"tiny/distill/{student.name}", "--yes").code == 0
     assert not student.exists()
 
 
@@ -300,11 +303,11 @@ def test_removal_takes_all_or_nothing_and_no_options_get_lost(kd: Shell) -> None
     one, other = (path for path in sorted((kd.folder / "runs/tiny/distill").iterdir()))
     with (other / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as the kd that trains it does
-        done = kd("runs", "rm", "--yes", str(one), str(other))
+        done = kd_here(kd.folder, "runs", "rm", "--yes", str(one), str(other))
     assert done.code == 2
     assert "is being written by a kd: stop that first; nothing was removed" in done.err
     assert one.exists()
-    assert kd("runs", "--runs-dir", "elsewhere", "rm", "--yes", str(one)).code == 2
+    assert kd_here(kd.folder, "runs", "--runs-dir", "elsewhere", "rm", "--yes", str(one)).code == 2
     assert one.exists()
 
 
@@ -416,25 +419,25 @@ KEYS = {"command", "experiment", "run", "seed", "status", "device", "seconds", "
 
 
 def test_json_documents_hold_what_they_promise(kd: Shell) -> None:
-    teacher = kd("train-teacher", "tiny.yaml", "--json").json
+    teacher = kd_here(kd.folder, "train-teacher", "tiny.yaml", "--json").json
     assert teacher.keys() >= KEYS
     assert teacher["status"] == "completed"
     assert teacher["test"]["total"] == 500
     assert sum(teacher["test"]["per_class_errors"]) == teacher["test"]["errors"]
-    student = kd("distill", "tiny.yaml", "--json").json
+    student = kd_here(kd.folder, "distill", "tiny.yaml", "--json").json
     assert student["teacher"] == {"run": teacher["run"], "errors": teacher["test"]["errors"]}
     assert student["baseline"]["run"].startswith("tiny/baseline/0-")
     assert (
         student["baseline"]["errors"] - student["test"]["errors"]
         == student["baseline"]["fixed"] - student["baseline"]["broken"]
     )
-    assert "baseline" not in kd("distill", "tiny.yaml", "--json", "--no-baseline").json
-    omitted = kd("omit-classes", "tiny.yaml", "--json", "--omit", "3").json
+    assert "baseline" not in kd_here(kd.folder, "distill", "tiny.yaml", "--json", "--no-baseline").json
+    omitted = kd_here(kd.folder, "omit-classes", "tiny.yaml", "--json", "--omit", "3").json
     assert omitted["bias"].keys() == {"test", "heldout", "prior"}
     for bias in omitted["bias"].values():
         assert bias.keys() == {"shift", "errors", "per_class_errors"}
     assert omitted["bias"]["test"]["errors"] <= min(omitted["test"]["errors"], omitted["bias"]["prior"]["errors"])
-    several = kd("train-teacher", "tiny.yaml", "--json", "--seeds", "0-1").json
+    several = kd_here(kd.folder, "train-teacher", "tiny.yaml", "--json", "--seeds", "0-1").json
     assert [run["seed"] for run in several["runs"]] == [0, 1]
 
 
@@ -445,8 +448,8 @@ def test_omitted_classes_and_heldout_images_are_outside_the_transfer_set(trained
 
 
 def test_an_ensemble_reports_members_both_averages_and_its_gain(kd: Shell) -> None:
-    arithmetic = kd("ensemble", "tiny.yaml", "--json").json
-    geometric = kd("ensemble", "tiny.yaml", "--json", "--average", "geometric").json
+    arithmetic = kd_here(kd.folder, "ensemble", "tiny.yaml", "--json").json
+    geometric = kd_here(kd.folder, "ensemble", "tiny.yaml", "--json", "--average", "geometric").json
     assert arithmetic["run"] != geometric["run"]
     assert arithmetic["members"] == geometric["members"]
     assert arithmetic["averages"] == geometric["averages"]
@@ -461,13 +464,13 @@ def test_an_ensemble_reports_members_both_averages_and_its_gain(kd: Shell) -> No
 
 def test_either_ensemble_can_be_distilled(kd: Shell) -> None:
     options = ("--json", "--no-baseline", "--set", "distill.teacher=ensemble")
-    described = kd("distill", "tiny.yaml", *options).json
+    described = kd_here(kd.folder, "distill", "tiny.yaml", *options).json
     assert described["teacher"]["run"].startswith("tiny/ensemble/0-")
-    missing = kd("distill", "tiny.yaml", *options, "--set", "ensemble.average=geometric")
+    missing = kd_here(kd.folder, "distill", "tiny.yaml", *options, "--set", "ensemble.average=geometric")
     assert missing.code == 2
     assert "train it: kd ensemble tiny.yaml --set ensemble.average=geometric --seed 0" in missing.err
-    geometric = kd("ensemble", "tiny.yaml", "--average", "geometric", "--json").json["run"]
-    named = kd("distill", "tiny.yaml", "--json", "--no-baseline", "--teacher", geometric).json
+    geometric = kd_here(kd.folder, "ensemble", "tiny.yaml", "--average", "geometric", "--json").json["run"]
+    named = kd_here(kd.folder, "distill", "tiny.yaml", "--json", "--no-baseline", "--teacher", geometric).json
     assert named["teacher"]["run"] == geometric
     one, two = (load_file(kd.folder / "runs" / d["run"] / "weights.safetensors") for d in (described, named))
     assert any(bool((one[key] != two[key]).any()) for key in one)
@@ -484,13 +487,13 @@ def test_an_ensemble_of_different_models(kd: Shell) -> None:
 
 
 def test_a_jittered_student_asks_its_teacher_anew(kd: Shell) -> None:
-    done = kd("distill", "tiny.yaml", "--json", "--no-baseline", "--set", "student.train.jitter=1")
+    done = kd_here(kd.folder, "distill", "tiny.yaml", "--json", "--no-baseline", "--set", "student.train.jitter=1")
     assert done.code == 0, done.err
-    assert done.json["run"] != kd("distill", "tiny.yaml", "--json").json["run"]
+    assert done.json["run"] != kd_here(kd.folder, "distill", "tiny.yaml", "--json").json["run"]
 
 
 def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
-    document = kd("evaluate", "tiny.yaml", "--json").json
+    document = kd_here(kd.folder, "evaluate", "tiny.yaml", "--json").json
     assert {run["command"] for run in document["runs"]} == {
         "train-teacher",
         "ensemble",
@@ -506,7 +509,7 @@ def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
         assert ("teacher" in run) == (run["command"] in ("baseline", "distill", "omit-classes"))
     ensembles = [run["cost"]["parameters"] for run in document["runs"] if run["command"] == "ensemble"]
     assert sorted(ensembles) == [2 * 1210, 2 * 4810]
-    text = kd("evaluate", "tiny.yaml", "--run", document["runs"][0]["run"])
+    text = kd_here(kd.folder, "evaluate", "tiny.yaml", "--run", document["runs"][0]["run"])
     assert "label (row)" in text.out
 
 
@@ -547,12 +550,12 @@ def test_a_student_does_not_start_from_its_teachers_weights(kd: Shell) -> None:
 
 
 def test_check_exits_with_3_where_an_expectation_is_missed(kd: Shell) -> None:
-    met = kd("run", "tiny.yaml", "--check", "--set", "expect={student: 500}")
+    met = kd_here(kd.folder, "run", "tiny.yaml", "--check", "--set", "expect={student: 500}")
     assert met.code == 0, met.err
-    missed = kd("run", "tiny.yaml", "--check", "--set", "expect={student: 0}")
+    missed = kd_here(kd.folder, "run", "tiny.yaml", "--check", "--set", "expect={student: 0}")
     assert missed.code == 3
     assert "expect.student: " in missed.err
-    assert kd("run", "tiny.yaml", "--set", "expect={student: 0}").code == 0
+    assert kd_here(kd.folder, "run", "tiny.yaml", "--set", "expect={student: 0}").code == 0
 
 
 def test_epochs_reach_the_baseline_with_a_recipe_of_its_own(kd: Shell) -> None:
