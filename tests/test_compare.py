@@ -76,7 +76,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Shell:
         "omit_classes:\n  - omit: [3]\n", "grid: {distill.T: [1, 8], student.model.hidden: [[8], [24]]}\n"
     )
     (shell.folder / "study.yaml").write_text(text)
-    done = shell("run", "study.yaml", "--seeds", "0-2", "--json")
+    done = shell("run", "study.yaml", "--seeds", "0-2", "--json", "--jobs", "1")
     assert done.code == 0, done.err
     (shell.folder / "run.json").write_text(done.out)
     return shell
