@@ -6,8 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ import typer
 
 from kdcli import BadInput, Failed, __version__, config, failure
 from kdcli.config import Experiment, Override
-from kdcli.runs import Document, dependents, find_folders, open_run, remove, survey
+from kdcli.runs import STUDENTS, TEACHERS, Document, dependents, find_folders, open_run, remove, survey
 
 if TYPE_CHECKING:
     from kdcli.recipes import Session
@@ -129,12 +129,23 @@ class Job:
         sections = ("name", "data", "teacher", "ensemble")
         words = [self.common.experiment]
         words += [w for o in self.overrides if o.key.split(".")[0] in sections for w in o.origin.split(" ", 1)]
-        for flag, path, usual in (
-            ("--data-dir", self.common.data_dir, None),
-            ("--runs-dir", self.common.runs_dir, Path("runs")),
-        ):
-            words += [flag, str(path)] if path != usual else []
-        return shlex.join(words)
+        words += ["--data-dir", str(self.common.data_dir)] if self.common.data_dir is not None else []
+        return shlex.join([*words, *self.runs_dir()])
+
+    def runs_dir(self) -> list[str]:
+        """The words that name the runs folder, unless it is the usual one."""
+        return ["--runs-dir", str(self.common.runs_dir)] if self.common.runs_dir != Path("runs") else []
+
+    def next(self, documents: Sequence[Document]) -> str:
+        """What to type after a command."""
+        seeds = ["--seeds", self.common.seed] if self.common.seed is not None else []
+        match self.command:
+            case "train-teacher":
+                return f"kd distill {self.retype()} {shlex.join(seeds)}"
+            case "ensemble":
+                return f"kd distill {self.retype()} --set distill.teacher=ensemble {shlex.join(seeds)}"
+        best = min(documents, key=lambda d: d["test"]["errors"])["run"]
+        return shlex.join(["kd", "report", best, *self.runs_dir()])
 
     def run(
         self, experiment: Experiment, recipe: "Callable[[Session], list[Document]]", teacher: str | None = None
@@ -153,6 +164,7 @@ class Job:
         show(
             self.common.as_json, documents[0] if len(documents) == 1 else whole, *report.tables(self.command, documents)
         )
+        display.note(f"next: {self.next(documents)}".rstrip())
 
     def dry_run(self, experiment: Experiment, *named: tuple[str, str]) -> None:
         """Show the resolved experiment, the device, and each net's parameters and steps; write nothing.
@@ -322,6 +334,7 @@ def evaluate(
     seeds = experiment.seed if job.common.seed is not None else None
     document = recipes.evaluate(job.session(experiment, display), names, seeds)
     show(job.common.as_json, document, *report.tables("evaluate", document["runs"]))
+    display.note(f"next: {job.next(document['runs'])}")
 
 
 @command("run")
@@ -345,16 +358,42 @@ def run(
 
 
 @command("report")
-def report_(job: Job, open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False) -> None:
-    """Write the report of an experiment whose runs are all finished: report.html, Markdown, JSON and pictures."""
-    experiment = job.experiment()
-    if job.common.dry_run:
-        return job.dry_run(experiment)
-    _, page = _whole(job, experiment, train=False)
-    if open_:
-        import webbrowser
+def report_(
+    job: Job,
+    more: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT|RUN...", help="And of these.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
+    pictures."""
+    for name in [job.common.experiment, *(more or [])]:
+        one = Job(job.command, replace(job.common, experiment=name))
+        if Path(name).parent.name in (*TEACHERS, *STUDENTS):
+            page = _report_run(one)
+        elif one.common.dry_run:
+            one.dry_run(one.experiment())
+            continue
+        else:
+            _, page = _whole(one, one.experiment(), train=False)
+        if open_:
+            import webbrowser
 
-        webbrowser.open(page.resolve().as_uri())
+            webbrowser.open(page.resolve().as_uri())
+
+
+def _report_run(job: Job) -> Path:
+    """Show a run beside its teacher and its baseline, and write its report into its folder."""
+    run = open_run(job.common.runs_dir, job.common.experiment)
+    if job.overrides or job.common.dry_run:
+        raise BadInput(
+            f"{run.name}: is a run, not an experiment: --set, --seed, --threads and --dry-run change nothing"
+        )
+    from kdcli import recipes, report
+
+    experiment, display = recipes.experiment_of(run), report.Display()
+    session = job.session(experiment, display)
+    documents = recipes.run_documents(session, run)
+    evaluation = recipes.evaluate(session, [d["run"] for d in documents])
+    return _reported(job, session, [documents], evaluation, [()], session.runs_dir / run.name / "report", run.name)[1]
 
 
 def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Path]:
@@ -362,7 +401,6 @@ def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Pat
     common = job.common
     points = config.points(common.experiment, job.overrides, experiment.grid)
     from kdcli import recipes, report
-    from kdcli.page import write_report
 
     display = report.Display()
     try:
@@ -373,16 +411,33 @@ def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Pat
         documents, evaluation = recipes.run(session, list(points.values()))
     finally:
         display.close()
-    document = report.summary(experiment, list(points), documents, evaluation)
     stem = config.find(common.experiment).stem
-    document |= {"file": stem, "made": recipes.made(session, documents)}
-    show(common.as_json, document, report.final_table(document), *report.remarks(document))
     folder = session.runs_dir / experiment.name / ("report" if stem == experiment.name else f"report-{stem}")
+    return _reported(job, session, documents, evaluation, list(points), folder, stem)
+
+
+def _reported(
+    job: Job,
+    session: "Session",
+    documents: "list[list[Document]]",
+    evaluation: Document,
+    points: "list[config.Key]",
+    folder: Path,
+    title: str,
+) -> tuple[Document, Path]:
+    """Show the table and write the report of what was found at each point of a grid, or at the only one."""
+    from kdcli import recipes, report
+    from kdcli.page import write_report
+
+    document = report.summary(session.experiment, points, documents, evaluation)
+    document |= {"file": title, "made": recipes.made(session, documents)}
+    show(job.common.as_json, document, report.final_table(document), *report.remarks(document))
     files = write_report(session, document, evaluation, folder)
     for file in files:
-        display.note(f"wrote {file}")
+        session.note(f"wrote {file}")
     students = [d["run"] for of_point in documents for d in of_point if d["row"] == "student"]
-    display.note(f"next: open {files[0]}, or ship a student: kd export {students[0]}")
+    ship = f", or ship a student: {shlex.join(['kd', 'export', students[0], *job.runs_dir()])}" if students else ""
+    session.note(f"next: open {files[0]}{ship}")
     return document, files[0]
 
 
@@ -398,6 +453,10 @@ def compare_runs(
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
     as_markdown: Annotated[bool, typer.Option("--md", help="Print Markdown on stdout.")] = False,
+    match: Annotated[
+        str, typer.Option(metavar="TEXT", help="Of the others only those with this in their name or settings: T=4.")
+    ] = "",
+    sort: Annotated[str, typer.Option(help="The others as given, or by their errors: given or errors.")] = "given",
     debug: Debug = False,
 ) -> None:
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
@@ -406,7 +465,9 @@ def compare_runs(
     from kdcli import report
     from kdcli.compare import compare
 
-    document = compare(runs_dir, names, data_dir, report.Display().note)
+    if sort not in ("given", "errors"):
+        raise BadInput(f"--sort {sort}: must be given or errors")
+    document = compare(runs_dir, names, data_dir, report.Display().note, match, by_errors=sort == "errors")
     parts = report.compare_tables(document)
     if as_markdown:
         print("\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts))

@@ -1,6 +1,7 @@
 """`kd compare`: runs, or groups of runs that differ in seed alone, side by side, with a verdict against the first."""
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -14,16 +15,31 @@ from kdcli.runs import STUDENTS, TEACHERS, Document, Run, differences, list_runs
 from kdcli.verdict import paired, spread
 
 
-def compare(root: Path, names: Sequence[str], data_dir: Path | None, note: Callable[[str], None]) -> Document:
+def compare(
+    root: Path,
+    names: Sequence[str],
+    data_dir: Path | None,
+    note: Callable[[str], None],
+    match: str = "",
+    by_errors: bool = False,
+) -> Document:
     """The groups of runs that the names stand for, the settings in which they differ, and a verdict on each against the
     first. A name is a run's, which is a group by itself, or `<experiment>/<command>`: its finished runs, in a group
-    those that differ in seed alone. Raises BadInput when there are not two groups, of one dataset."""
-    groups = [group for name in names for group in _groups(root, name, note)]
+    those that differ in seed alone. After the first come those with `match` in a name or a `key=value` of theirs, as
+    they were named or by their mean errors. Raises BadInput when there are not two groups, of one dataset."""
+    reference, *others = [group for name in names for group in _groups(root, name, note)]
+    others = [group for group in others if any(match in text for text in _texts(group))]
+    if by_errors:
+        others.sort(key=lambda group: statistics.mean(run.result["test"]["errors"] for run in group))
+    groups = [reference, *others]
     named = [run.name for group in groups for run in group]
     if twice := [name for name in named if named.count(name) > 1]:
         raise BadInput(f"{' '.join(names)}: names {twice[0]} twice")
     if not 2 <= len(groups) <= len(ascii_uppercase):
-        raise BadInput(f"{' '.join(names)}: kd compare needs 2 to 26 groups of finished runs, not {len(groups)}")
+        matching = f" (with {match})" if match else ""
+        raise BadInput(
+            f"{' '.join(names)}: kd compare needs 2 to 26 groups of finished runs{matching}, not {len(groups)}"
+        )
     data = [group[0].spec.settings["data"] for group in groups]
     if unlike := [line for other in data[1:] for line in differences(data[0], other, "data.")]:
         raise BadInput(f"{' '.join(names)}: cannot be compared: {unlike[0]}")
@@ -58,6 +74,19 @@ def _groups(root: Path, name: str, note: Callable[[str], None]) -> list[list[Run
     if not groups:
         raise BadInput(f"{name}: there are no finished runs; `kd runs` lists what there is")
     return list(groups.values())
+
+
+def _texts(group: Sequence[Run]) -> list[str]:
+    """What `--match` looks through: the names of a group's runs, and its settings as `a.b=value`."""
+
+    def flat(settings: Document, prefix: str) -> list[str]:
+        return [
+            line
+            for key, value in settings.items()
+            for line in (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"])
+        ]
+
+    return [*(run.name for run in group), *flat(_described(group[0]), "")]
 
 
 def _described(run: Run) -> Document:

@@ -1,4 +1,5 @@
-"""report.html: one self-contained page of what `kd run` found, and of what the teacher knows beyond the labels."""
+"""report.html: one self-contained page of what `kd run` found, or of one run, and of what the teacher knows beyond the
+labels."""
 
 import base64
 import io
@@ -14,14 +15,14 @@ from torch.nn import functional as F
 from kdcli import BadInput, core, metrics, report
 from kdcli.config import CLASSES
 from kdcli.data import Split
-from kdcli.pictures import NETS, Predictions, grid_picture, pictures, predictions
+from kdcli.pictures import Predictions, first_seed, grid_picture, pictures, predictions
 from kdcli.recipes import Session, teacher_logits
 from kdcli.runs import Document, Run, write_aside
 from kdcli.verdict import Verdict
 
 HARDEST = 12
 HARDEST_NOTE = (
-    "Those on which the student's loss is greatest, the greatest first: what each net says, with what probability; "
+    "Those on which the loss of the {} is greatest, the greatest first: what each net says, with what probability; "
     "wrong answers in red."
 )
 STYLE = Path(__file__).with_name("page.css")
@@ -63,9 +64,11 @@ def html(
 
 def _grid(document: Document, drawn: dict[str, bytes]) -> list[str]:
     """The parts of the page of a grid."""
-    first, *others = (f'<p class="note">{escape(line)}</p>' for line in report.remarks(document))
+    first, *others = report.remarks(document)
+    others = [f'<p class="note">{escape(line)}</p>' for line in others]
     caption = "Errors at every point; where there are several seeds, their mean ± one standard deviation."
-    return [first, _table(report.final_table(document)), _figure(drawn, "grid.png", caption), *others]
+    verdict = f'<p class="verdict">{escape(first)}</p>'
+    return [verdict, _table(report.final_table(document)), *_figure(drawn, "grid.png", caption), *others]
 
 
 def _experiment(
@@ -73,34 +76,23 @@ def _experiment(
 ) -> list[str]:
     """The parts of the page of an experiment without a grid; nets by image are those of the first seed."""
     first, *notes = report.remarks(document)
-    runs = {row: next(d for d in document["runs"] if d["row"] == row) for row in NETS}
+    runs = first_seed(document)
     scores = {e["run"]: e for e in evaluation["runs"]}
-    seed = document["seeds"][0]
-    body = [f'<p class="verdict">{escape(first)}</p>', _figures(document, scores[runs["student"]["run"]])]
+    seed, (main, last) = document["seeds"][0], list(runs.items())[-1]
+    body = [f'<p class="verdict">{escape(first)}</p>', _figures(document, scores[last["run"]])]
     body += [_table(report.final_table(document)), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
-    body += [_figure(drawn, "errors.png", "Every seed is a dot, the bar their mean.")]
-    body += [
-        "<h2>Learning curves</h2>",
-        _figure(drawn, "learning-curves.png", "Test errors by epoch, a line a seed."),
-    ]
+    body += _figure(drawn, "errors.png", "Every seed is a dot, the bar their mean.")
+    body += _figure(drawn, "learning-curves.png", "Test errors by epoch, a line a seed.", "Learning curves")
     body += ["<h2>Where the errors are</h2>", f'<p class="note">Of seed {seed}.</p>']
     body.append(_table(_per_class({row: scores[d["run"]] for row, d in runs.items()})))
-    body.append(_heat(scores[runs["student"]["run"]]["confusion"], "label \\ the student says", "d"))
-    if "omitted-classes.png" in drawn:
-        body.append(
-            _figure(
-                drawn,
-                "omitted-classes.png",
-                "Students without some classes, before and after the bias; mean over the seeds.",
-            )
-        )
-    body += ["<h2>Are the probabilities right?</h2>", _figure(drawn, "calibration.png", CALIBRATION_CAPTION)]
-    body += ["<h2>The hardest test images</h2>", f'<p class="note">{HARDEST_NOTE} Of seed {seed}.</p>']
+    body.append(_heat(scores[last["run"]]["confusion"], f"label \\ the {main} says", "d"))
+    caption = "Students without some classes, before and after the bias; mean over the seeds."
+    body += _figure(drawn, "omitted-classes.png", caption)
+    body += _figure(drawn, "calibration.png", CALIBRATION_CAPTION, "Are the probabilities right?")
+    body += ["<h2>The hardest test images</h2>", f'<p class="note">{HARDEST_NOTE.format(main)} Of seed {seed}.</p>']
     body.append(_hardest(said.log_p, said.test))
-    body += [
-        "<h2>Cost against accuracy</h2>",
-        _figure(drawn, "cost.png", "Errors against multiply-adds an image; the bars are one std over seeds."),
-    ]
+    caption = "Errors against multiply-adds an image; the bars are one std over seeds."
+    body += _figure(drawn, "cost.png", caption, "Cost against accuracy")
     return body + _knowledge(session, document, drawn, said.test)
 
 
@@ -110,14 +102,16 @@ CALIBRATION_CAPTION = (
 )
 
 
-def _figures(document: Document, student: Document) -> str:
-    """The numbers that matter, large."""
+def _figures(document: Document, evaluated: Document) -> str:
+    """The numbers that matter, large; `evaluated` is the net that the report is about."""
     rows = {row["row"]: row for row in document["table"]}
-    cells = [(f"{rows[name]['mean']:g}", f"errors of the {name}") for name in NETS]
-    fewer = Verdict(**document["verdict"]).fewer_errors
-    cells.append((f"{abs(fewer):g}", f"{'fewer' if fewer >= 0 else 'more'} errors with soft targets"))
-    kept = student["teacher"]["multiply_adds_kept"]
-    cells.append((f"{100 * kept:.0f} %", "of the teacher's multiply-adds"))
+    cells = [(f"{rows[name]['mean']:g}", f"errors of the {name}") for name in first_seed(document)]
+    if "verdict" in document:
+        fewer = Verdict(**document["verdict"]).fewer_errors
+        cells.append((f"{abs(fewer):g}", f"{'fewer' if fewer >= 0 else 'more'} errors with soft targets"))
+    if "teacher" in evaluated:
+        kept = evaluated["teacher"]["multiply_adds_kept"]
+        cells.append((f"{100 * kept:.0f} %", "of the teacher's multiply-adds"))
     return f'<div class="figures">{"".join(f"<div><b>{value}</b>{name}</div>" for value, name in cells)}</div>'
 
 
@@ -147,10 +141,14 @@ def _heat(rows: Sequence[Sequence[float]], corner: str, shown: str) -> str:
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _figure(drawn: dict[str, bytes], name: str, caption: str) -> str:
+def _figure(drawn: dict[str, bytes], name: str, caption: str, heading: str = "") -> list[str]:
+    """A picture with its heading and caption; nothing where it was not drawn."""
+    if name not in drawn:
+        return []
     data = base64.b64encode(drawn[name]).decode()
-    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    image = f'<div class="scroll"><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></div>'
+    title = [f"<h2>{heading}</h2>"] if heading else []
+    return [*title, f"<figure>{image}<figcaption>{caption}</figcaption></figure>"]
 
 
 def _code(text: str) -> str:
@@ -179,12 +177,12 @@ def _says(name: str, p: Tensor, label: int) -> str:
 
 
 def _hardest(log_p: dict[str, Tensor], test: Split) -> str:
-    """The test images on which the student's loss is greatest, and what each net says of them."""
-    loss = F.nll_loss(log_p["student"], test.labels, reduction="none")
+    """The test images on which the last net's loss is greatest, and what each net says of them."""
+    loss = F.nll_loss(list(log_p.values())[-1], test.labels, reduction="none")
     items = []
     for i in loss.topk(HARDEST).indices.tolist():
         label = int(test.labels[i])
-        says = "".join(_says(row, log_p[row][i].exp(), label) for row in ("student", "baseline", "teacher"))
+        says = "".join(_says(row, log_p[row][i].exp(), label) for row in reversed(log_p))
         items.append((_image(test.images[i], test.white), f"test image {i}, label {label}<br>{says}"))
     return _gallery(items)
 
@@ -193,9 +191,12 @@ def _hardest(log_p: dict[str, Tensor], test: Split) -> str:
 
 
 def _knowledge(session: Session, document: Document, drawn: dict[str, bytes], test: Split) -> list[str]:
-    train, distill = session.dataset.train.to(torch.device("cpu")), session.experiment.distill
-    first = {d["row"]: d for d in reversed(document["runs"])}  # the document of the first seed, by row
-    teacher = session.open(first["student"]["teacher"])
+    """What the teacher says of the training images and, where classes were omitted, what it taught about them."""
+    runs, train = first_seed(document), session.dataset.train.to(torch.device("cpu"))
+    known = runs.get("student", {}).get("teacher") or runs.get("teacher")
+    if not known or any("/baseline/" in member for member in session.open(known).spec.parents):
+        return []  # what no student can learn from keeps no logits of the training images
+    teacher, distill = session.open(known), session.experiment.distill
     logits, how = teacher_logits(teacher, "train", len(train)), teacher.spec.settings.get("average", "arithmetic")
     soft = core.average(logits, distill.T, how).exp()
     mean = torch.stack([soft[train.labels == c].mean(0) for c in range(CLASSES)]) * 100
@@ -203,16 +204,16 @@ def _knowledge(session: Session, document: Document, drawn: dict[str, bytes], te
         "The hard label, and what the teacher of the first seed says at each temperature, with a scale of its own in "
         "every panel: which other digits an image resembles."
     )
-    body = ["<h2>What the teacher knows beyond the labels</h2>", _figure(drawn, "dark-knowledge.png", caption)]
+    body = _figure(drawn, "dark-knowledge.png", caption, "What the teacher knows beyond the labels")
     body.append(
         f'<p class="note">Mean soft targets at T = {distill.T:g}, in per cent, by label: which digits look like which. '
         "The higher T, the flatter.</p>"
     )
     body.append(_heat(mean.tolist(), "label", ".1f"))
-    for entry in session.experiment.omit_classes:
-        what = "a class" if len(entry.omitted) == 1 else "classes"
-        body.append(f"<h2>{escape(entry.label)}: {what} taught without examples</h2>")
-        body += _omitted(session, session.open(first[entry.label]), soft, train, test)
+    for label, d in {d["label"]: d for d in reversed(document["runs"]) if "label" in d}.items():
+        what = "a class" if len(d["omitted"]) == 1 else "classes"
+        body.append(f"<h2>{escape(label)}: {what} taught without examples</h2>")
+        body += _omitted(session, session.open(d), soft, train, test)
     return body
 
 

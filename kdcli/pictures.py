@@ -3,7 +3,6 @@
 import io
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from kdcli import core, metrics
 from kdcli.config import CLASSES
 from kdcli.data import Split
 from kdcli.recipes import Session, log_probabilities, teacher_logits
-from kdcli.runs import Document, open_run
+from kdcli.runs import Document
 
 NETS, TELLING = ("teacher", "baseline", "student"), 4
 COLOURS = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
@@ -23,17 +22,26 @@ COLOURS = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
 class Predictions(NamedTuple):
     """What the nets of the first seed say of the test images, on the CPU."""
 
-    log_p: dict[str, Tensor]  # by row: log-probabilities [N, C] at T = 1
-    teacher: Tensor  # logits [1, N, C]
+    log_p: dict[str, Tensor]  # by row, those of NETS that there are: log-probabilities [N, C] at T = 1
+    knowing: Tensor  # logits [M, N, C] of the teacher; of a report without one, of its only net
+    average: str  # how those of M members are averaged
     test: Split
 
 
 def predictions(session: Session, document: Document) -> Predictions:
-    """The predictions behind the report of an experiment without a grid."""
-    runs = {row: session.open(next(d for d in document["runs"] if d["row"] == row)) for row in NETS}
+    """The predictions behind the report of an experiment without a grid, or of a run."""
+    runs = {row: session.open(d) for row, d in first_seed(document).items()}
     test = session.dataset.test.to(torch.device("cpu"))
     log_p = {row: log_probabilities(session, run).cpu() for row, run in runs.items()}
-    return Predictions(log_p, teacher_logits(runs["teacher"], "test", len(test)), test)
+    knowing = runs.get("teacher", *list(runs.values())[:1])
+    average = knowing.spec.settings.get("average", "arithmetic")
+    return Predictions(log_p, teacher_logits(knowing, "test", len(test)), average, test)
+
+
+def first_seed(document: Document) -> dict[str, Document]:
+    """The documents of teacher, baseline and student of the first seed, those that there are."""
+    first = {d["row"]: d for d in reversed(document["runs"])}
+    return {row: first[row] for row in NETS if row in first}
 
 
 def grid_picture(document: Document) -> dict[str, bytes]:
@@ -44,16 +52,20 @@ def grid_picture(document: Document) -> dict[str, bytes]:
 def pictures(session: Session, document: Document, said: Predictions) -> dict[str, bytes]:
     """The pictures of an experiment without a grid, PNG, by file name."""
     hot = sorted({1.0, 4.0, 20.0, session.experiment.distill.T})
-    draw: dict[str, Callable[[Any], None]] = {
-        "errors.png": lambda figure: _draw_errors(figure, document),
-        "learning-curves.png": lambda figure: _draw_curves(figure, document, session.runs_dir),
-        "calibration.png": lambda figure: _draw_calibration(figure, said.log_p, said.test.labels),
-        "cost.png": lambda figure: _draw_cost(figure, document),
-        "dark-knowledge.png": lambda figure: _draw_knowledge(figure, said, hot),
+    several = len(document["table"]) > 1
+    curves = [(d["row"], session.open(d).metrics()) for row in NETS for d in document["runs"] if d["row"] == row]
+    draw: dict[str, tuple[bool, Callable[[Any], None]]] = {
+        "errors.png": (several, lambda figure: _draw_errors(figure, document)),
+        "learning-curves.png": (any(m for _, m in curves), lambda figure: _draw_curves(figure, document, curves)),
+        "calibration.png": (True, lambda figure: _draw_calibration(figure, said.log_p, said.test.labels)),
+        "cost.png": (several, lambda figure: _draw_cost(figure, document)),
+        "dark-knowledge.png": (True, lambda figure: _draw_knowledge(figure, said, hot)),
+        "omitted-classes.png": (
+            any("bias" in d for d in document["runs"]),
+            lambda figure: _draw_omissions(figure, document),
+        ),
     }
-    if any("bias" in d for d in document["runs"]):
-        draw["omitted-classes.png"] = lambda figure: _draw_omissions(figure, document)
-    return {name: _png(drawing) for name, drawing in draw.items()}
+    return {name: _png(drawing) for name, (wanted, drawing) in draw.items() if wanted}
 
 
 def _png(draw: Callable[[Any], None]) -> bytes:
@@ -69,7 +81,7 @@ def _png(draw: Callable[[Any], None]) -> bytes:
 def _draw_errors(figure: Any, document: Document) -> None:
     """The errors of every row: a dot a seed, a bar for the mean; on a logarithmic scale where they lie far apart."""
     rows = document["table"][::-1]
-    figure.set_figheight(max(4.5, 0.45 * len(rows)))  # room for a number above every bar
+    figure.set_figheight(1.3 + 0.42 * len(rows))  # room for a number above every bar
     axes = figure.subplots()
     for i, r in enumerate(rows):
         axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
@@ -123,18 +135,14 @@ def _draw_grid(figure: Any, document: Document) -> None:
     axes.set_title(f"{document['file']}: " + (f"mean over {n} seeds, ± one std" if n > 1 else "one seed"), loc="left")
 
 
-def _draw_curves(figure: Any, document: Document, root: Path) -> None:
-    """Test errors by epoch of teachers, baselines and students, a thin line a seed."""
+def _draw_curves(figure: Any, document: Document, curves: Sequence[tuple[str, list[Document]]]) -> None:
+    """Test errors by epoch of teachers, baselines and students, a thin line a seed; an ensemble has none."""
     axes = figure.subplots()
-    for d in document["runs"]:
-        for row, run in (("teacher", d.get("teacher", {})), ("baseline", d.get("baseline", {})), ("student", d)):
-            if d["row"] != "student" or not run:
-                continue
-            metrics = open_run(root, run["run"]).metrics()
-            seen = row in axes.get_legend_handles_labels()[1]
-            x, y = [m["epoch"] for m in metrics], [m["test_errors"] for m in metrics]
-            if metrics:  # an ensemble as the teacher has no curve of its own
-                axes.plot(x, y, color=COLOURS[row], linewidth=1, alpha=0.8, label=None if seen else row)
+    for row, epochs in curves:
+        seen = row in axes.get_legend_handles_labels()[1]
+        x, y = [e["epoch"] for e in epochs], [e["test_errors"] for e in epochs]
+        if epochs:
+            axes.plot(x, y, color=COLOURS[row], linewidth=1, alpha=0.8, label=None if seen else row)
     _log_scale(axes.yaxis, axes.set_yscale)
     axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}, logarithmic scale")
     axes.spines[["top", "right"]].set_visible(False)
@@ -166,7 +174,7 @@ def _draw_calibration(figure: Any, log_p: dict[str, Tensor], labels: Tensor) -> 
     """Accuracy against confidence in ten bins, a line a net; bins of fewer than five images are left out."""
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
-    for row, colour in COLOURS.items():
+    for row in log_p:
         confidence, predicted = log_p[row].exp().max(1)
         bins = (confidence * 10).ceil().clamp(1, 10) - 1
         points = []
@@ -177,7 +185,7 @@ def _draw_calibration(figure: Any, log_p: dict[str, Tensor], labels: Tensor) -> 
         axes.plot(
             *zip(*points, strict=True),
             "o-",
-            color=colour,
+            color=COLOURS[row],
             label=f"{row}, ECE {metrics.calibration_error(log_p[row], labels):.4f}",
         )
     axes.set(xlabel="probability of the top class", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
@@ -202,14 +210,15 @@ def _draw_cost(figure: Any, document: Document) -> None:
 
 def _draw_knowledge(figure: Any, said: Predictions, temperatures: Sequence[float]) -> None:
     """For each telling image its hard label and the teacher's output at each temperature, as bars with numbers."""
-    test, images = said.test, telling(said.log_p["teacher"], said.test.labels)
+    test, known = said.test, core.average(said.knowing, 1.0, said.average)
+    images = telling(known, test.labels)
     grid = figure.subplots(len(images), 2 + len(temperatures), squeeze=False)
     for row, i in zip(grid.tolist(), images, strict=True):
         row[0].imshow(test.images[i].numpy(), cmap="gray_r")
         row[0].axis("off")
         hard = F.one_hot(test.labels[i], CLASSES).double()
         columns = [("hard label", hard)]
-        columns += [(f"T = {T:g}", core.soften(said.teacher[0, i], T).exp()) for T in temperatures]
+        columns += [(f"T = {T:g}", core.average(said.knowing[:, i], T, said.average).exp()) for T in temperatures]
         for axes, (name, p) in zip(row[1:], columns, strict=True):
             axes.barh(range(CLASSES), p.tolist(), color="#3182bd")
             for c, share in enumerate(p.tolist()):

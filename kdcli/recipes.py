@@ -161,6 +161,54 @@ def run(session: Session, points: Sequence[Experiment]) -> tuple[list[list[Docum
     return documents, evaluate(session, [str(d["run"]) for of_point in documents for d in of_point])
 
 
+def experiment_of(run: Run) -> Experiment:
+    """The experiment that a finished run is a part of, as far as its record tells. Raises BadInput when it is not
+    finished, or its teacher is gone."""
+    if not run.completed:
+        raise BadInput(f"{run.name}: is {run.status}: has nothing to report; train it first")
+    settings, teacher = run.spec.settings, _source(run)
+    taught_by = _members(teacher)[0].spec.settings if teacher else settings
+    own = taught_by if run.spec.command == "ensemble" else settings
+    data = settings["data"] | {key: settings[key] for key in ("heldout", "transfer") if key in settings}
+    described: Document = {"name": run.spec.experiment, "seed": [run.spec.seed], "data": data}
+    for role, of in (("teacher", taught_by), ("student", own)):
+        described[role] = {key: of[key] for key in ("model", "train")}
+    described["distill"] = settings.get("distill", {"T": 4.0, "lambda1": 1.0})
+    return Experiment.model_validate(described)
+
+
+def _source(run: Run) -> Run | None:
+    """The teacher or ensemble that a run is or has learned from; of a baseline none."""
+    if run.spec.command in TEACHERS:
+        return run
+    return open_run(run.root, run.spec.parents[0]) if run.spec.parents else None
+
+
+def run_documents(session: Session, run: Run) -> list[Document]:
+    """The documents of a finished run, its teacher and its baseline, those that there are, each with its `row`."""
+    teacher, settings = _source(run), run.spec.settings
+    documents: list[Document] = [{"row": "teacher"} | teacher.result] if teacher else []
+    if run.spec.command in TEACHERS:
+        return documents
+    own: Document = {"row": "baseline" if run.spec.command == "baseline" else "student"} | run.result
+    if teacher:
+        own["teacher"] = _brief(teacher.result)
+    if "omitted" in settings:
+        own["label"] = Omission(omit=settings["omitted"]).label
+    if run.spec.command == "distill":
+        found = list_runs(session.runs_dir, run.spec.experiment, ["baseline"], session.note)
+        found = [b for b in found if b.completed and b.spec.seed == run.spec.seed and _same_task(b, run)]
+        if found:  # one trained as the student was, if there is one
+            baseline = max(found, key=lambda b: b.spec.settings["train"] == settings["train"])
+            documents.append({"row": "baseline"} | baseline.result)
+            own["baseline"] = _brief(baseline.result) | discordant(session.dataset.test.labels, run, baseline)
+    return [*documents, own]
+
+
+def _same_task(a: Run, b: Run) -> bool:
+    return all(a.spec.settings.get(key) == b.spec.settings.get(key) for key in ("data", "model", "transfer"))
+
+
 def made(session: Session, documents: Sequence[Sequence[Document]]) -> Document:
     """How the runs of `kd run` were made: command line, commits, devices, versions, seconds."""
     runs = {str(d["run"]): d for of_point in documents for d in of_point}
@@ -351,12 +399,15 @@ def obtain(session: Session, specs: Sequence[Spec]) -> list[Document]:
     """The results of runs, in order; those that are not finished are trained now."""
     runs = {spec.name: session.run(spec) for spec in specs}
     missing = [run for run in runs.values() if not run.completed]
+    before: dict[str, list[str]] = {}  # those finished before, by the commit that made them
     for run in runs.values():
         if run.completed and run.name not in session.known:
             _usable(session, open_run(run.root, run.name), "shown")
             commit = run.environment.get("git_commit")
             made_by = f", by commit {commit or 'unknown'}" if commit != session.commit else ""
-            session.note(f"{run.name}: finished before{made_by}")
+            before.setdefault(made_by, []).append(run.name)
+    for made_by, (first, *others) in before.items():
+        session.note(f"{first}{f' and {len(others)} more' if others else ''}: finished before{made_by}")
     nets = [run for run in missing if run.spec.command != "ensemble"]  # to combine members is not worth a process
     if session.jobs > 1 and len(nets) > 1 and session.device.type == "cpu":
         train_all(session, missing)
@@ -518,24 +569,27 @@ def _fit(
     before = [run.metrics()[done - 1]["seconds"] if done else 0.0 for run in runs]
     if done:
         session.note(f"{', '.join(run.name for run in runs)}: continued after epoch {done}")
-    started = last_save = time.perf_counter()
-    for epoch in fit(nets, transfer_set, train, streams, distill, done, [state for _, state in saved if state]):
-        nets, results = epoch.models, []
-        for run, net, of_train, earlier in zip(runs, nets, epoch.metrics, before, strict=True):
-            logits = predict(net, test)
-            _stop_if_diverged(
-                run, train, of_train, steps=math.ceil(len(transfer_set) / train.batch_size), logits=logits
-            )
-            counted = metrics.count_errors(logits, test.labels)
-            seconds = round(earlier + time.perf_counter() - started, 3)
-            logged = of_train | {"test_errors": counted["errors"], "seconds": seconds}
-            run.log(logged)
-            session.progress(run.name, train.epochs, logged)
-            results.append({"seconds": seconds, "test": counted, "last_epoch": of_train})
-        if time.perf_counter() - last_save >= SAVE_EVERY and of_train["epoch"] < train.epochs:
-            for run, state in zip(runs, epoch.states, strict=True):
-                run.save_state(int(of_train["epoch"]), state)
-            last_save = time.perf_counter()
+    steps, started = math.ceil(len(transfer_set) / train.batch_size), time.perf_counter()
+    last_save = last_epoch = started
+    with ExitStack() as opened:
+        logs = [opened.enter_context(run.logging()) for run in runs]
+        for epoch in fit(nets, transfer_set, train, streams, distill, done, [state for _, state in saved if state]):
+            nets, results = epoch.models, []
+            speed = round(len(transfer_set) / (time.perf_counter() - last_epoch))
+            for run, net, of_train, earlier, log in zip(runs, nets, epoch.metrics, before, logs, strict=True):
+                logits = predict(net, test)
+                _stop_if_diverged(run, train, of_train, steps, logits)
+                counted = metrics.count_errors(logits, test.labels)
+                seconds = round(earlier + time.perf_counter() - started, 3)
+                logged = of_train | {"test_errors": counted["errors"], "seconds": seconds, "images_per_s": speed}
+                log(logged)
+                session.progress(run.name, train.epochs, logged)
+                results.append({"seconds": seconds, "test": counted, "last_epoch": of_train})
+            if time.perf_counter() - last_save >= SAVE_EVERY and of_train["epoch"] < train.epochs:
+                for run, state in zip(runs, epoch.states, strict=True):
+                    run.save_state(int(of_train["epoch"]), state)
+                last_save = time.perf_counter()
+            last_epoch = time.perf_counter()
     for run, net, result in zip(runs, nets, results, strict=True):
         run.save("weights", net.state_dict())
         on = "test images" if session.experiment.data.evaluate_on == "test" else "held-out training images"

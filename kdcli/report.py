@@ -38,6 +38,7 @@ class Display:
         last = metrics["epoch"] == epochs
         loss = f"T²KL {metrics['t2_kl']:.3g}" if "t2_kl" in metrics else f"loss {metrics['loss']:.3g}"
         text = f"epoch {metrics['epoch']}/{epochs}, {loss}, {metrics['test_errors']} errors, {metrics['seconds']:.1f} s"
+        text += f", {metrics['images_per_s']:,} images/s"
         if self.console.is_terminal:
             if run not in self.tasks:
                 self.tasks[run] = self.bars.add_task(run.partition("/")[2], total=epochs, text=text)
@@ -306,8 +307,8 @@ def _summary(experiment: Experiment, documents: Sequence[Document], scores: dict
             rows.append(_row(experiment, name, found, [d["test"] for d in found], [scores[d["run"]] for d in found]))
         for bias in found[0].get("bias", {}) if found else ():
             rows.append(_row(experiment, f"{name}, {bias} bias", found, [d["bias"][bias] for d in found], []))
-    students = [d for d in documents if d["row"] == "student"]
-    return {"table": rows, "verdict": verdict(students)._asdict(), "runs": list(documents)}
+    compared = [d for d in documents if d["row"] == "student" and "baseline" in d]
+    return {"table": rows, "runs": list(documents)} | ({"verdict": verdict(compared)._asdict()} if compared else {})
 
 
 def _row(
@@ -399,16 +400,45 @@ def remarks(document: Document) -> list[str]:
     if "grid" in document:
         same = {name: _at_points(document, name) for name in GRID_ROWS if name != "student"}
         constant = [f"{name} {found[0]}" for name, found in same.items() if len(found) == 1]
-        return [f"The same at every point: {', '.join(constant)}."] * bool(constant) + [
-            f"{', '.join(f'{k} = {v}' for k, v in point['at'].items())}: {Verdict(**point['verdict']).sentence()}"
-            for point in document["points"]
-        ]
-    lines = [Verdict(**document["verdict"]).sentence()]
+        return (
+            [_headline(document)]
+            + [f"The same at every point: {', '.join(constant)}."] * bool(constant)
+            + [f"{_at(point)}: {Verdict(**point['verdict']).sentence()}" for point in document["points"]]
+        )
+    if "verdict" in document:
+        lines = [Verdict(**document["verdict"]).sentence()]
+    else:  # the report of a run with nothing to hold it against
+        own = document["runs"][-1]
+        errors, total = own["test"]["errors"], own["test"]["total"]
+        lines = [f"The {own['row']} makes {errors} errors on {_on(own)}, {_rate(errors, total)}."]
     if any("paper" in row for row in document["table"]):
         lines.append(PAPER_LEGEND)
     if any("unseen" in row for row in document["table"]):
-        lines.append("Unseen: the errors on classes missing from the transfer set; in brackets, the paper's.")
+        brackets = (
+            "; in brackets, the paper's" if any(len(row.get("paper", [])) > 1 for row in document["table"]) else ""
+        )
+        lines.append(f"Unseen: the errors on classes missing from the transfer set{brackets}.")
     return lines + [BIAS_LEGEND] * any("bias" in d for d in document["runs"])
+
+
+def _at(point: Document) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in point["at"].items())
+
+
+def _headline(document: Document) -> str:
+    """Of a grid: at how many points the soft targets helped, and where the student did best."""
+    points = document["points"]
+    words = [point["verdict"]["verdict"] for point in points]
+    students = [next(r for r in point["table"] if r["row"] == "student") for point in points]
+    best, point = min(zip(students, points, strict=True), key=lambda pair: pair[0]["mean"])
+    counted = [
+        f"{said} at {words.count(word)}" for word, said in (("helped", "helped"), ("hurt", "hurt")) if word in words
+    ]
+    said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
+    return (
+        f"The soft targets {said} of {len(points)} points. "
+        f"The fewest errors of a student, {_spread(best)}, are at {_at(point)}."
+    )
 
 
 def missed(document: Document) -> list[str]:

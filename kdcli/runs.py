@@ -2,7 +2,7 @@
 
     config.yaml          the command, seed, settings and parents that the hash is taken of
     environment.json     versions, device, threads, command line, git commit
-    metrics.jsonl        one line an epoch
+    metrics.jsonl        one line an epoch; where tensorboard is installed, events.out.tfevents.… hold the same
     state                and state.previous, while it trains: the training state to continue from
     weights.safetensors  and logits.safetensors (of the test images, a teacher's of the training images too)
     result.json          the status, the errors, the checksums of the files above; completed runs are never overwritten
@@ -184,6 +184,31 @@ class Run:
         self._write("metrics.jsonl", b"")
         return 0, {}
 
+    @contextlib.contextmanager
+    def logging(self) -> "Iterator[Callable[[Document], None]]":
+        """How to log the metrics of an epoch: a line of metrics.jsonl and, where tensorboard is installed, scalars for
+        it, those of the epochs before a continuation included."""
+        for old in self.path.glob("events.out.tfevents.*"):
+            old.unlink()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            yield self.log
+            return
+        with contextlib.closing(SummaryWriter(str(self.path), flush_secs=10)) as writer:
+
+            def board(metrics: Document) -> None:
+                for key in metrics.keys() - {"epoch"}:
+                    writer.add_scalar(key, metrics[key], metrics["epoch"])
+
+            def both(metrics: Document) -> None:
+                self.log(metrics)
+                board(metrics)
+
+            for metrics in self.metrics():
+                board(metrics)
+            yield both
+
     def log(self, metrics: Document) -> None:
         """Append a line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
@@ -311,10 +336,16 @@ def write_aside(path: Path, content: bytes, keep: Path | None = None) -> None:
 
 
 def open_run(root: Path, name: str, flag: str = "") -> Run:
-    """The run called `<experiment>/<command>/<id>`, or in the directory at that path. Raises BadInput, with the flag
-    that named it if one did."""
+    """The run called `<experiment>/<command>/<id>`, or so far as only one is, or in the directory at that path. Raises
+    BadInput, with the flag that named it if one did."""
     said = f"{flag} {name}".strip() or repr(name)
     path = root / name if os.path.isdir(root / name) else Path(name)  # false too of an unusable name
+    folder, _, start = name.rpartition("/")
+    if start and not os.path.isdir(path) and os.path.isdir(root / folder):
+        begun = sorted(run for run in (root / folder).iterdir() if run.is_dir() and run.name.startswith(start))
+        if len(begun) > 1:
+            raise BadInput(f"{said}: is the beginning of {len(begun)} runs:", *(f"  {folder}/{b.name}" for b in begun))
+        path = begun[0] if begun else path
     path = Path(os.path.abspath(path))
     if not os.path.isdir(path) or path.parent.name not in (*TEACHERS, *STUDENTS):
         raise BadInput(f"{said}: there is no such run; `kd runs` lists what there is")

@@ -94,9 +94,21 @@ def test_groups_are_compared_over_the_seeds_they_share(grid: Shell) -> None:
     assert len(hidden) == 2  # the same width as A's, and the other
 
 
+def test_the_others_are_filtered_and_sorted(grid: Shell) -> None:
+    words = ["compare", "tiny/baseline", "tiny/distill", "--json"]
+    found = json.loads(kd_here(grid.folder, *words, "--match", "distill.T=8.0", "--sort", "errors").out)
+    assert len(found["groups"]) == 5  # A, and two widths taught by the teacher and by the ensemble
+    means = [g["mean"] for g in found["groups"][1:]]
+    assert means == sorted(means)
+    assert found["groups"][0] == json.loads(kd_here(grid.folder, *words).out)["groups"][0]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (["tiny/baseline", "tiny/distill", "--match", "T=9"], "groups of finished runs (with T=9), not 1"),
+        (["tiny/baseline", "tiny/distill", "--sort", "name"], "--sort name: must be given or errors"),
+        (["tiny/baseline/0", "tiny/distill"], "tiny/baseline/0: is the beginning of 2 runs:"),
         (["tiny/distill/0-ffffffffff", "tiny/baseline"], "tiny/distill/0-ffffffffff: there is no such run"),
         (["tiny/distill", "tiny/distill"], "twice"),
         (["tiny/distill", "tiny/baseline", "--md", "--json"], "--json --md: choose one of them"),
@@ -133,6 +145,12 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     text = (folder / "report.md").read_text()
     assert "| T | hidden | baseline | student | student of ensemble | baseline, train | student, train |" in text
     assert "The same at every point: teacher " in text
+    best = min(r["mean"] for point in document["points"] for r in point["table"] if r["row"] == "student")
+    helped = sum(point["verdict"]["verdict"] == "helped" for point in document["points"])
+    hurt = sum(point["verdict"]["verdict"] == "hurt" for point in document["points"])
+    assert f"helped at {helped}" in text if helped else "helped at" not in text
+    assert f"hurt at {hurt}" in text if hurt else "hurt at" not in text
+    assert f"of 4 points. The fewest errors of a student, {best:.1f} ± " in text
 
 
 def test_a_key_set_by_hand_does_not_vary(grid: Shell) -> None:

@@ -1,5 +1,6 @@
 """The report as a page: whole in itself, read by a real browser where there is one, and true to the documents."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -101,6 +102,45 @@ def test_report_trains_nothing(trained: Shell, tmp_path: Path) -> None:
     done = kd_here(tmp_path, "report", "tiny.yaml", "--seeds", "0-1")
     assert done.code == 2
     assert re.search(r"runs are not finished, the first is tiny/.*; train them: kd run tiny.yaml --seeds 0-1", done.err)
+
+
+RUN_REPORTS = {  # by command: what the page begins with, and a heading that it has
+    "train-teacher": ("The teacher makes", "What the teacher knows beyond the labels"),
+    "ensemble": ("The teacher makes", "The hardest test images"),
+    "baseline": ("The baseline makes", "The hardest test images"),
+    "distill": ("than the baseline (McNemar", "What the teacher knows beyond the labels"),
+    "omit-classes": ("The student makes", "omit 3: a class taught without examples"),
+}
+
+
+@pytest.mark.parametrize("command", RUN_REPORTS)
+def test_a_run_has_a_report_of_its_own(command: str, trained: Shell, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    first, heading = RUN_REPORTS[command]
+    run = next((tmp_path / "runs" / "tiny" / command).iterdir())
+    done = kd_here(tmp_path, "report", f"tiny/{command}/{run.name[:5]}", "--json")
+    assert done.code == 0, done.err
+    own = json.loads((run / "result.json").read_text())
+    document = json.loads(done.out)
+    assert document["runs"][-1]["run"] == own["run"]
+    assert document["runs"][-1]["test"] == own["test"]
+    parsed = Page((run / "report" / "report.html").read_text())
+    assert parsed.open == []
+    assert first in parsed.text[: parsed.text.index("errors of the")]
+    assert heading in parsed.text
+    assert (run / "report" / "learning-curves.png").exists() == (command != "ensemble")
+
+
+def test_a_run_without_its_teacher_has_no_report(trained: Shell, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "train-teacher")
+    run = next((tmp_path / "runs" / "tiny" / "omit-classes").iterdir())
+    done = kd_here(tmp_path, "report", f"tiny/omit-classes/{run.name}")
+    assert (done.code, done.out) == (2, "")
+    assert "tiny/train-teacher/0-" in done.err
+    done = kd_here(tmp_path, "report", f"tiny/omit-classes/{run.name}", "--seeds", "3")
+    assert (done.code, done.out) == (2, "")
+    assert "is a run, not an experiment" in done.err
 
 
 def test_telling_images_are_right_hesitant_and_of_different_classes() -> None:

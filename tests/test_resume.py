@@ -55,11 +55,26 @@ def outcome(folder: Path) -> dict[str, Any]:
     (run,) = (folder / "runs" / "tiny" / "train-teacher").iterdir()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((run / "result.json").read_text())
+    assert scalars(run) == [{k: pytest.approx(v, rel=1e-6) for k, v in line.items()} for line in lines]
     for timed in (*lines, result):
         del timed["seconds"]
+    for line in lines:
+        del line["images_per_s"]
     del result["checksum"], result["sha256"]["metrics.jsonl"]  # which cover those times
-    files = sorted(path.name for path in run.iterdir())
+    files = sorted(path.name.partition(".tfevents")[0] for path in run.iterdir())
     return {"lines": lines, "result": result, "weights": (run / "weights.safetensors").read_bytes(), "files": files}
+
+
+def scalars(run: Path) -> list[dict[str, float]]:
+    """What TensorBoard shows of a run, by epoch."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload()
+    found: dict[int, dict[str, float]] = {}
+    for key in events.Tags()["scalars"]:
+        for event in events.Scalars(key):
+            found.setdefault(event.step, {"epoch": event.step})[key] = event.value
+    return list(found.values())
 
 
 @pytest.fixture(scope="module")
