@@ -433,8 +433,7 @@ def _reported(
     document |= {"file": title, "made": recipes.made(session, documents)}
     show(job.common.as_json, document, report.final_table(document), *report.remarks(document))
     files = write_report(session, document, evaluation, folder)
-    for file in files:
-        session.note(f"wrote {file}")
+    session.note(f"wrote {folder}: {', '.join(file.name for file in files)}")
     students = [d["run"] for of_point in documents for d in of_point if d["row"] == "student"]
     ship = f", or ship a student: {shlex.join(['kd', 'export', students[0], *job.runs_dir()])}" if students else ""
     session.note(f"next: open {files[0]}{ship}")

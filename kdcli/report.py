@@ -284,7 +284,11 @@ def summary(
     """The document of `kd run`: a row for each thing the experiment compares, the verdict, and the runs; for a grid,
     those of each of its points."""
     scores = {e["run"]: e for e in evaluation["runs"]}
-    tables = [_summary(experiment, found, scores) for found in documents]
+    judged = "student"
+    if experiment.grid and "student of ensemble" in experiment.rows:
+        if all(key.startswith("ensemble.") for key in experiment.grid):
+            judged = "student of ensemble"  # the one that varies
+    tables = [_summary(experiment, found, scores, judged) for found in documents]
     first = documents[0][0]
     head = {
         "command": "run",
@@ -296,10 +300,13 @@ def summary(
     if not experiment.grid:
         return head | tables[0]
     at = [dict(zip(experiment.grid, values, strict=True)) for values in points]
-    return head | {"grid": list(experiment.grid), "points": [{"at": a} | t for a, t in zip(at, tables, strict=True)]}
+    head |= {"grid": list(experiment.grid), "judged": judged}
+    return head | {"points": [{"at": a} | t for a, t in zip(at, tables, strict=True)]}
 
 
-def _summary(experiment: Experiment, documents: Sequence[Document], scores: dict[str, Document]) -> Document:
+def _summary(
+    experiment: Experiment, documents: Sequence[Document], scores: dict[str, Document], judged: str
+) -> Document:
     rows = []
     for name in experiment.rows:
         found = [d for d in documents if d["row"] == name]
@@ -307,7 +314,7 @@ def _summary(experiment: Experiment, documents: Sequence[Document], scores: dict
             rows.append(_row(experiment, name, found, [d["test"] for d in found], [scores[d["run"]] for d in found]))
         for bias in found[0].get("bias", {}) if found else ():
             rows.append(_row(experiment, f"{name}, {bias} bias", found, [d["bias"][bias] for d in found], []))
-    compared = [d for d in documents if d["row"] == "student" and "baseline" in d]
+    compared = [d for d in documents if d["row"] == judged and "baseline" in d]
     return {"table": rows, "runs": list(documents)} | ({"verdict": verdict(compared)._asdict()} if compared else {})
 
 
@@ -377,7 +384,7 @@ def _spread(row: Document) -> str:
 def _grid_rows(document: Document) -> tuple[list[str], list[list[str]]]:
     """A row a point and a column for each net whose errors vary; `train` is the rate on the transfer set in the last
     epoch, shown where that is a part of the training images."""
-    varying = [name for name in GRID_ROWS if name == "student" or len(_at_points(document, name)) > 1]
+    varying = [name for name in GRID_ROWS if name == document["judged"] or len(_at_points(document, name)) > 1]
     tables = [{r["row"]: r for r in point["table"]} for point in document["points"]]
     part = any(nets["baseline"]["samples"] < nets["teacher"]["samples"] for nets in tables)
     rows = []
@@ -398,7 +405,7 @@ def _at_points(document: Document, name: str) -> list[str]:
 def remarks(document: Document) -> list[str]:
     """The verdict, and what the reader of the table must know."""
     if "grid" in document:
-        same = {name: _at_points(document, name) for name in GRID_ROWS if name != "student"}
+        same = {name: _at_points(document, name) for name in GRID_ROWS if name != document["judged"]}
         constant = [f"{name} {found[0]}" for name, found in same.items() if len(found) == 1]
         return (
             [_headline(document)]
@@ -427,9 +434,9 @@ def _at(point: Document) -> str:
 
 def _headline(document: Document) -> str:
     """Of a grid: at how many points the soft targets helped, and where the student did best."""
-    points = document["points"]
+    points, judged = document["points"], document["judged"]
     words = [point["verdict"]["verdict"] for point in points]
-    students = [next(r for r in point["table"] if r["row"] == "student") for point in points]
+    students = [next(r for r in point["table"] if r["row"] == judged) for point in points]
     best, point = min(zip(students, points, strict=True), key=lambda pair: pair[0]["mean"])
     counted = [
         f"{said} at {words.count(word)}" for word, said in (("helped", "helped"), ("hurt", "hurt")) if word in words
@@ -437,7 +444,7 @@ def _headline(document: Document) -> str:
     said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
     return (
         f"The soft targets {said} of {len(points)} points. "
-        f"The fewest errors of a student, {_spread(best)}, are at {_at(point)}."
+        f"The fewest errors of a {judged}, {_spread(best)}, are at {_at(point)}."
     )
 
 

@@ -153,6 +153,19 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     assert f"of 4 points. The fewest errors of a student, {best:.1f} ± " in text
 
 
+def test_where_the_ensemble_alone_varies_the_verdict_is_about_its_student(tmp_path: Path) -> None:
+    text = TINY.replace("omit_classes:\n  - omit: [3]\n", "grid: {ensemble.members: [2, 3]}\n")
+    (tmp_path / "members.yaml").write_text(text)
+    document = kd_here(tmp_path, "run", "members.yaml", "--seeds", "0-1", "--json", "--jobs", "1").json
+    for point in document["points"]:
+        mean = {r["row"]: r["mean"] for r in point["table"]}
+        assert point["verdict"]["fewer_errors"] == mean["baseline"] - mean["student of ensemble"]
+    text = (tmp_path / "runs" / "tiny" / "report-members" / "report.md").read_text()
+    assert "| student of ensemble |" in text
+    assert f"The same at every point: teacher {document['points'][0]['table'][0]['mean']:.1f} ± " in text
+    assert "The fewest errors of a student of ensemble, " in text
+
+
 def test_a_key_set_by_hand_does_not_vary(grid: Shell) -> None:
     name, overrides = str(grid.folder / "study.yaml"), [config.parse_set("distill.T=8")]
     experiment = config.load(name, overrides)
