@@ -284,10 +284,9 @@ def summary(
     """The document of `kd run`: a row for each thing the experiment compares, the verdict, and the runs; for a grid,
     those of each of its points."""
     scores = {e["run"]: e for e in evaluation["runs"]}
-    judged = "student"
-    if experiment.grid and "student of ensemble" in experiment.rows:
-        if all(key.startswith("ensemble.") for key in experiment.grid):
-            judged = "student of ensemble"  # the one that varies
+    only_ensembles = bool(experiment.grid) and all(key.startswith("ensemble.") for key in experiment.grid)
+    # the student that varies
+    judged = "student of ensemble" if only_ensembles and "student of ensemble" in experiment.rows else "student"
     tables = [_summary(experiment, found, scores, judged) for found in documents]
     first = documents[0][0]
     head = {
