@@ -1,6 +1,7 @@
 """Verdicts, `kd compare`, grids, and the record of results."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import yaml
 from conftest import TINY, Shell, kd_here
 from scipy import stats
 
-from kdcli import BadInput, config
+from kdcli import BadInput, config, specs
+from kdcli.runs import Run
 from kdcli.verdict import mean_interval, paired, seeds_to_settle
 
 
@@ -228,6 +230,15 @@ def test_the_readme_quotes_only_what_stands_in_the_record() -> None:
     rows = [line for line in quoted.splitlines() if line.startswith("|")]
     assert len(rows) > 5
     assert set(rows) <= set(record.splitlines())
+
+
+def test_the_readme_names_the_student_that_its_tour_trains() -> None:
+    experiment = config.load("digits")
+    teacher = specs.teacher_spec(experiment, 0), specs.ensemble_spec(experiment, 0)
+    names = [specs.student_spec(experiment, 0, Run(Path(), spec)).name for spec in teacher]
+    for typed in (found := re.findall(r"digits/distill/0-\w+", (results.EXPERIMENTS.parent / "README.md").read_text())):
+        assert [name.startswith(typed) for name in names] == [True, False]
+    assert len(found) == 2
 
 
 def test_a_report_becomes_a_part_of_the_record(grid: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
