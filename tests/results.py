@@ -9,6 +9,7 @@ alone is written anew from the documents there are.
 import json
 import shutil
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from kdcli.report import markdown
@@ -20,9 +21,9 @@ ORDER = ("mnist", "mnist-quick", "digits")  # first; the studies follow
 INTRODUCTION = """\
 # Results
 
-What `kd run` reported, unedited: `make results` writes this page from the documents in `results/`, and a test compares
-the two. Every figure is of the last epoch; recipes were chosen on held-out training images (`search.yaml`), and the test
-images were read at the end.
+What `kd run` reported, unedited, under what each experiment file says of itself: `make results` writes this page from the
+documents in `results/`, and a test compares the two. Every figure is of the last epoch; recipes were chosen on held-out
+training images (`search.yaml`), and the test images were read at the end.
 """
 
 
@@ -42,10 +43,20 @@ def keep(folder: Path) -> None:
 def record(documents: dict[str, Document]) -> str:
     """RESULTS.md."""
     stems = sorted(documents, key=lambda stem: (ORDER.index(stem) if stem in ORDER else len(ORDER), stem))
-    parts = [
-        "#" + markdown(documents[stem], [f"results/{name}" for name in documents[stem]["pictures"]]) for stem in stems
-    ]
-    return "\n".join([INTRODUCTION, *parts])
+    text = [INTRODUCTION]
+    for stem in stems:
+        pictures = [f"results/{name}" for name in documents[stem]["pictures"]]
+        heading, _, rest = markdown(documents[stem], pictures).partition("\n\n")
+        text.append(f"#{heading}\n\n{about(stem)}{rest}")
+    return "\n".join(text)
+
+
+def about(stem: str) -> str:
+    """What a shipped experiment file says of itself: its comment, but for the command, which the document has."""
+    file = EXPERIMENTS / f"{stem}.yaml"
+    lines = file.read_text().splitlines() if file.exists() else []
+    comment = [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines)][1:]
+    return "".join(f"\n{line}\n" if line.startswith(("Time: ", "Result: ")) else f"{line}\n" for line in comment) + "\n"
 
 
 def kept() -> dict[str, Document]:
