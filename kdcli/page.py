@@ -20,7 +20,7 @@ from kdcli.recipes import Session, teacher_logits
 from kdcli.runs import Document, Run, write_aside
 from kdcli.verdict import Verdict
 
-HARDEST = 12
+SHOWN = 10  # images in a gallery: whole rows of five on a screen and of two on a phone
 HARDEST_NOTE = (
     "Those on which the loss of the {} is greatest, the greatest first: what each net says, with what probability; "
     "wrong answers in red."
@@ -68,7 +68,7 @@ def _grid(document: Document, drawn: dict[str, bytes]) -> list[str]:
     others = [f'<p class="note">{escape(line)}</p>' for line in others]
     caption = "Errors at every point; where there are several seeds, their mean ± one standard deviation."
     verdict = f'<p class="verdict">{escape(first)}</p>'
-    return [verdict, _table(report.final_table(document)), *_figure(drawn, "grid.png", caption), *others]
+    return [verdict, *_figure(drawn, "grid.png", caption), _table(report.final_table(document)), *others]
 
 
 def _experiment(
@@ -98,7 +98,7 @@ def _experiment(
 
 CALIBRATION_CAPTION = (
     "Accuracy of the images in each tenth of the top class's probability; on the diagonal a probability means what it "
-    "says."
+    "says. ECE, expected calibration error, is the mean distance to the diagonal, each tenth weighted by its images."
 )
 
 
@@ -180,10 +180,10 @@ def _hardest(log_p: dict[str, Tensor], test: Split) -> str:
     """The test images on which the last net's loss is greatest, and what each net says of them."""
     loss = F.nll_loss(list(log_p.values())[-1], test.labels, reduction="none")
     items = []
-    for i in loss.topk(HARDEST).indices.tolist():
+    for i in loss.topk(SHOWN).indices.tolist():
         label = int(test.labels[i])
         says = "".join(_says(row, log_p[row][i].exp(), label) for row in reversed(log_p))
-        items.append((_image(test.images[i], test.white), f"test image {i}, label {label}<br>{says}"))
+        items.append((_image(test.images[i], test.white), f"test image {i}<br>label {label}<br>{says}"))
     return _gallery(items)
 
 
@@ -210,7 +210,8 @@ def _knowledge(session: Session, document: Document, drawn: dict[str, bytes], te
         "The higher T, the flatter.</p>"
     )
     body.append(_heat(mean.tolist(), "label", ".1f"))
-    for label, d in {d["label"]: d for d in reversed(document["runs"]) if "label" in d}.items():
+    first = {d["label"]: d for d in reversed(document["runs"]) if "label" in d}
+    for label, d in reversed(first.items()):
         what = "a class" if len(d["omitted"]) == 1 else "classes"
         body.append(f"<h2>{escape(label)}: {what} taught without examples</h2>")
         body += _omitted(session, session.open(d), soft, train, test)
@@ -226,7 +227,7 @@ def _omitted(session: Session, run: Run, soft: Tensor, train: Split, test: Split
         seen[session.dataset.heldout.cpu()] = False
     mass = torch.where(seen, soft[:, omitted].sum(1), -1.0)
     lessons, changes = [], []
-    for i in mass.topk(8).indices.tolist():
+    for i in mass.topk(SHOWN).indices.tolist():
         label, like = int(train.labels[i]), max(omitted, key=lambda c: float(soft[i, c]))
         text = (
             f"label {label}, soft target<br><b>{like}</b> {float(soft[i, like]):.3f}, own {float(soft[i, label]):.3f}"
@@ -235,7 +236,7 @@ def _omitted(session: Session, run: Run, soft: Tensor, train: Split, test: Split
     shift, before = run.result["bias"]["heldout"]["shift"], run.load("logits")["test"]
     said, says = before.argmax(1), metrics.shift_bias(before, omitted, shift).argmax(1)
     unseen = torch.isin(test.labels, torch.tensor(omitted))
-    for i in (unseen & (said != says)).nonzero()[:8, 0].tolist():
+    for i in (unseen & (said != says)).nonzero()[:SHOWN, 0].tolist():
         text = f"label {int(test.labels[i])}<br>before the bias: <b>{int(said[i])}</b><br>after: <b>{int(says[i])}</b>"
         changes.append((_image(test.images[i], test.white), text))
     names = ", ".join(map(str, omitted))

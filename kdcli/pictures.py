@@ -16,7 +16,7 @@ from kdcli.recipes import Session, log_probabilities, teacher_logits
 from kdcli.runs import Document
 
 NETS, TELLING = ("teacher", "baseline", "student"), 4
-COLOURS = {"teacher": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
+COLOURS = {"teacher": "#636363", "ensemble": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
 
 
 class Predictions(NamedTuple):
@@ -94,43 +94,44 @@ def _draw_errors(figure: Any, document: Document) -> None:
     wide = max(every) > 4 * max(min(every), 1)
     if wide:
         _log_scale(axes.xaxis, axes.set_xscale)
-    axes.margins(x=0.1, y=0.08)
+    axes.margins(x=0.1)
+    axes.set_ylim(-0.5, len(rows) - 0.35)
     scale = ", logarithmic scale" if wide else ""
     axes.set_xlabel(f"errors on {document['evaluated_on']}{scale} (dots: seeds; bar: their mean)")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_title(f"{document['experiment']}: errors", loc="left")
+    axes.set_title(f"{document['file']}: errors", loc="left")
 
 
-def _log_scale(axis: Any, set_scale: Callable[..., None]) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5, on which 0 has a place."""
+def _log_scale(axis: Any, set_scale: Callable[..., None], at: Sequence[int] = (1, 2, 5)) -> None:
+    """A logarithmic axis with plain numbers at these multiples of the powers of ten, on which 0 has a place."""
     from matplotlib.ticker import NullFormatter, SymmetricalLogLocator
 
     set_scale("symlog", linthresh=1)
-    axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=at))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_grid(figure: Any, document: Document) -> None:
-    """Errors of the student at each value of the first key, a line for each combination of the others; with bars of one
-    standard deviation, and the baseline dashed."""
+    """Errors at each value of the first key, a colour for each combination of the others (of a grid with one key, for
+    each net) and a style for each net; with bars of one standard deviation."""
     axes, (first, *others) = figure.subplots(), document["grid"]
     lines: dict[str, list[Document]] = {}
     for point in document["points"]:
-        lines.setdefault(", ".join(f"{key} {point['at'][key]}" for key in others), []).append(point)
+        lines.setdefault(", ".join(f"{key.rpartition('.')[2]} {point['at'][key]}" for key in others), []).append(point)
     ticks = list(dict.fromkeys(point["at"][first] for point in document["points"]))
     for i, (name, points) in enumerate(lines.items()):
-        for row, style in (("student", "-"), ("baseline", "--"), ("ensemble", ":"), ("student of ensemble", "-.")):
+        for row, style in (("baseline", "--"), ("student", "-"), ("student of ensemble", "-."), ("ensemble", ":")):
             found = [(ticks.index(p["at"][first]), r) for p in points for r in p["table"] if r["row"] == row]
             x, rows = [x for x, _ in found], [r for _, r in found]
-            spread = [r["std"] or 0 for r in rows]
+            spread, colour = [r["std"] or 0 for r in rows], f"C{i}" if name else COLOURS.get(row, "#9e9ac8")
             label = f"{row}, {name}" if name else row
             if rows:
-                axes.errorbar(x, [r["mean"] for r in rows], spread, None, style, marker="o", color=f"C{i}", label=label)
+                axes.errorbar(x, [r["mean"] for r in rows], spread, None, style, color=colour, label=label)
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set(xlabel=f"{first} (the values in a row, not to scale)", ylabel=f"errors on {document['evaluated_on']}")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, handlelength=3.5)
     n = len(document["seeds"])
     axes.set_title(f"{document['file']}: " + (f"mean over {n} seeds, ± one std" if n > 1 else "one seed"), loc="left")
 
@@ -143,11 +144,11 @@ def _draw_curves(figure: Any, document: Document, curves: Sequence[tuple[str, li
         x, y = [e["epoch"] for e in epochs], [e["test_errors"] for e in epochs]
         if epochs:
             axes.plot(x, y, color=COLOURS[row], linewidth=1, alpha=0.8, label=None if seen else row)
-    _log_scale(axes.yaxis, axes.set_yscale)
+    _log_scale(axes.yaxis, axes.set_yscale, (1, 2, 3, 5, 7))
     axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}, logarithmic scale")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    axes.set_title(f"{document['experiment']}: learning curves, a line a seed", loc="left")
+    axes.set_title(f"{document['file']}: learning curves, a line a seed", loc="left")
 
 
 def _draw_omissions(figure: Any, document: Document) -> None:
@@ -195,6 +196,8 @@ def _draw_calibration(figure: Any, log_p: dict[str, Tensor], labels: Tensor) -> 
 
 def _draw_cost(figure: Any, document: Document) -> None:
     """Errors against multiply-adds, a point a row of the table."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     axes = figure.subplots()
     rows = [r for r in document["table"] if "multiply_adds" in r and "unseen" not in r]
     for r in rows:
@@ -203,6 +206,9 @@ def _draw_cost(figure: Any, document: Document) -> None:
         at = (r["multiply_adds"], r["mean"])
         axes.annotate(r["row"], at, xytext=(7, below), textcoords="offset points", fontsize=9)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.2)
     axes.set(xlabel="multiply-adds an image, logarithmic scale", ylabel=f"errors on {document['evaluated_on']}")
     axes.spines[["top", "right"]].set_visible(False)

@@ -381,18 +381,26 @@ def _spread(row: Document) -> str:
 
 
 def _grid_rows(document: Document) -> tuple[list[str], list[list[str]]]:
-    """A row a point and a column for each net whose errors vary; `train` is the rate on the transfer set in the last
-    epoch, shown where that is a part of the training images."""
+    """A row a point and a column for each net whose errors vary; `train` is the error rate on the transfer set, shown
+    where that is a part of the training images."""
     varying = [name for name in GRID_ROWS if name == document["judged"] or len(_at_points(document, name)) > 1]
     tables = [{r["row"]: r for r in point["table"]} for point in document["points"]]
     part = any(nets["baseline"]["samples"] < nets["teacher"]["samples"] for nets in tables)
     rows = []
     for point, nets in zip(document["points"], tables, strict=True):
         cells = [_spread(nets[name]) if name in nets else "" for name in varying]
-        trained = [nets[name] for name in ("baseline", "student") if part]
-        rows.append([*point["at"].values(), *cells, *(_rate(net["train_errors"], net["samples"]) for net in trained)])
+        trained = [100 * nets[name]["train_errors"] / nets[name]["samples"] for name in ("baseline", "student") if part]
+        train = ["{:.2f}, {:.2f} %".format(*trained)] if part else []
+        found = Verdict(**point["verdict"])
+        rows.append([*point["at"].values(), *cells, *train, _fewer(found), found.verdict])
     keys = [key.rpartition(".")[2] for key in document["grid"]]
-    return [*keys, *varying, *(["baseline, train", "student, train"] if part else [])], rows
+    return [*keys, *varying, *(["train"] if part else []), "fewer", "verdict"], rows
+
+
+def _fewer(found: Verdict) -> str:
+    numbers = [found.fewer_errors, *(found.interval or ())]
+    mean, *interval = (f"{number:.{0 if max(map(abs, numbers)) >= 100 else 1}f}" for number in numbers)
+    return f"{mean} ({' to '.join(interval)})" if interval else mean
 
 
 def _at_points(document: Document, name: str) -> list[str]:
@@ -409,7 +417,7 @@ def remarks(document: Document) -> list[str]:
         return (
             [_headline(document)]
             + [f"The same at every point: {', '.join(constant)}."] * bool(constant)
-            + [f"{_at(point)}: {Verdict(**point['verdict']).sentence()}" for point in document["points"]]
+            + _grid_legend(document)
         )
     if "verdict" in document:
         lines = [Verdict(**document["verdict"]).sentence()]
@@ -429,6 +437,16 @@ def remarks(document: Document) -> list[str]:
 
 def _at(point: Document) -> str:
     return ", ".join(f"{key} = {value}" for key, value in point["at"].items())
+
+
+def _grid_legend(document: Document) -> list[str]:
+    tests = dict.fromkeys(point["verdict"]["test"] for point in document["points"])
+    interval = f". {INTERVAL_LEGEND}" if len(document["seeds"]) > 1 else "."
+    train = "Train: of the baseline and of the student, the error rate on the transfer set in the last epoch."
+    return [train] * ("train" in _grid_rows(document)[0]) + [
+        f"Fewer: how many errors fewer than the baseline's the {document['judged']}'s are{interval} Verdict: by "
+        f"{' or '.join(tests)} at p < 0.05, each point on its own: where nothing helps, one in twenty says otherwise."
+    ]
 
 
 def _headline(document: Document) -> str:
