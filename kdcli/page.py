@@ -8,19 +8,27 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli import BadInput, core, metrics, report
+from kdcli import BadInput, report
 from kdcli.config import CLASSES
 from kdcli.data import Split
-from kdcli.pictures import Predictions, first_seed, grid_picture, pictures, predictions
-from kdcli.recipes import Session, teacher_logits
-from kdcli.runs import Document, Run, write_aside
+from kdcli.pictures import (
+    SHOWN,
+    Knowledge,
+    Lesson,
+    Predictions,
+    first_seed,
+    grid_picture,
+    knowledge,
+    pictures,
+    predictions,
+)
+from kdcli.recipes import Session
+from kdcli.runs import Document, write_aside
 from kdcli.verdict import Verdict
 
-SHOWN = 10  # images in a gallery: whole rows of five on a screen and of two on a phone
 HARDEST_NOTE = (
     "Those on which the loss of the {} is greatest, the greatest first: what each net says, with what probability; "
     "wrong answers in red."
@@ -34,10 +42,10 @@ def write_report(session: Session, document: Document, evaluation: Document, fol
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    said = None if "grid" in document else predictions(session, document)
-    drawn = pictures(session, document, said) if said else grid_picture(document)
+    said, known = (None, None) if "grid" in document else (predictions(session, document), knowledge(session, document))
+    drawn = pictures(session, document, said, known) if said else grid_picture(document)
     files = {
-        "report.html": html(session, document, evaluation, drawn, said).encode(),
+        "report.html": html(document, evaluation, drawn, said, known).encode(),
         "report.md": report.markdown(document, list(drawn)).encode(),
         "report.json": (json.dumps(document, indent=1) + "\n").encode(),
         **drawn,
@@ -48,13 +56,18 @@ def write_report(session: Session, document: Document, evaluation: Document, fol
 
 
 def html(
-    session: Session, document: Document, evaluation: Document, drawn: dict[str, bytes], said: Predictions | None
+    document: Document,
+    evaluation: Document,
+    drawn: dict[str, bytes],
+    said: Predictions | None,
+    known: Knowledge | None,
 ) -> str:
-    """The page of a finished experiment, `said` what its nets said unless it is a grid. It asks nothing of the network:
-    pictures are inside."""
+    """The page of a finished experiment, `said` and `known` what its nets said unless it is a grid. It asks nothing of
+    the network: pictures are inside."""
     title = f"{document['file']}: knowledge distillation, errors on {document['evaluated_on']}"
     body = [f"<h1>{escape(title)}</h1>"]
-    body += _experiment(session, document, evaluation, drawn, said) if said else _grid(document, drawn)
+    body += _experiment(document, evaluation, drawn, said) if said else _grid(document, drawn)
+    body += _knowledge(known, drawn, said.test) if said and known else []
     body.append(f'<p class="note">Made by {_code(report.made(document))}</p>')
     title = escape(f"{document['file']}: kd report")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -71,9 +84,7 @@ def _grid(document: Document, drawn: dict[str, bytes]) -> list[str]:
     return [verdict, *_figure(drawn, "grid.png", caption), _table(report.final_table(document)), *others]
 
 
-def _experiment(
-    session: Session, document: Document, evaluation: Document, drawn: dict[str, bytes], said: Predictions
-) -> list[str]:
+def _experiment(document: Document, evaluation: Document, drawn: dict[str, bytes], said: Predictions) -> list[str]:
     """The parts of the page of an experiment without a grid; nets by image are those of the first seed."""
     first, *notes = report.remarks(document)
     runs = first_seed(document)
@@ -92,8 +103,7 @@ def _experiment(
     body += ["<h2>The hardest test images</h2>", f'<p class="note">{HARDEST_NOTE.format(main)} Of seed {seed}.</p>']
     body.append(_hardest(said.log_p, said.test))
     caption = "Errors against multiply-adds an image; the bars are one std over seeds."
-    body += _figure(drawn, "cost.png", caption, "Cost against accuracy")
-    return body + _knowledge(session, document, drawn, said.test)
+    return body + _figure(drawn, "cost.png", caption, "Cost against accuracy")
 
 
 CALIBRATION_CAPTION = (
@@ -190,60 +200,46 @@ def _hardest(log_p: dict[str, Tensor], test: Split) -> str:
 # What the teacher knows beyond the labels.
 
 
-def _knowledge(session: Session, document: Document, drawn: dict[str, bytes], test: Split) -> list[str]:
+def _knowledge(known: Knowledge, drawn: dict[str, bytes], test: Split) -> list[str]:
     """What the teacher says of the training images and, where classes were omitted, what it taught about them."""
-    runs, train = first_seed(document), session.dataset.train.to(torch.device("cpu"))
-    known = runs.get("student", {}).get("teacher") or runs.get("teacher")
-    if not known or any("/baseline/" in member for member in session.open(known).spec.parents):
-        return []  # what no student can learn from keeps no logits of the training images
-    teacher, distill = session.open(known), session.experiment.distill
-    logits, how = teacher_logits(teacher, "train", len(train)), teacher.spec.settings.get("average", "arithmetic")
-    soft = core.average(logits, distill.T, how).exp()
-    mean = torch.stack([soft[train.labels == c].mean(0) for c in range(CLASSES)]) * 100
     caption = (
         "The hard label, and what the teacher of the first seed says at each temperature, with a scale of its own in "
         "every panel: which other digits an image resembles."
     )
     body = _figure(drawn, "dark-knowledge.png", caption, "What the teacher knows beyond the labels")
     body.append(
-        f'<p class="note">Mean soft targets at T = {distill.T:g}, in per cent, by label: which digits look like which. '
+        f'<p class="note">Mean soft targets at T = {known.T:g}, in per cent, by label: which digits look like which. '
         "The higher T, the flatter.</p>"
     )
-    body.append(_heat(mean.tolist(), "label", ".1f"))
-    first = {d["label"]: d for d in reversed(document["runs"]) if "label" in d}
-    for label, d in reversed(first.items()):
-        what = "a class" if len(d["omitted"]) == 1 else "classes"
+    body.append(_heat(known.mean.tolist(), "label", ".1f"))
+    for label, lesson in known.lessons.items():
+        what = "a class" if len(lesson.omitted) == 1 else "classes"
         body.append(f"<h2>{escape(label)}: {what} taught without examples</h2>")
-        body += _omitted(session, session.open(d), soft, train, test)
+        body += _taught(lesson, known.train, test)
     return body
 
 
-def _omitted(session: Session, run: Run, soft: Tensor, train: Split, test: Split) -> list[str]:
-    """The transfer images that the teacher finds most like a class never seen, and test images of such classes before
-    and after the bias."""
-    omitted = run.spec.settings["omitted"]
-    seen = ~torch.isin(train.labels, torch.tensor(omitted))
-    if session.dataset.held:
-        seen[session.dataset.heldout.cpu()] = False
-    mass = torch.where(seen, soft[:, omitted].sum(1), -1.0)
-    lessons, changes = [], []
-    for i in mass.topk(SHOWN).indices.tolist():
-        label, like = int(train.labels[i]), max(omitted, key=lambda c: float(soft[i, c]))
-        text = (
-            f"label {label}, soft target<br><b>{like}</b> {float(soft[i, like]):.3f}, own {float(soft[i, label]):.3f}"
+def _taught(lesson: Lesson, train: Split, test: Split) -> list[str]:
+    """The transfer images that teach classes never seen, and test images of such classes before and after the bias."""
+    lessons = [
+        (
+            _image(train.images[i], train.white),
+            f"label {train.labels[i]}, soft target<br><b>{c}</b> {p:.3f}, own {own:.3f}",
         )
-        lessons.append((_image(train.images[i], train.white), text))
-    shift, before = run.result["bias"]["heldout"]["shift"], run.load("logits")["test"]
-    said, says = before.argmax(1), metrics.shift_bias(before, omitted, shift).argmax(1)
-    unseen = torch.isin(test.labels, torch.tensor(omitted))
-    for i in (unseen & (said != says)).nonzero()[:SHOWN, 0].tolist():
-        text = f"label {int(test.labels[i])}<br>before the bias: <b>{int(said[i])}</b><br>after: <b>{int(says[i])}</b>"
-        changes.append((_image(test.images[i], test.white), text))
-    names = ", ".join(map(str, omitted))
+        for i, c, p, own in lesson.transfer
+    ]
+    changes = [
+        (
+            _image(test.images[i], test.white),
+            f"label {test.labels[i]}<br>before the bias: <b>{said}</b><br>after: <b>{says}</b>",
+        )
+        for i, said, says in lesson.changed
+    ]
+    names = ", ".join(map(str, lesson.omitted))
     return [
         f'<p class="note">Of the transfer set, which holds no {names}: the images that teach most about it.</p>',
         _gallery(lessons),
-        f'<p class="note">Test images of {names} on which the bias ({shift:+.2f}, chosen on held-out images) changes '
-        "what the student says.</p>",
+        f'<p class="note">Test images of {names} on which the bias ({lesson.shift:+.2f}, chosen on held-out images) '
+        "changes what the student says.</p>",
         _gallery(changes) if changes else '<p class="note">None.</p>',
     ]

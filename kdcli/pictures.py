@@ -3,6 +3,7 @@
 import io
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from kdcli import core, metrics
 from kdcli.config import CLASSES
 from kdcli.data import Split
 from kdcli.recipes import Session, log_probabilities, teacher_logits
-from kdcli.runs import Document
+from kdcli.runs import Document, Run
 
 NETS, TELLING = ("teacher", "baseline", "student"), 4
+SHOWN = 10  # images in a gallery: whole rows of five on a screen and of two on a phone
 COLOURS = {"teacher": "#636363", "ensemble": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
 
 
@@ -26,6 +28,24 @@ class Predictions(NamedTuple):
     knowing: Tensor  # logits [M, N, C] of the teacher; of a report without one, of its only net
     average: str  # how those of M members are averaged
     test: Split
+
+
+class Lesson(NamedTuple):
+    """How classes were taught without examples: images, and what is said of them."""
+
+    omitted: list[int]
+    shift: float  # the bias chosen on held-out images
+    transfer: list[tuple[int, int, float, float]]  # training image, the unseen class it is like, its share, own
+    changed: list[tuple[int, int, int]]  # test image of an unseen class, what the student says before and after
+
+
+class Knowledge(NamedTuple):
+    """What the teacher of the first seed knows of the training images beyond their labels."""
+
+    T: float
+    mean: Tensor  # soft targets [C, C] by label, in per cent
+    train: Split
+    lessons: dict[str, Lesson]  # by entry of omit_classes: "omit 3"
 
 
 def predictions(session: Session, document: Document) -> Predictions:
@@ -44,12 +64,45 @@ def first_seed(document: Document) -> dict[str, Document]:
     return {row: first[row] for row in NETS if row in first}
 
 
+def knowledge(session: Session, document: Document) -> Knowledge | None:
+    """The soft targets behind the report; None of what no student can learn from, which keeps none."""
+    runs, train = first_seed(document), session.dataset.train.to(torch.device("cpu"))
+    known = runs.get("student", {}).get("teacher") or runs.get("teacher")
+    if not known or any("/baseline/" in member for member in session.open(known).spec.parents):
+        return None
+    teacher, T = session.open(known), session.experiment.distill.T
+    logits, how = teacher_logits(teacher, "train", len(train)), teacher.spec.settings.get("average", "arithmetic")
+    soft = core.average(logits, T, how).exp()
+    mean = torch.stack([soft[train.labels == c].mean(0) for c in range(CLASSES)]) * 100
+    first = {d["label"]: d for d in reversed(document["runs"]) if "label" in d}
+    lessons = {label: _lesson(session, session.open(d), soft, train) for label, d in reversed(first.items())}
+    return Knowledge(T, mean, train, lessons)
+
+
+def _lesson(session: Session, run: Run, soft: Tensor, train: Split) -> Lesson:
+    """The transfer images that the teacher finds most like classes never seen, and test images of such classes that
+    the bias changes."""
+    omitted, labels = run.spec.settings["omitted"], session.dataset.test.labels.cpu()
+    seen = ~torch.isin(train.labels, torch.tensor(omitted))
+    if session.dataset.held:
+        seen[session.dataset.heldout.cpu()] = False
+    transfer = []
+    for i in torch.where(seen, soft[:, omitted].sum(1), -1.0).topk(SHOWN).indices.tolist():
+        like = max(omitted, key=lambda c: float(soft[i, c]))
+        transfer.append((i, like, float(soft[i, like]), float(soft[i, train.labels[i]])))
+    shift, before = run.result["bias"]["heldout"]["shift"], run.load("logits")["test"]
+    said, says = before.argmax(1), metrics.shift_bias(before, omitted, shift).argmax(1)
+    unseen = torch.isin(labels, torch.tensor(omitted))
+    changed = (unseen & (said != says)).nonzero()[:SHOWN, 0].tolist()
+    return Lesson(omitted, shift, transfer, [(i, int(said[i]), int(says[i])) for i in changed])
+
+
 def grid_picture(document: Document) -> dict[str, bytes]:
     """The one picture of a grid, PNG, by file name."""
     return {"grid.png": _png(lambda figure: _draw_grid(figure, document))}
 
 
-def pictures(session: Session, document: Document, said: Predictions) -> dict[str, bytes]:
+def pictures(session: Session, document: Document, said: Predictions, known: Knowledge | None) -> dict[str, bytes]:
     """The pictures of an experiment without a grid, PNG, by file name."""
     hot = sorted({1.0, 4.0, 20.0, session.experiment.distill.T})
     several = len(document["table"]) > 1
@@ -65,7 +118,13 @@ def pictures(session: Session, document: Document, said: Predictions) -> dict[st
             lambda figure: _draw_omissions(figure, document),
         ),
     }
-    return {name: _png(drawing) for name, (wanted, drawing) in draw.items() if wanted}
+    drawn = {name: _png(drawing) for name, (wanted, drawing) in draw.items() if wanted}
+    if known:
+        drawn["soft-targets.png"] = _png(lambda figure: _draw_soft_targets(figure, known))
+        for label, lesson in known.lessons.items():
+            name = f"taught-{label.replace(' ', '-').replace(',', '-')}.png"
+            drawn[name] = _png(partial(_draw_lesson, lesson=lesson, train=known.train, test=said.test))
+    return drawn
 
 
 def _png(draw: Callable[[Any], None]) -> bytes:
@@ -237,6 +296,39 @@ def _draw_knowledge(figure: Any, said: Predictions, temperatures: Sequence[float
             axes.spines[["top", "right", "bottom"]].set_visible(False)
             if i == images[0]:
                 axes.set_title(name, fontsize=9)
+
+
+def _draw_soft_targets(figure: Any, known: Knowledge) -> None:
+    """The table of mean soft targets, the diagonal left white."""
+    figure.set_size_inches(6, 5.4)
+    axes, others = figure.subplots(), known.mean.masked_fill(torch.eye(CLASSES, dtype=torch.bool), float("nan"))
+    axes.imshow(others.numpy(), cmap="Blues", vmax=1.4 * float(others.nan_to_num().max()))
+    for i in range(CLASSES):
+        for j in range(CLASSES):
+            axes.text(j, i, f"{known.mean[i, j]:.1f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(CLASSES))
+    axes.set_yticks(range(CLASSES))
+    axes.set(xlabel="soft target, per cent", ylabel="label", title=f"mean soft targets at T = {known.T:g}")
+
+
+def _draw_lesson(figure: Any, lesson: Lesson, train: Split, test: Split) -> None:
+    """Transfer images that teach the unseen classes, above test images of these before and after the bias."""
+    rows = [
+        [(train, i, f"label {train.labels[i]}\n{like}: {p:.3f}, own {own:.3f}") for i, like, p, own in lesson.transfer],
+        [(test, i, f"label {test.labels[i]}\nbefore {said}, after {says}") for i, said, says in lesson.changed],
+    ]
+    names = ", ".join(map(str, lesson.omitted))
+    titles = [
+        f"transfer images that teach most about {names}",
+        f"test images of {names} that the bias of {lesson.shift:+.2f} changes",
+    ]
+    for part, title, row in zip(figure.subfigures(2, 1), titles, rows, strict=True):
+        part.suptitle(title, fontsize=10)
+        for axes, (split, i, text) in zip(part.subplots(1, 5), row[:5], strict=False):
+            axes.imshow(split.images[i].numpy(), cmap="gray_r")
+            axes.set_title(text, fontsize=7)
+        for axes in part.axes:
+            axes.axis("off")
 
 
 def telling(log_p: Tensor, labels: Tensor) -> list[int]:

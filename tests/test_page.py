@@ -74,6 +74,8 @@ def test_the_page_begins_with_the_verdict_and_shows_every_part(page: Path, train
         "calibration.png",
         "cost.png",
         "dark-knowledge.png",
+        "soft-targets.png",
+        "taught-omit-3.png",
     }
 
 
