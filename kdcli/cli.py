@@ -144,8 +144,8 @@ class Job:
                 return f"kd distill {self.retype()} {shlex.join(seeds)}"
             case "ensemble":
                 return f"kd distill {self.retype()} --set distill.teacher=ensemble {shlex.join(seeds)}"
-        best = min(documents, key=lambda d: d["test"]["errors"])["run"]
-        return shlex.join(["kd", "report", best, *self.runs_dir()])
+        students = [d["run"] for d in documents if d["command"] == "distill"]
+        return shlex.join(["kd", "report", [*students, documents[0]["run"]][0], *self.runs_dir()])
 
     def run(
         self, experiment: Experiment, recipe: "Callable[[Session], list[Document]]", teacher: str | None = None
