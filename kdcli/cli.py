@@ -1,5 +1,6 @@
 """The `kd` command: flags become overrides of the experiment file, a recipe does the work, the result is printed."""
 
+import hashlib
 import inspect
 import json
 import os
@@ -16,7 +17,7 @@ import typer
 
 from kdcli import BadInput, Failed, __version__, config, failure
 from kdcli.config import Experiment, Override
-from kdcli.runs import STUDENTS, TEACHERS, Document, dependents, find_folders, open_run, remove, survey
+from kdcli.runs import STUDENTS, TEACHERS, Document, Run, dependents, find_folders, open_run, remove, survey
 
 if TYPE_CHECKING:
     from kdcli.recipes import Session
@@ -26,12 +27,20 @@ app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False
 
 
 def _complete_experiment(incomplete: str) -> list[str]:
-    return [name for name in config.experiments() if name.startswith(incomplete)]
+    """Experiments and, for `kd report`, once a slash is typed, runs."""
+    names = [name for name in config.experiments() if name.startswith(incomplete)]
+    return names or (_complete_run(incomplete) if "/" in incomplete else [])
 
 
 def _complete_run(incomplete: str) -> list[str]:
     """The runs in ./runs, for the shell's completion."""
     return [run for d in survey(Path("runs")) if (run := str(d["run"])).startswith(incomplete)]
+
+
+def _complete_group(incomplete: str) -> list[str]:
+    """What `kd compare` takes: the groups of the runs in ./runs and, once one is typed whole, its runs."""
+    groups = dict.fromkeys(str(d["run"]).rpartition("/")[0] for d in survey(Path("runs")))
+    return [group for group in groups if group.startswith(incomplete)] or _complete_run(incomplete)
 
 
 T = Annotated[float | None, typer.Option("--T", help="Temperature of the soft targets (distill.T).")]
@@ -99,6 +108,12 @@ class Job:
             shown = f"{value:g}" if isinstance(value, float) else value
             self.overrides += [Override(key, value, f"{flag} {shown}") for key in keys]
 
+    @property
+    def of_run(self) -> bool:
+        """Whether what should be an experiment is the name of a run, or of a group of them."""
+        path = Path(self.common.experiment)
+        return not {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS})
+
     def experiment(self) -> Experiment:
         experiment = config.load(self.common.experiment, self.overrides)
         if experiment.grid and self.command not in ("run", "report"):
@@ -125,12 +140,16 @@ class Job:
         )
 
     def retype(self) -> str:
-        """The arguments to type for the same teachers: the experiment, and what was changed about it."""
-        sections = ("name", "data", "teacher", "ensemble")
+        """The arguments to type for the same teachers."""
+        return shlex.join(self.words("name", "data", "teacher", "ensemble"))
+
+    def words(self, *sections: str) -> list[str]:
+        """The arguments that describe the experiment, or these of its sections."""
         words = [self.common.experiment]
-        words += [w for o in self.overrides if o.key.split(".")[0] in sections for w in o.origin.split(" ", 1)]
+        changed = [o for o in self.overrides if not sections or o.key.split(".")[0] in sections]
+        words += [w for o in changed for w in o.origin.split(" ", 1)]
         words += ["--data-dir", str(self.common.data_dir)] if self.common.data_dir is not None else []
-        return shlex.join([*words, *self.runs_dir()])
+        return [*words, *self.runs_dir()]
 
     def runs_dir(self) -> list[str]:
         """The words that name the runs folder, unless it is the usual one."""
@@ -144,8 +163,12 @@ class Job:
                 return f"kd distill {self.retype()} {shlex.join(seeds)}"
             case "ensemble":
                 return f"kd distill {self.retype()} --set distill.teacher=ensemble {shlex.join(seeds)}"
-        students = [d["run"] for d in documents if d["command"] == "distill"]
-        return shlex.join(["kd", "report", [*students, documents[0]["run"]][0], *self.runs_dir()])
+            case "evaluate":
+                return f"kd report {self.retype()}"
+        name = documents[0]["experiment"]
+        several = self.command == "distill" and len(documents) > 1 and "baseline" in documents[0]
+        words = ["compare", f"{name}/baseline", f"{name}/distill"] if several else ["report", documents[0]["run"]]
+        return shlex.join(["kd", *words, *self.runs_dir()])
 
     def run(
         self, experiment: Experiment, recipe: "Callable[[Session], list[Document]]", teacher: str | None = None
@@ -360,29 +383,39 @@ def run(
 @command("report")
 def report_(
     job: Job,
-    more: Annotated[list[str] | None, typer.Argument(metavar="EXPERIMENT|RUN...", help="And of these.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="EXPERIMENT|RUN...", help="Runs, or more experiments.", autocompletion=_complete_experiment
+        ),
+    ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
     pictures."""
-    for name in [job.common.experiment, *(more or [])]:
-        one = Job(job.command, replace(job.common, experiment=name))
-        if Path(name).parent.name in (*TEACHERS, *STUDENTS):
-            page = _report_run(one)
+    names = [job.common.experiment, *(more or [])]
+    if len(set(names)) < len(names):
+        raise BadInput(f"kd report {shlex.join(names)}: names something twice")
+    if len(names) > 1 and job.common.as_json:
+        raise BadInput("--json: is one document: name one experiment or run")
+    jobs = [Job(job.command, replace(job.common, experiment=name)) for name in names]
+    found = [open_run(job.common.runs_dir, one.common.experiment) if one.of_run else one.experiment() for one in jobs]
+    for one, of in zip(jobs, found, strict=True):
+        if isinstance(of, Run):
+            page = _report_run(one, of)
         elif one.common.dry_run:
-            one.dry_run(one.experiment())
+            one.dry_run(of)
             continue
         else:
-            _, page = _whole(one, one.experiment(), train=False)
+            _, page = _whole(one, of, train=False)
         if open_:
             import webbrowser
 
             webbrowser.open(page.resolve().as_uri())
 
 
-def _report_run(job: Job) -> Path:
+def _report_run(job: Job, run: Run) -> Path:
     """Show a run beside its teacher and its baseline, and write its report into its folder."""
-    run = open_run(job.common.runs_dir, job.common.experiment)
     if job.overrides or job.common.dry_run:
         raise BadInput(
             f"{run.name}: is a run, not an experiment: --set, --seed, --threads and --dry-run change nothing"
@@ -393,7 +426,8 @@ def _report_run(job: Job) -> Path:
     session = job.session(experiment, display)
     documents = recipes.run_documents(session, run)
     evaluation = recipes.evaluate(session, [d["run"] for d in documents])
-    return _reported(job, session, [documents], evaluation, [()], session.runs_dir / run.name / "report", run.name)[1]
+    folder = session.runs_dir / run.name / "report"
+    return _reported(job, session, [documents], evaluation, [()], folder, run.name, run.spec.settings)[1]
 
 
 def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Path]:
@@ -406,14 +440,18 @@ def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Pat
     try:
         session = job.session(experiment, display)
         if not train and (missing := recipes.unfinished(session, list(points.values()))):
-            words = shlex.join(["kd", "run", *sys.argv[sys.argv.index("report") + 1 :]])
+            words = f"kd run {shlex.join(job.words())}"
             raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0]}; train them: {words}")
         documents, evaluation = recipes.run(session, list(points.values()))
     finally:
         display.close()
     stem = config.find(common.experiment).stem
-    folder = session.runs_dir / experiment.name / ("report" if stem == experiment.name else f"report-{stem}")
-    return _reported(job, session, documents, evaluation, list(points), folder, stem)
+    parts = ["report", *([stem] if stem != experiment.name else [])]
+    if changes := [o.origin for o in job.overrides if o.key not in ("seed", "threads")]:  # a trial replaces nothing
+        parts.append(hashlib.sha256(repr(changes).encode()).hexdigest()[:6])
+    folder = session.runs_dir / experiment.name / "-".join(parts)
+    settings = experiment.model_dump(exclude_none=True, exclude={"paper", "expect"})
+    return _reported(job, session, documents, evaluation, list(points), folder, stem, settings)
 
 
 def _reported(
@@ -424,17 +462,18 @@ def _reported(
     points: "list[config.Key]",
     folder: Path,
     title: str,
+    settings: Document,
 ) -> tuple[Document, Path]:
     """Show the table and write the report of what was found at each point of a grid, or at the only one."""
     from kdcli import recipes, report
     from kdcli.page import write_report
 
     document = report.summary(session.experiment, points, documents, evaluation)
-    document |= {"file": title, "made": recipes.made(session, documents)}
+    document |= {"command": job.command, "file": title, "made": recipes.made(session, documents), "settings": settings}
     show(job.common.as_json, document, report.final_table(document), *report.remarks(document))
     files = write_report(session, document, evaluation, folder)
     session.note(f"wrote {folder}: {', '.join(file.name for file in files)}")
-    students = [d["run"] for of_point in documents for d in of_point if d["row"] == "student"]
+    students = [d["run"] for of_point in documents for d in of_point if d["command"] == "distill"]
     ship = f", or ship a student: {shlex.join(['kd', 'export', students[0], *job.runs_dir()])}" if students else ""
     session.note(f"next: open {files[0]}{ship}")
     return document, files[0]
@@ -445,7 +484,7 @@ def compare_runs(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.", autocompletion=_complete_run
+            metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.", autocompletion=_complete_group
         ),
     ],
     data_dir: DataDir = None,
@@ -532,6 +571,10 @@ def predict(
 
     document = ship.predict(runs_dir, net, images or [], test_images or [], [float(T) for T in hot], invert, data_dir)
     show(as_json, document, *report.predictions(document, top))
+    for image in document["images"]:
+        if image["mostly_ink"]:
+            hint = "without --invert" if invert else "with --invert"
+            print(f"{image['image']}: is read as a digit lighter than its ground; try it {hint}", file=sys.stderr)
 
 
 runs_app = typer.Typer(invoke_without_command=True, help="List the runs, or remove some.")

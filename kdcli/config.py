@@ -309,7 +309,7 @@ def parse_seeds(text: str) -> list[int]:
         ends = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         range_ = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
         if not 1 <= len(range_) <= 10_000:
-            raise BadInput(f"--seeds {text}: must be a seed, a range or a list: 3, 0-4, or 0,2,5")
+            raise BadInput(f"--seeds {text}: must be a seed, a range or a list of 10,000 at most: 3, 0-4, or 0,2,5")
         seeds += range_
     return seeds
 
@@ -361,7 +361,8 @@ def load(name: str, overrides: Iterable[Override] = ()) -> Experiment:
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
-        problems += [_describe(e, origins, str(path)) for e in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        problems += [_describe(e, origins, str(path)) for e in errors if not _misspelled(e, errors)]
     if problems:
         raise BadInput(*dict.fromkeys(problems))
     return experiment
@@ -374,9 +375,15 @@ def points(name: str, overrides: Sequence[Override], grid: dict[str, list[Any]])
     """
     path = find(name)
     found: dict[Key, Experiment] = {}
+    origins = _read(path)[1]
     for values in itertools.product(*grid.values()):
-        chosen = [Override(k, v, f"{path}: grid: {k}={v}") for k, v in zip(grid, values, strict=True)]
-        found[tuple(map(_shown, values))] = load(name, [*overrides, *chosen])
+        chosen = [
+            Override(key, value, f"{origins.get(('grid', key), path)}: grid: {key}={value}")
+            for key, value in zip(grid, values, strict=True)
+        ]
+        if (point := tuple(map(_shown, values))) in found:
+            raise BadInput(f"{chosen[-1].origin}: is there twice")
+        found[point] = load(name, [*overrides, *chosen])
     return found
 
 
@@ -514,6 +521,13 @@ def _describe(error: Any, origins: dict[Key, str], file: str) -> str:
     while place and place not in origins:
         place = place[:-1]
     return f"{origins.get(place, f'{file}:1')}: {_dotted(key) or 'experiment'}: {_message(error, key)}"
+
+
+def _misspelled(missing: Any, errors: Sequence[Any]) -> bool:
+    """Whether a missing key is there under a name much like it, which has an error of its own."""
+    *place, name = missing["loc"] or [""]
+    unknown = [str(e["loc"][-1]) for e in errors if e["type"] == "extra_forbidden" and [*e["loc"][:-1]] == place]
+    return missing["type"] == "missing" and bool(difflib.get_close_matches(str(name), unknown, n=1, cutoff=0.6))
 
 
 def _message(error: Any, key: Key) -> str:

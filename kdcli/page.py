@@ -4,10 +4,12 @@ labels."""
 import base64
 import io
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +35,10 @@ HARDEST_NOTE = (
     "Those on which the loss of the {} is greatest, the greatest first: what each net says, with what probability; "
     "wrong answers in red."
 )
+OWN_PICTURES = (
+    r"(errors|learning-curves|calibration|cost|dark-knowledge|omitted-classes|soft-targets|grid|taught-.*)\.png"
+)
+WRONG = ' class="wrong"'
 STYLE = Path(__file__).with_name("page.css")
 
 
@@ -50,6 +56,9 @@ def write_report(session: Session, document: Document, evaluation: Document, fol
         "report.json": (json.dumps(document, indent=1) + "\n").encode(),
         **drawn,
     }
+    for old in folder.glob("*.png"):  # of a report that had more pictures; a file of the user's own stays
+        if old.name not in files and re.fullmatch(OWN_PICTURES, old.name):
+            old.unlink()
     for name, content in files.items():
         write_aside(folder / name, content)
     return [folder / name for name in files]
@@ -68,11 +77,26 @@ def html(
     body = [f"<h1>{escape(title)}</h1>"]
     body += _experiment(document, evaluation, drawn, said) if said else _grid(document, drawn)
     body += _knowledge(known, drawn, said.test) if said and known else []
-    body.append(f'<p class="note">Made by {_code(report.made(document))}</p>')
+    body += ["<h2>How it was made</h2>", f'<p class="note">By {_code(report.made(document))}</p>', _runs(document)]
+    settings = {key: value for key, value in document["settings"].items() if value not in ({}, [])}
+    text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=90)
+    body.append(f"<pre>{escape(text)}</pre>")
     title = escape(f"{document['file']}: kd report")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f'<link rel="icon" href="data:,"><title>{title}</title><style>{STYLE.read_text()}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'
+
+
+def _runs(document: Document) -> str:
+    """The names of the runs, by row."""
+    names: dict[str, dict[str, None]] = {}
+    for point in document.get("points", [document]):
+        for d in point["runs"]:
+            names.setdefault(d["row"], {})[d["run"]] = None
+    rows = "".join(
+        f"<tr><td>{escape(row)}</td><td>{'<br>'.join(map(escape, of))}</td></tr>" for row, of in names.items()
+    )
+    return f'<details><summary>The runs</summary><div class="scroll"><table class="runs">{rows}</table></div></details>'
 
 
 def _grid(document: Document, drawn: dict[str, bytes]) -> list[str]:
@@ -96,11 +120,14 @@ def _experiment(document: Document, evaluation: Document, drawn: dict[str, bytes
     body += _figure(drawn, "learning-curves.png", "Test errors by epoch, a line a seed.", "Learning curves")
     body += ["<h2>Where the errors are</h2>", f'<p class="note">Of seed {seed}.</p>']
     body.append(_table(_per_class({row: scores[d["run"]] for row, d in runs.items()})))
-    body.append(_heat(scores[last["run"]]["confusion"], f"label \\ the {main} says", "d"))
+    body.append(_heat(scores[last["run"]]["confusion"], f"label \\ the {report.called(main)} says", "d"))
     caption = "Students without some classes, before and after the bias; mean over the seeds."
     body += _figure(drawn, "omitted-classes.png", caption)
     body += _figure(drawn, "calibration.png", CALIBRATION_CAPTION, "Are the probabilities right?")
-    body += ["<h2>The hardest test images</h2>", f'<p class="note">{HARDEST_NOTE.format(main)} Of seed {seed}.</p>']
+    body += [
+        "<h2>The hardest test images</h2>",
+        f'<p class="note">{HARDEST_NOTE.format(report.called(main))} Of seed {seed}.</p>',
+    ]
     body.append(_hardest(said.log_p, said.test))
     caption = "Errors against multiply-adds an image; the bars are one std over seeds."
     return body + _figure(drawn, "cost.png", caption, "Cost against accuracy")
@@ -115,7 +142,7 @@ CALIBRATION_CAPTION = (
 def _figures(document: Document, evaluated: Document) -> str:
     """The numbers that matter, large; `evaluated` is the net that the report is about."""
     rows = {row["row"]: row for row in document["table"]}
-    cells = [(f"{rows[name]['mean']:g}", f"errors of the {name}") for name in first_seed(document)]
+    cells = [(f"{rows[name]['mean']:g}", f"errors of the {report.called(name)}") for name in first_seed(document)]
     if "verdict" in document:
         fewer = Verdict(**document["verdict"]).fewer_errors
         cells.append((f"{abs(fewer):g}", f"{'fewer' if fewer >= 0 else 'more'} errors with soft targets"))
@@ -182,7 +209,7 @@ def _gallery(items: Sequence[tuple[str, str]]) -> str:
 
 def _says(name: str, p: Tensor, label: int) -> str:
     top = int(p.argmax())
-    mark = "" if top == label else ' class="wrong"'
+    mark = "" if top == label else WRONG
     return f"<span{mark}>{name}: <b>{top}</b> {float(p[top]):.2f}</span><br>"
 
 
@@ -231,13 +258,15 @@ def _taught(lesson: Lesson, train: Split, test: Split) -> list[str]:
     changes = [
         (
             _image(test.images[i], test.white),
-            f"label {test.labels[i]}<br>before the bias: <b>{said}</b><br>after: <b>{says}</b>",
+            f"label {test.labels[i]}<br>before the bias: <b>{said}</b><br>"
+            f"<span{'' if says == test.labels[i] else WRONG}>after: <b>{says}</b></span>",
         )
         for i, said, says in lesson.changed
     ]
     names = ", ".join(map(str, lesson.omitted))
     return [
-        f'<p class="note">Of the transfer set, which holds no {names}: the images that teach most about it.</p>',
+        f'<p class="note">Of the transfer set, which holds no {names}: the images that teach most about '
+        f"{'it' if len(lesson.omitted) == 1 else 'them all, the most telling first'}.</p>",
         _gallery(lessons),
         f'<p class="note">Test images of {names} on which the bias ({lesson.shift:+.2f}, chosen on held-out images) '
         "changes what the student says.</p>",

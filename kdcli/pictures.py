@@ -16,15 +16,22 @@ from kdcli.data import Split
 from kdcli.recipes import Session, log_probabilities, teacher_logits
 from kdcli.runs import Document, Run
 
-NETS, TELLING = ("teacher", "baseline", "student"), 4
+TEACHING, TELLING = ("teacher", "ensemble", "ensemble of baselines"), 4
 SHOWN = 10  # images in a gallery: whole rows of five on a screen and of two on a phone
-COLOURS = {"teacher": "#636363", "ensemble": "#636363", "baseline": "#e6550d", "student": "#3182bd"}
+COLOURS = {
+    "teacher": "#636363",
+    "ensemble": "#969696",
+    "baseline": "#e6550d",
+    "ensemble of baselines": "#fdae6b",
+    "student": "#3182bd",
+    "student of ensemble": "#756bb1",
+}
 
 
 class Predictions(NamedTuple):
     """What the nets of the first seed say of the test images, on the CPU."""
 
-    log_p: dict[str, Tensor]  # by row, those of NETS that there are: log-probabilities [N, C] at T = 1
+    log_p: dict[str, Tensor]  # by row, those of `first_seed`: log-probabilities [N, C] at T = 1
     knowing: Tensor  # logits [M, N, C] of the teacher; of a report without one, of its only net
     average: str  # how those of M members are averaged
     test: Split
@@ -53,22 +60,27 @@ def predictions(session: Session, document: Document) -> Predictions:
     runs = {row: session.open(d) for row, d in first_seed(document).items()}
     test = session.dataset.test.to(torch.device("cpu"))
     log_p = {row: log_probabilities(session, run).cpu() for row, run in runs.items()}
-    knowing = runs.get("teacher", *list(runs.values())[:1])
+    knowing = next(iter(runs.values()))
     average = knowing.spec.settings.get("average", "arithmetic")
     return Predictions(log_p, teacher_logits(knowing, "test", len(test)), average, test)
 
 
 def first_seed(document: Document) -> dict[str, Document]:
-    """The documents of teacher, baseline and student of the first seed, those that there are."""
+    """The documents of teacher, baseline and student of the first seed, those that there are; of a report about a run
+    alone, its ensemble in place of the teacher, or the student that never saw some classes."""
     first = {d["row"]: d for d in reversed(document["runs"])}
-    return {row: first[row] for row in NETS if row in first}
+    teaching = [row for row in TEACHING if row in first][:1]
+    students = ["student"] if "student" in first else [d["row"] for d in document["runs"] if "label" in d][:1]
+    return {row: first[row] for row in (*teaching, "baseline", *students) if row in first}
 
 
 def knowledge(session: Session, document: Document) -> Knowledge | None:
     """The soft targets behind the report; None of what no student can learn from, which keeps none."""
     runs, train = first_seed(document), session.dataset.train.to(torch.device("cpu"))
-    known = runs.get("student", {}).get("teacher") or runs.get("teacher")
-    if not known or any("/baseline/" in member for member in session.open(known).spec.parents):
+    known = list(runs.values())[-1].get("teacher") or next(iter(runs.values()))
+    if known["run"].split("/")[1] == "baseline" or any(
+        "/baseline/" in member for member in session.open(known).spec.parents
+    ):
         return None
     teacher, T = session.open(known), session.experiment.distill.T
     logits, how = teacher_logits(teacher, "train", len(train)), teacher.spec.settings.get("average", "arithmetic")
@@ -106,12 +118,16 @@ def pictures(session: Session, document: Document, said: Predictions, known: Kno
     """The pictures of an experiment without a grid, PNG, by file name."""
     hot = sorted({1.0, 4.0, 20.0, session.experiment.distill.T})
     several = len(document["table"]) > 1
-    curves = [(d["row"], session.open(d).metrics()) for row in NETS for d in document["runs"] if d["row"] == row]
+    rows = first_seed(document)
+    curves = [(d["row"], session.open(d).metrics()) for row in rows for d in document["runs"] if d["row"] == row]
     draw: dict[str, tuple[bool, Callable[[Any], None]]] = {
         "errors.png": (several, lambda figure: _draw_errors(figure, document)),
         "learning-curves.png": (any(m for _, m in curves), lambda figure: _draw_curves(figure, document, curves)),
         "calibration.png": (True, lambda figure: _draw_calibration(figure, said.log_p, said.test.labels)),
-        "cost.png": (several, lambda figure: _draw_cost(figure, document)),
+        "cost.png": (
+            sum("unseen" not in r for r in document["table"]) > 1,
+            lambda figure: _draw_cost(figure, document),
+        ),
         "dark-knowledge.png": (True, lambda figure: _draw_knowledge(figure, said, hot)),
         "omitted-classes.png": (
             any("bias" in d for d in document["runs"]),
@@ -153,6 +169,8 @@ def _draw_errors(figure: Any, document: Document) -> None:
     wide = max(every) > 4 * max(min(every), 1)
     if wide:
         _log_scale(axes.xaxis, axes.set_xscale)
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(x=0.1)
     axes.set_ylim(-0.5, len(rows) - 0.35)
     scale = ", logarithmic scale" if wide else ""
@@ -182,8 +200,9 @@ def _draw_grid(figure: Any, document: Document) -> None:
     for i, (name, points) in enumerate(lines.items()):
         for row, style in (("baseline", "--"), ("student", "-"), ("student of ensemble", "-."), ("ensemble", ":")):
             found = [(ticks.index(p["at"][first]), r) for p in points for r in p["table"] if r["row"] == row]
-            x, rows = [x for x, _ in found], [r for _, r in found]
-            spread, colour = [r["std"] or 0 for r in rows], f"C{i}" if name else COLOURS.get(row, "#9e9ac8")
+            rows = [r for _, r in found]
+            x = [at + 0.04 * (i - (row == "baseline")) for at, _ in found]  # so that no bar hides another
+            spread, colour = [r["std"] or 0 for r in rows], f"C{i}" if name else COLOURS[row]
             label = f"{row}, {name}" if name else row
             if rows:
                 axes.errorbar(x, [r["mean"] for r in rows], spread, None, style, color=colour, label=label)
@@ -202,7 +221,9 @@ def _draw_curves(figure: Any, document: Document, curves: Sequence[tuple[str, li
         seen = row in axes.get_legend_handles_labels()[1]
         x, y = [e["epoch"] for e in epochs], [e["test_errors"] for e in epochs]
         if epochs:
-            axes.plot(x, y, color=COLOURS[row], linewidth=1, alpha=0.8, label=None if seen else row)
+            axes.plot(
+                x, y, color=COLOURS.get(row, COLOURS["student"]), linewidth=1, alpha=0.8, label=None if seen else row
+            )
     _log_scale(axes.yaxis, axes.set_yscale, (1, 2, 3, 5, 7))
     axes.set(xlabel="epoch", ylabel=f"errors on {document['evaluated_on']}, logarithmic scale")
     axes.spines[["top", "right"]].set_visible(False)
@@ -245,7 +266,7 @@ def _draw_calibration(figure: Any, log_p: dict[str, Tensor], labels: Tensor) -> 
         axes.plot(
             *zip(*points, strict=True),
             "o-",
-            color=COLOURS[row],
+            color=COLOURS.get(row, COLOURS["student"]),
             label=f"{row}, ECE {metrics.calibration_error(log_p[row], labels):.4f}",
         )
     axes.set(xlabel="probability of the top class", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
@@ -260,8 +281,9 @@ def _draw_cost(figure: Any, document: Document) -> None:
     axes = figure.subplots()
     rows = [r for r in document["table"] if "multiply_adds" in r and "unseen" not in r]
     for r in rows:
-        axes.errorbar(r["multiply_adds"], r["mean"], r["std"] or 0, fmt="o", color=COLOURS.get(r["row"], "#9e9ac8"))
-        below = -11 if r["row"] in ("student of ensemble", "ensemble of baselines") else 5
+        axes.errorbar(r["multiply_adds"], r["mean"], r["std"] or 0, fmt="o", color=COLOURS[r["row"]])
+        beside = [other["mean"] for other in rows if other["multiply_adds"] == r["multiply_adds"]]
+        below = -11 if len(beside) > 1 and r["mean"] == min(beside) else 5  # the names of near points keep apart
         at = (r["multiply_adds"], r["mean"])
         axes.annotate(r["row"], at, xytext=(7, below), textcoords="offset points", fontsize=9)
     axes.set_xscale("log")

@@ -165,7 +165,7 @@ def experiment_of(run: Run) -> Experiment:
     """The experiment that a finished run is a part of, as far as its record tells. Raises BadInput when it is not
     finished, or its teacher is gone."""
     if not run.completed:
-        raise BadInput(f"{run.name}: is {run.status}: has nothing to report; train it first")
+        raise BadInput(f"{run.name}: is {run.status}: has nothing to report; {run.how_to_finish}")
     settings, teacher = run.spec.settings, _source(run)
     taught_by = _members(teacher)[0].spec.settings if teacher else settings
     own = taught_by if run.spec.command == "ensemble" else settings
@@ -174,6 +174,10 @@ def experiment_of(run: Run) -> Experiment:
     for role, of in (("teacher", taught_by), ("student", own)):
         described[role] = {key: of[key] for key in ("model", "train")}
     described["distill"] = settings.get("distill", {"T": 4.0, "lambda1": 1.0})
+    if teacher and teacher.spec.command == "ensemble":
+        described["ensemble"] = {"members": len(teacher.spec.parents), "average": teacher.spec.settings["average"]}
+    if "omitted" in settings:
+        described["omit_classes"] = [{"omit": settings["omitted"]}]
     return Experiment.model_validate(described)
 
 
@@ -187,14 +191,14 @@ def _source(run: Run) -> Run | None:
 def run_documents(session: Session, run: Run) -> list[Document]:
     """The documents of a finished run, its teacher and its baseline, those that there are, each with its `row`."""
     teacher, settings = _source(run), run.spec.settings
-    documents: list[Document] = [{"row": "teacher"} | teacher.result] if teacher else []
+    documents: list[Document] = [{"row": _row_of(teacher)} | teacher.result] if teacher else []
     if run.spec.command in TEACHERS:
         return documents
     own: Document = {"row": "baseline" if run.spec.command == "baseline" else "student"} | run.result
     if teacher:
         own["teacher"] = _brief(teacher.result)
     if "omitted" in settings:
-        own["label"] = Omission(omit=settings["omitted"]).label
+        own["row"] = own["label"] = Omission(omit=settings["omitted"]).label
     if run.spec.command == "distill":
         found = list_runs(session.runs_dir, run.spec.experiment, ["baseline"], session.note)
         found = [b for b in found if b.completed and b.spec.seed == run.spec.seed and _same_task(b, run)]
@@ -203,6 +207,12 @@ def run_documents(session: Session, run: Run) -> list[Document]:
             documents.append({"row": "baseline"} | baseline.result)
             own["baseline"] = _brief(baseline.result) | discordant(session.dataset.test.labels, run, baseline)
     return [*documents, own]
+
+
+def _row_of(teacher: Run) -> str:
+    if teacher.spec.command == "train-teacher":
+        return "teacher"
+    return "ensemble of baselines" if "/baseline/" in teacher.spec.parents[0] else "ensemble"
 
 
 def _same_task(a: Run, b: Run) -> bool:
@@ -374,7 +384,7 @@ def _orphaned(run: Run) -> str:
 def _usable(session: Session, run: Run, role: str) -> Run:
     """The run itself, if it is finished, whole and of the session's dataset; else raises BadInput."""
     if not run.completed:
-        raise BadInput(f"{run.name}: is {run.status}: cannot be {role}; train it first")
+        raise BadInput(f"{run.name}: is {run.status}: cannot be {role}; {run.how_to_finish}")
     if unlike := _unlike_data(session, run):
         raise BadInput(f"{run.name}: cannot be {role} in this experiment: {unlike}")
     for member in _members(run):

@@ -145,11 +145,13 @@ def predictions(document: Document, top: int) -> list[Table | str]:
     result: list[Table | str] = []
     for image in document["images"]:
         views = image["views"]
-        order = sorted(range(len(views[0]["p"])), key=lambda c: -max(view["p"][c] for view in views))
-        rows = [[f"{c}{' *' if c == image['label'] else ''}", *(_bar(v["p"][c]) for v in views)] for c in order[:top]]
+        order = sorted(range(len(views[0]["p"])), key=lambda c: -float(views[0]["p"][c]))
+        best = {max(order, key=view["p"].__getitem__) for view in views}  # of every view, its first class is shown
+        shown = [c for i, c in enumerate(order) if i < top or c in best]
+        rows = [[f"{c}{' *' if c == image['label'] else ''}", *(_bar(v["p"][c]) for v in views)] for c in shown]
         columns = ["class", *(f"{v['net']}, T = {v['T']:g}" if len(views) > 1 else "probability" for v in views)]
         label = f", the label is {image['label']} (*)" if image["label"] is not None else ""
-        result.append(Table(f"{image['image']}: {max(order, key=views[0]['p'].__getitem__)}{label}", columns, rows))
+        result.append(Table(f"{image['image']}: {order[0]}{label}", columns, rows))
     return result
 
 
@@ -290,7 +292,6 @@ def summary(
     tables = [_summary(experiment, found, scores, judged) for found in documents]
     first = documents[0][0]
     head = {
-        "command": "run",
         "experiment": experiment.name,
         "seeds": experiment.seed,
         "evaluated_on": _on(first),
@@ -424,7 +425,9 @@ def remarks(document: Document) -> list[str]:
     else:  # the report of a run with nothing to hold it against
         own = document["runs"][-1]
         errors, total = own["test"]["errors"], own["test"]["total"]
-        lines = [f"The {own['row']} makes {errors} errors on {_on(own)}, {_rate(errors, total)}."]
+        lines = [f"The {called(own['row'])} makes {errors} errors on {_on(own)}, {_rate(errors, total)}."]
+        if "bias" in own:
+            lines[0] += f" With the bias chosen on held-out images: {own['bias']['heldout']['errors']}."
     if any("paper" in row for row in document["table"]):
         lines.append(PAPER_LEGEND)
     if any("unseen" in row for row in document["table"]):
@@ -433,6 +436,11 @@ def remarks(document: Document) -> list[str]:
         )
         lines.append(f"Unseen: the errors on classes missing from the transfer set{brackets}.")
     return lines + [BIAS_LEGEND] * any("bias" in d for d in document["runs"])
+
+
+def called(row: str) -> str:
+    """A row's net in a sentence: omit 3 is a student."""
+    return f"student ({row})" if row.startswith(("omit ", "keep ")) else row
 
 
 def _at(point: Document) -> str:
@@ -459,8 +467,9 @@ def _headline(document: Document) -> str:
         f"{said} at {words.count(word)}" for word, said in (("helped", "helped"), ("hurt", "hurt")) if word in words
     ]
     said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
+    seeds = "" if len(document["seeds"]) > 1 else ", on this one seed"
     return (
-        f"The soft targets {said} of {len(points)} points. "
+        f"The soft targets {said} of {len(points)} points{seeds}. "
         f"The fewest errors of a {judged}, {_spread(best)}, are at {_at(point)}."
     )
 
@@ -482,10 +491,16 @@ def markdown(document: Document, pictures: Sequence[str]) -> str:
     return "\n\n".join([*text, *(f"![{name}]({name})" for name in pictures)]) + "\n"
 
 
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.{0 if seconds > 600 else 1}f} minutes"
+
+
 def made(document: Document) -> str:
     """How, where and by what the runs were made."""
     m = document["made"]
     return (
         f"`{m['command_line']}`; commit {', '.join(m['commits'])}; {', '.join(m['devices'])}, {m['versions']}, "
-        f"{m['date']}; {m['seconds'] / 60:.{0 if m['seconds'] > 600 else 1}f} minutes of training in all."
+        f"{m['date']}; {_duration(m['seconds'])} of training in all."
     )

@@ -266,6 +266,14 @@ class Run:
     def remedy(self) -> str:
         return f"delete {self.path} and train it again"
 
+    @property
+    def how_to_finish(self) -> str:
+        """What to do about a run that is not completed."""
+        if self.status == "diverged":
+            return "lower its lr, or let it rise over a warmup"
+        command = self.environment.get("command_line")
+        return f"train it first{f': {command}' if command else ''}"
+
     def finish(self, result: Document, report: str) -> None:
         """Write the report and, last of all, the result that makes the run completed."""
         self._write("report.md", report.encode())
@@ -348,7 +356,9 @@ def open_run(root: Path, name: str, flag: str = "") -> Run:
         path = begun[0] if begun else path
     path = Path(os.path.abspath(path))
     if not os.path.isdir(path) or path.parent.name not in (*TEACHERS, *STUDENTS):
-        raise BadInput(f"{said}: there is no such run; `kd runs` lists what there is")
+        group = os.path.isdir(path) and path.name in (*TEACHERS, *STUDENTS)
+        what = "is a group of runs: name one of them" if group else "there is no such run"
+        raise BadInput(f"{said}: {what}; `kd runs` lists what there is")
     run = _open(path)
     if run.root != Path(os.path.abspath(root)):
         raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {run.root}")
@@ -396,16 +406,17 @@ def survey(root: Path) -> list[Document]:
 
 
 def _surveyed(root: Path, folder: Path) -> Document:
-    files = []
+    files = {}
     with contextlib.suppress(OSError):  # it may be removed meanwhile
         for file in folder.iterdir():
             with contextlib.suppress(OSError):
-                files.append(file.stat())
+                files[file.name] = file.stat()
     begun = (folder / "config.yaml").exists() or (folder / "result.json").exists()
     document: Document = {"run": str(folder.relative_to(root)), "status": "damaged" if begun else "missing"}
     document |= {"errors": None, "parents": [], "epoch": None, "epochs": None}
-    document["bytes"] = sum(file.st_size for file in files)
-    document["age_s"] = round(time.time() - max((file.st_mtime for file in files), default=time.time()))
+    document["bytes"] = sum(file.st_size for file in files.values())
+    trained = [file.st_mtime for name, file in files.items() if name != "report"]
+    document["age_s"] = round(time.time() - max(trained, default=time.time()))
     with contextlib.suppress(BadInput, AttributeError, TypeError, KeyError, OSError):
         run = _open(folder)
         document |= {"parents": list(run.spec.parents), "status": run.status}
@@ -430,7 +441,7 @@ def find_folders(root: Path, names: Sequence[str]) -> list[Path]:
         path = Path(os.path.abspath(root / name if os.path.isdir(root / name) else name))
         parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
         if len(parts) != 3 or parts[1] not in (*TEACHERS, *STUDENTS) or not os.path.isdir(path) or path.is_symlink():
-            raise BadInput(f"{name}: is not a run in {root}; `kd runs` lists what there is")
+            raise BadInput(f"{name}: is not the whole name of a run in {root}; `kd runs` lists what there is")
         folders.append(path)
     return list(dict.fromkeys(folders))
 

@@ -43,7 +43,7 @@ def export(run: Run, form: str, file: Path | None, data_dir: Path | None) -> Doc
     if form not in FORMATS:
         raise BadInput(f"--format {form}: must be one of {', '.join(FORMATS)}")
     if not run.completed:
-        raise BadInput(f"{run.name}: is {run.status}: cannot be exported; train it first")
+        raise BadInput(f"{run.name}: is {run.status}: cannot be exported; {run.how_to_finish}")
     file = file or Path(f"{run.name.replace('/', '-')}{FORMATS[form]}")
     if file.suffix != FORMATS[form] or not file.parent.is_dir():
         raise BadInput(
@@ -57,7 +57,10 @@ def export(run: Run, form: str, file: Path | None, data_dir: Path | None) -> Doc
     model = Probabilities(nets(run, CPU), run.spec.settings.get("average", "arithmetic")).eval()
     content = {"onnx": _onnx, "torch": _torch, "safetensors": _safetensors}[form](model, run)
     aside = file.with_name(f"unproved-{file.name}")
-    write_aside(aside, content)
+    try:
+        write_aside(aside, content)
+    except OSError as error:
+        raise BadInput(f"--out {file}: cannot be written: {error.strerror}") from None
     try:
         wanted, found = _asked(model, test), _asked(_opened(aside, form, model), test)
     finally:
@@ -267,15 +270,18 @@ def predict(
         views = [{"net": "student" if taught else "net", "T": 1.0, "p": student(inputs)[0].tolist()}]
         for T in others:
             views.append({"net": "teacher" if taught else "net", "T": T, "p": ask(inputs, T)[0].tolist()})
-        images.append({"image": label, "label": digit, "views": views})
+        light = digit is None and float(inputs.mean()) > 0.5
+        images.append({"image": label, "label": digit, "views": views, "mostly_ink": light})
     return {"command": "predict", "run": run.name if run else name, "images": images}
 
 
 def _source(root: Path, name: str) -> tuple[Softened, Softened | None, Run]:
     """A finished run as it answers, its teacher if it has one, and itself."""
+    if Path(name).suffix in (".safetensors", ".pt2"):
+        raise BadInput(f"{name}: kd predict reads runs and .onnx files: name the run, or export it as onnx")
     run, teacher = open_run(root, name), None
     if not run.completed:
-        raise BadInput(f"{run.name}: is {run.status}: cannot predict; train it first")
+        raise BadInput(f"{run.name}: is {run.status}: cannot predict; {run.how_to_finish}")
     if run.spec.parents and run.spec.command != "ensemble" and (root / run.spec.parents[0]).is_dir():
         teacher = _softened(open_run(root, run.spec.parents[0]))
     return _softened(run), teacher, run
@@ -289,13 +295,14 @@ def _softened(run: Run) -> Softened:
 def _read_image(file: Path, side: int, invert: bool) -> Tensor:
     """An image file of any size as inputs [1, side * side], grey, 1 the ink; one that is not square is centred on the
     ground, and what is transparent is ground. Raises BadInput."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     ground = 255 if invert else 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
+                ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
                 if image.mode.startswith("I;16"):
                     pixels = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGBA")
                 elif image.mode in ("I", "F"):

@@ -64,7 +64,7 @@ def raise_all(failures: Sequence[Exception]) -> None:
     """Raise what ended some runs, if anything did, as one: BadInput where the input was wrong for each, else Failed."""
     if failures:
         kind = BadInput if all(isinstance(error, BadInput) for error in failures) else Failed
-        raise kind(*(line for error in failures for line in str(error).splitlines()))
+        raise kind(*dict.fromkeys(line for error in failures for line in str(error).splitlines()))
 
 
 def _start(session: "Session") -> Child:

@@ -181,7 +181,8 @@ def test_a_key_set_by_hand_does_not_vary(grid: Shell) -> None:
     ("text", "line"),
     [
         ("grid: {distill.Temp: [3]}", "distill.Temp: unknown key"),
-        ("grid: {distill.T: [3, -1]}", "grid: distill.T=-1: distill.T: must be greater than or equal to 0.001"),
+        ("grid: {distill.T: [3, -1]}", "f:14: grid: distill.T=-1: distill.T: must be greater than or equal to 0.001"),
+        ("grid: {distill.T: [1, 1.0]}", "f:14: grid: distill.T=1.0: is there twice"),
         ("grid: {distill.T: []}", "f:14: grid.distill.T: must not be empty"),
         ("grid: {data.heldout: [30]}", "f:14: grid.data.heldout: cannot vary within one experiment"),
         ("grid: {seed: [3]}", "f:14: grid.seed: cannot vary within one experiment"),

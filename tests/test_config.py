@@ -70,9 +70,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_each_mistake_gives_one_line(mistake: str, tmp_path: Path) -> None:
     text, line = MISTAKES[mistake]
-    assert line in problems(tmp_path, text)
-    if mistake != "misspelled section" and mistake != "misspelled key":  # those miss the right key as well
-        assert len(problems(tmp_path, text)) == 1
+    (found,) = problems(tmp_path, text)
+    assert line in found
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

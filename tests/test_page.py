@@ -108,10 +108,10 @@ def test_report_trains_nothing(trained: Shell, tmp_path: Path) -> None:
 
 RUN_REPORTS = {  # by command: what the page begins with, and a heading that it has
     "train-teacher": ("The teacher makes", "What the teacher knows beyond the labels"),
-    "ensemble": ("The teacher makes", "The hardest test images"),
+    "ensemble": ("The ensemble", "The hardest test images"),
     "baseline": ("The baseline makes", "The hardest test images"),
     "distill": ("than the baseline (McNemar", "What the teacher knows beyond the labels"),
-    "omit-classes": ("The student makes", "omit 3: a class taught without examples"),
+    "omit-classes": ("The student (omit 3) makes", "omit 3: a class taught without examples"),
 }
 
 
@@ -143,6 +143,39 @@ def test_a_run_without_its_teacher_has_no_report(trained: Shell, tmp_path: Path)
     done = kd_here(tmp_path, "report", f"tiny/omit-classes/{run.name}", "--seeds", "3")
     assert (done.code, done.out) == (2, "")
     assert "is a run, not an experiment" in done.err
+
+
+def test_a_trial_replaces_no_report_and_a_report_leaves_no_old_pictures(trained: Shell, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    shutil.copy(trained.folder / "tiny.yaml", tmp_path)
+    report = tmp_path / "runs" / "tiny" / "report"
+    before = (report / "report.html").read_bytes()
+    (report / "grid.png").touch()
+    (report / "mine.png").touch()
+    done = kd_here(tmp_path, "run", "tiny.yaml", "--set", "student.train.epochs=1", "--jobs", "1")
+    assert done.code == 0, done.err
+    assert (report / "report.html").read_bytes() == before
+    (trial,) = report.parent.glob("report-*")
+    assert "epochs: 1," in (trial / "report.html").read_text()
+    assert kd_here(tmp_path, "report", "tiny.yaml").code == 0
+    assert (report / "mine.png").exists()
+    assert not (report / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["tiny/distill"], "tiny/distill: is a group of runs: name one of them; `kd runs` lists what there is"),
+        (["tiny.yaml", "nonsense"], "nonsense: neither an experiment's name nor a .yaml file"),
+        (["tiny.yaml", "tiny.yaml"], "kd report tiny.yaml tiny.yaml: names something twice"),
+        (["tiny.yaml", "digits", "--json"], "--json: is one document: name one experiment or run"),
+        (["tiny.yaml", "--seed", "7"], "train them: kd run tiny.yaml --seeds 7"),
+    ],
+)
+def test_what_cannot_be_reported_is_told_before_anything_is(words: list[str], line: str, trained: Shell) -> None:
+    done = kd_here(trained.folder, "report", *words)
+    assert (done.code, done.out) == (2, "")
+    assert line in done.err
 
 
 def test_telling_images_are_right_hesitant_and_of_different_classes() -> None:

@@ -103,6 +103,23 @@ def test_depth_transparency_and_shape_do_not_change_what_is_read(tmp_path: Path)
     assert not middle[:, [0, 7]].any()
 
 
+def test_a_photograph_is_read_as_the_camera_was_held(tmp_path: Path) -> None:
+    ink = Image.fromarray(np.kron(DIGITS.test.images[3].numpy(), np.ones((10, 10), np.uint8)) * 15)
+    turned, exif = ink.rotate(90), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    turned.save(tmp_path / "photo.png", exif=exif)
+    upright = ship._read_image(saved(tmp_path / "upright.png", ink), 8, False)
+    assert torch.equal(ship._read_image(tmp_path / "photo.png", 8, False), upright)
+
+
+def test_dark_ink_on_a_light_ground_is_noticed(trained: Shell, tmp_path: Path) -> None:
+    pixels = 255 - np.kron(DIGITS.test.images[3].numpy(), np.ones((10, 10), np.uint8)) * 15
+    file = str(saved(tmp_path / "scan.png", Image.fromarray(pixels.astype(np.uint8))))
+    net = find(trained, "student").name
+    assert "try it with --invert" in kd_here(trained.folder, "predict", net, file).err
+    assert kd_here(trained.folder, "predict", net, file, "--invert").err == ""
+
+
 def saved(file: Path, image: Image.Image) -> Path:
     image.save(file)
     return file
@@ -136,11 +153,13 @@ def test_a_test_image_is_shown_with_the_teachers_view_at_each_temperature(traine
         ("predict RUN --test-image 1 --T hot", "--T hot: must be numbers from 0.001 to 10000"),
         ("predict RUN absent.png", "absent.png: No such file or directory"),
         ("predict RUN tiny.yaml", "tiny.yaml: is not an image that can be read"),
+        ("predict net.safetensors x.png", "net.safetensors: kd predict reads runs and .onnx files"),
         ("predict absent.onnx x.png", "absent.onnx: there is no such file"),
         ("predict run.onnx x.png", "run.onnx: is not a net that kd exported"),
         ("predict tiny/distill/0-0 x.png", "tiny/distill/0-0: there is no such run"),
         ("export tiny/distill/0-0", "tiny/distill/0-0: there is no such run"),
         ("export RUN --format tflite", "--format tflite: must be one of onnx, torch, safetensors"),
+        ("export RUN --out /proc/net.onnx", "--out /proc/net.onnx: cannot be written"),
         ("export RUN --out nowhere/net.onnx", "--out nowhere/net.onnx: must be a file in a folder that exists"),
         (
             "export RUN --out net.md",
