@@ -148,7 +148,7 @@ def _figures(document: Document, evaluated: Document) -> str:
         cells.append((f"{abs(fewer):g}", f"{'fewer' if fewer >= 0 else 'more'} errors with soft targets"))
     if "teacher" in evaluated:
         kept = evaluated["teacher"]["multiply_adds_kept"]
-        cells.append((f"{100 * kept:.0f} %", "of the teacher's multiply-adds"))
+        cells.append((f"{100 * kept:.2g} %", "of the teacher's multiply-adds"))
     return f'<div class="figures">{"".join(f"<div><b>{value}</b>{name}</div>" for value, name in cells)}</div>'
 
 

@@ -712,7 +712,7 @@ def _evaluation(session: Session, run: Run, log_p: dict[str, Tensor]) -> Documen
         if name in log_p:
             document["teacher"] = {"run": name} | metrics.compare(log_p[run.name], log_p[name])
     own = nets(run, session.device)
-    document["measured_on"] = f"{session.device.type}, {torch.get_num_threads()} threads"
+    document["measured_on"] = f"{session.device.type}, {torch.get_num_threads()} thread(s)"
     document["cost"] = cost(own) | {
         "latency_ms": {
             str(n): metrics.latency(

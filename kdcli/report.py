@@ -72,8 +72,10 @@ class Table(NamedTuple):
 
     def print(self, console: Console) -> None:
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        first = max((len(row[0]) for row in self.rows), default=0)  # a run's name is whole, so that it can be copied
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left", overflow="fold")
+            width = None if i else min(first, 50)
+            table.add_column(column, justify="right" if i else "left", overflow="fold", min_width=width)
         for row in self.rows:
             table.add_row(*row)
         console.print(self.title, style="bold", highlight=False, markup=False)
@@ -245,7 +247,7 @@ def _evaluations(documents: Sequence[Document]) -> list[Table | str]:
         quality.append([name, str(test["errors"]), *(f"{d[key]:.4f}" for key in ("nll", "brier", "ece")), *follows])
         kept = ""
         if teacher and teacher["accuracy_kept"]:
-            kept = f"{100 * teacher['accuracy_kept']:.2f} % at {100 * teacher['multiply_adds_kept']:.0f} %"
+            kept = f"{100 * teacher['accuracy_kept']:.2f} % at {100 * teacher['multiply_adds_kept']:.2g} %"
         cost.append([name, *(f"{price[k]:,}" for k in ("parameters", "multiply_adds", "weight_bytes")), kept])
         latencies = [f"{price['latency_ms'][n][q]:.3f}" for n in ("1", "128") for q in ("p50", "p95")]
         speed.append([name, *latencies, f"{price['latency_ms']['128']['images_per_s']:,}"])
