@@ -29,7 +29,7 @@ class Display:
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
-        self.bars = Progress(name, BarColumn(10), text, TimeRemainingColumn(), console=self.console)
+        self.bars = Progress(name, BarColumn(6), text, TimeRemainingColumn(), console=self.console)
         self.tasks: dict[str, TaskID] = {}
         self.printed = 0.0
 
@@ -39,11 +39,13 @@ class Display:
         loss = f"T²KL {metrics['t2_kl']:.3g}" if "t2_kl" in metrics else f"loss {metrics['loss']:.3g}"
         text = f"epoch {metrics['epoch']}/{epochs}, {loss}, {metrics['test_errors']} errors, {metrics['seconds']:.1f} s"
         text += f", {metrics['images_per_s']:,} images/s"
-        if self.console.is_terminal:
+        if self.console.is_terminal:  # the same in 80 columns, beside the bar and the time left
+            short = f"{metrics['epoch']}/{epochs} {loss} {metrics['test_errors']} errors"
+            short += f" {metrics['images_per_s'] / 1000:.1f}k images/s"
             if run not in self.tasks:
-                self.tasks[run] = self.bars.add_task(run.partition("/")[2], total=epochs, text=text)
+                self.tasks[run] = self.bars.add_task(run.partition("/")[2][:-7], total=epochs, text=short)
                 self.bars.start()
-            self.bars.update(self.tasks[run], completed=metrics["epoch"], text=text)
+            self.bars.update(self.tasks[run], completed=metrics["epoch"], text=short)
             if last:
                 self.bars.remove_task(self.tasks.pop(run))
         if last or (not self.console.is_terminal and time.monotonic() - self.printed > 0.5):

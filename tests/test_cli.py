@@ -120,8 +120,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "a folder for an experiment": ("run ./", "./: neither an experiment's name nor a .yaml file"),
     "unknown order of runs": ("runs --sort date", "--sort date: must be name, errors, age, size"),
-    "removing what is no run": ("runs rm tiny/report", "tiny/report: is not a run in"),
-    "removing what lies elsewhere": ("runs rm ../..", "../..: is not a run in"),
+    "removing what is no run": ("runs rm tiny/report", "tiny/report: is not the whole name of a run in"),
+    "removing what lies elsewhere": ("runs rm ../..", "../..: is not the whole name of a run in"),
     "removing with nobody to ask": (
         "runs rm tiny/distill/STUDENT",
         "asks before it removes, and nobody is there to answer: add --yes",
@@ -401,7 +401,7 @@ def test_asking_again_prints_the_finished_run(kd: Shell, trained: Shell) -> None
 def epochs(run: Path) -> list[dict[str, Any]]:
     """The metrics of a run but for the times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines]
 
 
 def test_the_same_seed_gives_the_same_weights(kd: Shell, trained: Shell) -> None:
