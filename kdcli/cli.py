@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -494,7 +494,7 @@ def compare_runs(
     match: Annotated[
         str, typer.Option(metavar="TEXT", help="Of the others only those with this in their name or settings: T=4.")
     ] = "",
-    sort: Annotated[str, typer.Option(help="The others as given, or by their errors: given or errors.")] = "given",
+    sort: Annotated[Literal["given", "errors"], typer.Option(help="Order of the others.")] = "given",
     debug: Debug = False,
 ) -> None:
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
@@ -503,8 +503,6 @@ def compare_runs(
     from kdcli import report
     from kdcli.compare import compare
 
-    if sort not in ("given", "errors"):
-        raise BadInput(f"--sort {sort}: must be given or errors")
     document = compare(runs_dir, names, data_dir, report.Display().note, match, by_errors=sort == "errors")
     parts = report.compare_tables(document)
     if as_markdown:
@@ -521,7 +519,7 @@ def export(
             metavar="RUN", help="A finished run: a student, a teacher, an ensemble.", autocompletion=_complete_run
         ),
     ],
-    form: Annotated[str, typer.Option("--format", help="onnx, torch or safetensors.")] = "onnx",
+    form: Annotated[Literal["onnx", "torch", "safetensors"], typer.Option("--format", help="Of the file.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="The file to write; left out: named after the run.")] = None,
     data_dir: DataDir = None,
     runs_dir: RunsDir = Path("runs"),
@@ -564,6 +562,8 @@ def predict(
     """Classify images; of a student, show its teacher's view beside its own."""
     if not images and not test_images:
         raise BadInput("kd predict: name image files, or --test-image N")
+    if invert and not images:
+        raise BadInput("--invert: is for image files, and none is named; test images are light on dark as they are")
     hot = [config.parse_set(f"distill.T={part}").value for part in temperatures.split(",")]
     if not all(isinstance(T, int | float) and not isinstance(T, bool) and 1e-3 <= T <= 1e4 for T in hot):
         raise BadInput(f"--T {temperatures}: must be numbers from 0.001 to 10000 with commas between, such as 1,4,20")
@@ -591,7 +591,7 @@ ORDERS: dict[str, Callable[[Document], Any]] = {
 def runs(
     context: typer.Context,
     match: Annotated[str, typer.Option(metavar="TEXT", help="Only runs with this in their name or status.")] = "",
-    sort: Annotated[str, typer.Option(help="name, errors, age or size.")] = "name",
+    sort: Annotated[Literal["name", "errors", "age", "size"], typer.Option(help="What to sort by.")] = "name",
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
     debug: Debug = False,
@@ -601,9 +601,9 @@ def runs(
         if match or as_json or sort != "name" or runs_dir != Path("runs"):
             raise BadInput("kd runs: the options of rm go behind it: kd runs rm --runs-dir DIR RUN…")
         return
-    if sort not in ORDERS:
-        raise BadInput(f"--sort {sort}: must be {', '.join(ORDERS)}")
-    listed = sorted((d for d in survey(runs_dir) if match in f"{d['run']} {d['status']}"), key=ORDERS[sort])
+    listed = sorted(
+        (d for d in survey(runs_dir) if match.lower() in f"{d['run']} {d['status']}".lower()), key=ORDERS[sort]
+    )
     if runs_dir != Path("runs") and not runs_dir.is_dir():
         raise BadInput(f"--runs-dir {runs_dir}: there is no such folder")
     from kdcli import report
@@ -691,7 +691,9 @@ def _main() -> int:
         if debug:
             raise
         if hasattr(error, "format_message"):  # a usage error of typer's
-            print(f"kd: {error.format_message().rstrip('.')} (see kd --help)", file=sys.stderr)
+            where = getattr(getattr(error, "ctx", None), "command_path", "kd")
+            message = error.format_message().rstrip(".").replace("Value error, ", "")
+            print(f"kd: {message} (see {where} --help)", file=sys.stderr)
             return 2
         for line in error.lines if isinstance(error, Failed) else [failure(error)]:
             print(f"kd: failed: {line}", file=sys.stderr)

@@ -28,7 +28,7 @@ def compare(
     those that differ in seed alone. After the first come those with `match` in a name or a `key=value` of theirs, as
     they were named or by their mean errors. Raises BadInput when there are not two groups, of one dataset."""
     reference, *others = [group for name in names for group in _groups(root, name, note)]
-    others = [group for group in others if any(match in text for text in _texts(group))]
+    others = [group for group in others if any(match.lower() in text.lower() for text in _texts(group))]
     if by_errors:
         others.sort(key=lambda group: statistics.mean(run.result["test"]["errors"] for run in group))
     groups = [reference, *others]

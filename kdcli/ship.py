@@ -39,9 +39,7 @@ class Probabilities(nn.Module):
 
 def export(run: Run, form: str, file: Path | None, data_dir: Path | None) -> Document:
     """Write a finished run's net as `file` and its model card beside it, after the written net has classified all test
-    images as torch does. Raises BadInput for a run, format or place that cannot be; Failed where the two disagree."""
-    if form not in FORMATS:
-        raise BadInput(f"--format {form}: must be one of {', '.join(FORMATS)}")
+    images as torch does. Raises BadInput for a run or place that cannot be; Failed where the two disagree."""
     if not run.completed:
         raise BadInput(f"{run.name}: is {run.status}: cannot be exported; {run.how_to_finish}")
     file = file or Path(f"{run.name.replace('/', '-')}{FORMATS[form]}")

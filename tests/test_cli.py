@@ -119,7 +119,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "but there is no ensemble section",
     ),
     "a folder for an experiment": ("run ./", "./: neither an experiment's name nor a .yaml file"),
-    "unknown order of runs": ("runs --sort date", "--sort date: must be name, errors, age, size"),
+    "unknown order of runs": (
+        "runs --sort date",
+        "'--sort': 'date' is not one of 'name', 'errors', 'age', 'size' (see kd runs --help)",
+    ),
     "removing what is no run": ("runs rm tiny/report", "tiny/report: is not the whole name of a run in"),
     "removing what lies elsewhere": ("runs rm ../..", "../..: is not the whole name of a run in"),
     "removing with nobody to ask": (

@@ -109,7 +109,10 @@ def test_the_others_are_filtered_and_sorted(grid: Shell) -> None:
     ("words", "line"),
     [
         (["tiny/baseline", "tiny/distill", "--match", "T=9"], "groups of finished runs (with T=9), not 1"),
-        (["tiny/baseline", "tiny/distill", "--sort", "name"], "--sort name: must be given or errors"),
+        (
+            ["tiny/baseline", "tiny/distill", "--sort", "name"],
+            "'--sort': 'name' is not one of 'given', 'errors' (see kd compare --help)",
+        ),
         (["tiny/baseline/0", "tiny/distill"], "tiny/baseline/0: is the beginning of 2 runs:"),
         (["tiny/distill/0-ffffffffff", "tiny/baseline"], "tiny/distill/0-ffffffffff: there is no such run"),
         (["tiny/distill", "tiny/distill"], "twice"),

@@ -158,7 +158,10 @@ def test_a_test_image_is_shown_with_the_teachers_view_at_each_temperature(traine
         ("predict run.onnx x.png", "run.onnx: is not a net that kd exported"),
         ("predict tiny/distill/0-0 x.png", "tiny/distill/0-0: there is no such run"),
         ("export tiny/distill/0-0", "tiny/distill/0-0: there is no such run"),
-        ("export RUN --format tflite", "--format tflite: must be one of onnx, torch, safetensors"),
+        (
+            "export RUN --format tflite",
+            "'--format': 'tflite' is not one of 'onnx', 'torch', 'safetensors' (see kd export --help)",
+        ),
         ("export RUN --out /proc/net.onnx", "--out /proc/net.onnx: cannot be written"),
         ("export RUN --out nowhere/net.onnx", "--out nowhere/net.onnx: must be a file in a folder that exists"),
         (
@@ -167,6 +170,7 @@ def test_a_test_image_is_shown_with_the_teachers_view_at_each_temperature(traine
         ),
         ("export RUN --out run.onnx", "run.onnx: is there already: remove it, or choose another --out"),
         ("predict run.onnx x.png --T 4", "--T: an exported file has T = 1 built in: name the run instead"),
+        ("predict RUN --test-image 3 --invert", "--invert: is for image files, and none is named"),
         ("predict RUN blank.png", "blank.png: is blank"),
         ("predict RUN deep.tiff", "deep.tiff: has pixels of mode F: save it with 8 or 16 bits a pixel"),
     ],
