@@ -154,18 +154,20 @@ def _png(draw: Callable[[Any], None]) -> bytes:
 
 
 def _draw_errors(figure: Any, document: Document) -> None:
-    """The errors of every row: a dot a seed, a bar for the mean; on a logarithmic scale where they lie far apart."""
+    """The errors of every row: a dot a seed, a bar for the mean, a diamond for the paper; log scale where far apart."""
     rows = document["table"][::-1]
-    figure.set_figheight(1.3 + 0.42 * len(rows))  # room for a number above every bar
+    figure.set_figheight(1.5 + 0.42 * len(rows))  # room for a number above every bar
     axes = figure.subplots()
     for i, r in enumerate(rows):
         axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
         axes.plot(r["errors"], [i] * r["n"], "o", color="#3182bd", markersize=5, alpha=0.6)
         axes.plot(r["mean"], i, "|", color="black", markersize=16, markeredgewidth=2)
+        axes.plot(r.get("paper", [])[:1], [i] * ("paper" in r), "D", color="#e6550d", fillstyle="none", markersize=6)
         text = f"{r['mean']:.1f}" if r["n"] > 1 else f"{r['mean']:g}"
         axes.annotate(text, (r["mean"], i), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [r["row"] for r in rows])
-    every = [errors for r in rows for errors in r["errors"]]
+    papers = [r["paper"][0] for r in rows if "paper" in r]
+    every = [errors for r in rows for errors in r["errors"]] + papers
     wide = max(every) > 4 * max(min(every), 1)
     if wide:
         _log_scale(axes.xaxis, axes.set_xscale)
@@ -174,7 +176,8 @@ def _draw_errors(figure: Any, document: Document) -> None:
     axes.margins(x=0.1)
     axes.set_ylim(-0.5, len(rows) - 0.35)
     scale = ", logarithmic scale" if wide else ""
-    axes.set_xlabel(f"errors on {document['evaluated_on']}{scale} (dots: seeds; bar: their mean)")
+    paper = "; diamond: the paper's" if papers else ""
+    axes.set_xlabel(f"errors on {document['evaluated_on']}{scale}\ndots: seeds; bar: their mean{paper}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(f"{document['file']}: errors", loc="left")
 
