@@ -74,7 +74,8 @@ class Table(NamedTuple):
 
     def print(self, console: Console) -> None:
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        first = max((len(row[0]) for row in self.rows), default=0)  # a run's name is whole, so that it can be copied
+        words = [len(word) for row in self.rows for word in row[0].split()]
+        first = max(words, default=0)  # a run's name is whole, so that it can be copied
         for i, column in enumerate(self.columns):
             width = None if i else min(first, 50)
             table.add_column(column, justify="right" if i else "left", overflow="fold", min_width=width)
@@ -386,7 +387,7 @@ def _spread(row: Document) -> str:
 
 
 def _grid_rows(document: Document) -> tuple[list[str], list[list[str]]]:
-    """A row a point and a column for each net whose errors vary; `train` is the error rate on the transfer set, shown
+    """A row a point and a column for each net whose errors vary; `train error` is the rate on the transfer set, shown
     where that is a part of the training images."""
     varying = [name for name in GRID_ROWS if name == document["judged"] or len(_at_points(document, name)) > 1]
     tables = [{r["row"]: r for r in point["table"]} for point in document["points"]]
@@ -399,13 +400,15 @@ def _grid_rows(document: Document) -> tuple[list[str], list[list[str]]]:
         found = Verdict(**point["verdict"])
         rows.append([*point["at"].values(), *cells, *train, _fewer(found), found.verdict])
     keys = [key.rpartition(".")[2] for key in document["grid"]]
-    return [*keys, *varying, *(["train"] if part else []), "fewer", "verdict"], rows
+    return [*keys, *varying, *(["train error"] if part else []), "fewer", "verdict"], rows
 
 
 def _fewer(found: Verdict) -> str:
-    numbers = [found.fewer_errors, *(found.interval or ())]
-    mean, *interval = (f"{number:.{0 if max(map(abs, numbers)) >= 100 else 1}f}" for number in numbers)
-    return f"{mean} ({' to '.join(interval)})" if interval else mean
+    if found.interval is None:
+        return f"{found.fewer_errors:g}"
+    numbers = [found.fewer_errors, *found.interval]
+    mean, low, high = (f"{number:.{0 if max(map(abs, numbers)) >= 100 else 1}f}" for number in numbers)
+    return f"{mean} ({low} to {high})"
 
 
 def _at_points(document: Document, name: str) -> list[str]:
@@ -454,8 +457,8 @@ def _at(point: Document) -> str:
 def _grid_legend(document: Document) -> list[str]:
     tests = dict.fromkeys(point["verdict"]["test"] for point in document["points"])
     interval = f". {INTERVAL_LEGEND}" if len(document["seeds"]) > 1 else "."
-    train = "Train: of the baseline and of the student, the error rate on the transfer set in the last epoch."
-    return [train] * ("train" in _grid_rows(document)[0]) + [
+    train = "Train error: the baseline's and the student's error rate on the transfer set in the last epoch."
+    return [train] * ("train error" in _grid_rows(document)[0]) + [
         f"Fewer: how many errors fewer than the baseline's the {document['judged']}'s are{interval} Verdict: by "
         f"{' or '.join(tests)} at p < 0.05, each point on its own: where nothing helps, one in twenty says otherwise."
     ]

@@ -148,7 +148,7 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     folder = grid.folder / "runs" / "tiny" / "report-study"
     assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.md").read_text()
-    assert "| T | hidden | baseline | student | student of ensemble | train | fewer | verdict |" in text
+    assert "| T | hidden | baseline | student | student of ensemble | train error | fewer | verdict |" in text
     assert "The same at every point: teacher " in text
     best = min(r["mean"] for point in document["points"] for r in point["table"] if r["row"] == "student")
     helped = sum(point["verdict"]["verdict"] == "helped" for point in document["points"])
