@@ -209,7 +209,8 @@ def _draw_grid(figure: Any, document: Document) -> None:
             label = f"{row}, {name}" if name else row
             if rows:
                 axes.errorbar(x, [r["mean"] for r in rows], spread, None, style, color=colour, label=label)
-    axes.set_xticks(range(len(ticks)), ticks)
+    recipes = [tick.replace(" ", "\n") if "=" in tick else tick for tick in ticks]  # a line a setting
+    axes.set_xticks(range(len(ticks)), recipes)
     axes.set(xlabel=f"{first} (the values in a row, not to scale)", ylabel=f"errors on {document['evaluated_on']}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, handlelength=3.5)
