@@ -115,15 +115,17 @@ def _experiment(document: Document, evaluation: Document, drawn: dict[str, bytes
     scores = {e["run"]: e for e in evaluation["runs"]}
     seed, (main, last) = document["seeds"][0], list(runs.items())[-1]
     body = [f'<p class="verdict">{escape(first)}</p>', _figures(document, scores[last["run"]])]
-    body += [_table(report.final_table(document)), *(f'<p class="note">{escape(note)}</p>' for note in notes)]
+    body += [f'<p class="note">{_words(document)}</p>', _table(report.final_table(document))]
+    body += [f'<p class="note">{escape(note)}</p>' for note in notes]
     body += _figure(drawn, "errors.png", "Every seed is a dot, the bar their mean.")
     body += _figure(drawn, "learning-curves.png", "Test errors by epoch, a line a seed.", "Learning curves")
-    body += ["<h2>Where the errors are</h2>", f'<p class="note">Of seed {seed}.</p>']
+    note = f"Of seed {seed}. Below, a row a label, a column what the {report.called(main)} says."
+    body += ["<h2>Where the errors are</h2>", f'<p class="note">{note}</p>']
     body.append(_table(_per_class({row: scores[d["run"]] for row, d in runs.items()})))
-    body.append(_heat(scores[last["run"]]["confusion"], f"label \\ the {report.called(main)} says", "d"))
+    body.append(_heat(scores[last["run"]]["confusion"], "label", "d"))
     caption = "Students without some classes, before and after the bias; mean over the seeds."
     body += _figure(drawn, "omitted-classes.png", caption)
-    body += _figure(drawn, "calibration.png", CALIBRATION_CAPTION, "Are the probabilities right?")
+    body += _figure(drawn, "calibration.png", f"{CALIBRATION_CAPTION} Of seed {seed}.", "Are the probabilities right?")
     body += [
         "<h2>The hardest test images</h2>",
         f'<p class="note">{HARDEST_NOTE.format(report.called(main))} Of seed {seed}.</p>',
@@ -135,17 +137,45 @@ def _experiment(document: Document, evaluation: Document, drawn: dict[str, bytes
 
 CALIBRATION_CAPTION = (
     "Accuracy of the images in each tenth of the top class's probability; on the diagonal a probability means what it "
-    "says. ECE, expected calibration error, is the mean distance to the diagonal, each tenth weighted by its images."
+    "says. ECE, expected calibration error, is the mean distance to the diagonal, each tenth weighted by its images: "
+    "most lie in the last, and the others, of few images, scatter; tenths of fewer than five are left out."
 )
+
+
+PAPER = '<a href="https://arxiv.org/abs/1503.02531">Distilling the Knowledge in a Neural Network</a>'
+
+
+def _words(document: Document) -> str:
+    """What the rows and columns of the table are called, of those that it has."""
+    rows = {row["row"]: row for row in document["table"]}
+    softened = f", its output softened by T = {document['settings']['distill']['T']:g}" if "student" in rows else ""
+    entries = [row for row in rows if re.fullmatch(r"(omit|keep) [\d,]+", row)]
+    said = {
+        "teacher": "Teacher: the large net.",
+        "ensemble": "Ensemble: the predictions of several teachers, averaged.",
+        "baseline": "Baseline: the small net, trained on the labels.",
+        "student": f"Student: the small net, trained on the teacher's soft targets{softened}.",
+    }
+    words = [text for row, text in said.items() if row in rows]
+    if entries:
+        words.append(
+            f"{', '.join(entries)}: students whose transfer set, the images that they are trained on, "
+            "lacks some classes; bias: one number then added to the logits of the classes that they never saw."
+        )
+    words += ["±: one standard deviation over the seeds."] * any(row["std"] is not None for row in rows.values())
+    words += [f"Paper: Hinton, Vinyals and Dean, {PAPER}."] * any("paper" in row for row in rows.values())
+    return " ".join(words)
 
 
 def _figures(document: Document, evaluated: Document) -> str:
     """The numbers that matter, large; `evaluated` is the net that the report is about."""
     rows = {row["row"]: row for row in document["table"]}
-    cells = [(f"{rows[name]['mean']:g}", f"errors of the {report.called(name)}") for name in first_seed(document)]
+    digits = 1 if len(document["seeds"]) > 1 else 0
+    means = {name: f"{rows[name]['mean']:.{digits}f}" for name in first_seed(document)}
+    cells = [(mean, f"errors of the {report.called(name)}") for name, mean in means.items()]
     if "verdict" in document:
         fewer = Verdict(**document["verdict"]).fewer_errors
-        cells.append((f"{abs(fewer):g}", f"{'fewer' if fewer >= 0 else 'more'} errors with soft targets"))
+        cells.append((f"{abs(fewer):.{digits}f}", f"{'fewer' if fewer >= 0 else 'more'} errors with soft targets"))
     if "teacher" in evaluated:
         kept = evaluated["teacher"]["multiply_adds_kept"]
         cells.append((f"{100 * kept:.2g} %", "of the teacher's multiply-adds"))
@@ -230,30 +260,31 @@ def _hardest(log_p: dict[str, Tensor], test: Split) -> str:
 def _knowledge(known: Knowledge, drawn: dict[str, bytes], test: Split) -> list[str]:
     """What the teacher says of the training images and, where classes were omitted, what it taught about them."""
     caption = (
-        "The hard label, and what the teacher of the first seed says at each temperature, with a scale of its own in "
-        "every panel: which other digits an image resembles."
+        "Test images: the hard label, and what the teacher of the first seed says at each temperature, with a scale "
+        "of its own in every panel: which other digits an image resembles."
     )
     body = _figure(drawn, "dark-knowledge.png", caption, "What the teacher knows beyond the labels")
     body.append(
         f'<p class="note">Mean soft targets at T = {known.T:g}, in per cent, by label: which digits look like which. '
-        "The higher T, the flatter.</p>"
+        "The higher T, the flatter. The darker, the larger; the diagonal is left uncoloured.</p>"
     )
     body.append(_heat(known.mean.tolist(), "label", ".1f"))
     for label, lesson in known.lessons.items():
         what = "a class" if len(lesson.omitted) == 1 else "classes"
         body.append(f"<h2>{escape(label)}: {what} taught without examples</h2>")
-        body += _taught(lesson, known.train, test)
+        body += _taught(lesson, known, test)
     return body
 
 
-def _taught(lesson: Lesson, train: Split, test: Split) -> list[str]:
+def _taught(lesson: Lesson, known: Knowledge, test: Split) -> list[str]:
     """The transfer images that teach classes never seen, and test images of such classes before and after the bias."""
+    train, one = known.train, len(lesson.omitted) == 1
     lessons = [
         (
             _image(train.images[i], train.white),
-            f"label {train.labels[i]}, soft target<br><b>{c}</b> {p:.3f}, own {own:.3f}",
+            f"label {train.labels[i]}: {own:.3f}<br><b>{c}</b>: {p:.3f}" + ("" if one else f"<br>unseen: {share:.3f}"),
         )
-        for i, c, p, own in lesson.transfer
+        for i, share, c, p, own in lesson.transfer
     ]
     changes = [
         (
@@ -265,10 +296,11 @@ def _taught(lesson: Lesson, train: Split, test: Split) -> list[str]:
     ]
     names = ", ".join(map(str, lesson.omitted))
     return [
-        f'<p class="note">Of the transfer set, which holds no {names}: the images that teach most about '
-        f"{'it' if len(lesson.omitted) == 1 else 'them all, the most telling first'}.</p>",
+        f'<p class="note">Of the transfer set, which holds no {names}: the images whose soft targets at '
+        f"T = {known.T:g} say most of {'it' if one else 'them all together, and of which most'}.</p>",
         _gallery(lessons),
-        f'<p class="note">Test images of {names} on which the bias ({lesson.shift:+.2f}, chosen on held-out images) '
-        "changes what the student says.</p>",
+        f'<p class="note">The bias ({lesson.shift:+.2f} for the logits of the unseen, chosen on held-out images) '
+        f"corrects {lesson.corrected} test images and spoils {lesson.spoilt}. The first of {names} on which it changes "
+        "what the student of the first seed says:</p>",
         _gallery(changes) if changes else '<p class="note">None.</p>',
     ]

@@ -42,8 +42,10 @@ class Lesson(NamedTuple):
 
     omitted: list[int]
     shift: float  # the bias chosen on held-out images
-    transfer: list[tuple[int, int, float, float]]  # training image, the unseen class it is like, its share, own
+    transfer: list[tuple[int, float, int, float, float]]  # training image, unseen classes' share, most like, its, own
     changed: list[tuple[int, int, int]]  # test image of an unseen class, what the student says before and after
+    corrected: int  # test images that the bias makes right
+    spoilt: int  # and those that it makes wrong
 
 
 class Knowledge(NamedTuple):
@@ -101,12 +103,15 @@ def _lesson(session: Session, run: Run, soft: Tensor, train: Split) -> Lesson:
     transfer = []
     for i in torch.where(seen, soft[:, omitted].sum(1), -1.0).topk(SHOWN).indices.tolist():
         like = max(omitted, key=lambda c: float(soft[i, c]))
-        transfer.append((i, like, float(soft[i, like]), float(soft[i, train.labels[i]])))
+        share = float(soft[i, omitted].sum())
+        transfer.append((i, share, like, float(soft[i, like]), float(soft[i, train.labels[i]])))
     shift, before = run.result["bias"]["heldout"]["shift"], run.load("logits")["test"]
     said, says = before.argmax(1), metrics.shift_bias(before, omitted, shift).argmax(1)
     unseen = torch.isin(labels, torch.tensor(omitted))
     changed = (unseen & (said != says)).nonzero()[:SHOWN, 0].tolist()
-    return Lesson(omitted, shift, transfer, [(i, int(said[i]), int(says[i])) for i in changed])
+    shown = [(i, int(said[i]), int(says[i])) for i in changed]
+    corrected, spoilt = ((said != labels) & (says == labels)).sum(), ((said == labels) & (says != labels)).sum()
+    return Lesson(omitted, shift, transfer, shown, int(corrected), int(spoilt))
 
 
 def grid_picture(document: Document) -> dict[str, bytes]:
@@ -242,7 +247,7 @@ def _draw_omissions(figure: Any, document: Document) -> None:
     for axes, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
         mine = [d for d in runs if d["label"] == label]
         stages = [
-            ("before", [d["test"] for d in mine], "#fdae6b"),
+            ("before", [d["test"] for d in mine], "#9ecae1"),
             ("heldout bias", [d["bias"]["heldout"] for d in mine], "#3182bd"),
         ]
         for i, (name, stage, colour) in enumerate(stages):
@@ -258,7 +263,7 @@ def _draw_omissions(figure: Any, document: Document) -> None:
 def _draw_calibration(figure: Any, log_p: dict[str, Tensor], labels: Tensor) -> None:
     """Accuracy against confidence in ten bins, a line a net; bins of fewer than five images are left out."""
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1)
+    axes.plot([0, 1], [0, 1], "--", color="#bbbbbb", linewidth=1, label="as it says")
     for row in log_p:
         confidence, predicted = log_p[row].exp().max(1)
         bins = (confidence * 10).ceil().clamp(1, 10) - 1
@@ -287,9 +292,9 @@ def _draw_cost(figure: Any, document: Document) -> None:
     for r in rows:
         axes.errorbar(r["multiply_adds"], r["mean"], r["std"] or 0, fmt="o", color=COLOURS[r["row"]])
         beside = [other["mean"] for other in rows if other["multiply_adds"] == r["multiply_adds"]]
-        below = -11 if len(beside) > 1 and r["mean"] == min(beside) else 5  # the names of near points keep apart
+        below = -13 if len(beside) > 1 and r["mean"] == min(beside) else 5  # the names of near points keep apart
         at = (r["multiply_adds"], r["mean"])
-        axes.annotate(r["row"], at, xytext=(7, below), textcoords="offset points", fontsize=9)
+        axes.annotate(r["row"], at, xytext=(6, below), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter())
@@ -340,7 +345,10 @@ def _draw_soft_targets(figure: Any, known: Knowledge) -> None:
 def _draw_lesson(figure: Any, lesson: Lesson, train: Split, test: Split) -> None:
     """Transfer images that teach the unseen classes, above test images of these before and after the bias."""
     rows = [
-        [(train, i, f"label {train.labels[i]}\n{like}: {p:.3f}, own {own:.3f}") for i, like, p, own in lesson.transfer],
+        [
+            (train, i, f"label {train.labels[i]}\n{like}: {p:.3f}, own {own:.3f}")
+            for i, _, like, p, own in lesson.transfer
+        ],
         [(test, i, f"label {test.labels[i]}\nbefore {said}, after {says}") for i, said, says in lesson.changed],
     ]
     names = ", ".join(map(str, lesson.omitted))

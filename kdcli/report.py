@@ -18,8 +18,7 @@ GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble"
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
 PAPER_LEGEND = (
     "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it out, "
-    "equal where it does not; of a single net lower or higher. The intervals do not cover the sampling of the test "
-    "set."
+    "equal where it does not{single}. The intervals do not cover the sampling of the test set."
 )
 
 
@@ -435,8 +434,10 @@ def remarks(document: Document) -> list[str]:
         lines = [f"The {called(own['row'])} makes {errors} errors on {_on(own)}, {_rate(errors, total)}."]
         if "bias" in own:
             lines[0] += f" With the bias chosen on held-out images: {own['bias']['heldout']['errors']}."
-    if any("paper" in row for row in document["table"]):
-        lines.append(PAPER_LEGEND)
+    against = {row.get("against_paper") for row in document["table"]}
+    if against != {None}:
+        single = "; of a single net lower or higher" if against & {"lower", "higher"} else ""
+        lines.append(PAPER_LEGEND.format(single=single))
     if any("unseen" in row for row in document["table"]):
         brackets = (
             "; in brackets, the paper's" if any(len(row.get("paper", [])) > 1 for row in document["table"]) else ""

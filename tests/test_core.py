@@ -183,8 +183,8 @@ def test_dropout_acts_in_train_mode_alone_and_keeps_the_mean() -> None:
     net = core.MLP(1, [4000], 1, dropout=0.5, input_dropout=0.0)
     x = torch.ones(1, 1)
     net.eval()
-    still = float(net(x))
-    assert still == float(net(x, [core.generator(0, "dropout")]))
+    still = net(x).item()
+    assert still == net(x, [core.generator(0, "dropout")]).item()
     net.train()
     values = torch.stack([net(x.clone(), [core.generator(0, "dropout", i)]) for i in range(200)])
     assert float(values.std()) > 0
