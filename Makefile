@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 COMMANDS := train-teacher ensemble distill omit-classes evaluate run report
 
-.PHONY: demo reproduce results test bench torture lint clean $(COMMANDS)
+.PHONY: demo reproduce results test bench gpu torture lint clean $(COMMANDS)
 demo: .venv/ready
 	$(BIN)/kd run digits
 
@@ -14,7 +14,7 @@ reproduce: .venv/ready
 
 # Keeps finished reports as the record: make results REPORTS="runs/mnist/report runs/digits/report"
 results: .venv/ready
-	$(BIN)/python tests/results.py $(REPORTS)
+	$(BIN)/python tools/results.py $(REPORTS)
 
 # make distill EXPERIMENT=digits ARGS="--T 3 --lambda1 0.9"
 $(COMMANDS): .venv/ready
@@ -24,10 +24,14 @@ test: .venv/ready
 	$(BIN)/pytest -q -n auto --dist loadscope
 
 bench: .venv/ready
-	$(BIN)/python tests/bench.py
+	$(BIN)/python tools/bench.py
+
+# On a machine with a GPU: every figure of it in one call.
+gpu: .venv/ready
+	$(BIN)/python tools/gpu.py
 
 torture: .venv/ready
-	$(BIN)/python tests/torture.py
+	$(BIN)/python tools/torture.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """kd: knowledge distillation experiments from one YAML file (Hinton, Vinyals and Dean, arXiv:1503.02531)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class BadInput(ValueError):
@@ -9,6 +9,15 @@ class BadInput(ValueError):
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+class BadKeys(BadInput):
+    """Values of an experiment that cannot be used, as (dotted key, what is wrong): whoever knows the file adds the
+    line."""
+
+    def __init__(self, *problems: tuple[str, str]) -> None:
+        super().__init__(*(f"{key}: {message}" for key, message in problems))
+        self.problems = problems
 
 
 class Failed(RuntimeError):

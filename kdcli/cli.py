@@ -1,45 +1,44 @@
-"""The `kd` command: flags become overrides of the experiment file, a recipe does the work, the result is printed."""
+"""The `kd` command: flags become overrides of the experiment file, a part of its plan is done, the result is shown."""
 
 import hashlib
 import inspect
-import json
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kdcli import BadInput, Failed, __version__, config, failure
-from kdcli.config import Experiment, Override
-from kdcli.runs import STUDENTS, TEACHERS, Document, Run, dependents, find_folders, open_run, remove, survey
+from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
+from kdcli.config import Experiment, Kind, Section
+from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folders, remove, survey
+from kdcli.yamlfile import Override
 
-if TYPE_CHECKING:
-    from kdcli.recipes import Session
-    from kdcli.report import Display, Table
+if TYPE_CHECKING:  # they need torch, which help and wrong usage do without
+    from kdcli.results import Document, Subject, Summary
+    from kdcli.work import Work
 
 app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False)
 
 
 def _complete_experiment(incomplete: str) -> list[str]:
     """Experiments and, for `kd report`, once a slash is typed, runs."""
-    names = [name for name in config.experiments() if name.startswith(incomplete)]
+    names = [name for name in yamlfile.experiments() if name.startswith(incomplete)]
     return names or (_complete_run(incomplete) if "/" in incomplete else [])
 
 
 def _complete_run(incomplete: str) -> list[str]:
     """The runs in ./runs, for the shell's completion."""
-    return [run for d in survey(Path("runs")) if (run := str(d["run"])).startswith(incomplete)]
+    return [one.run for one in survey(Path("runs")) if one.run.startswith(incomplete)]
 
 
 def _complete_group(incomplete: str) -> list[str]:
     """What `kd compare` takes: the groups of the runs in ./runs and, once one is typed whole, its runs."""
-    groups = dict.fromkeys(str(d["run"]).rpartition("/")[0] for d in survey(Path("runs")))
+    groups = dict.fromkeys(one.run.rpartition("/")[0] for one in survey(Path("runs")))
     return [group for group in groups if group.startswith(incomplete)] or _complete_run(incomplete)
 
 
@@ -54,8 +53,6 @@ TeacherRun = Annotated[
     typer.Option("--teacher", metavar="RUN", help="Learn from this run instead.", autocompletion=_complete_run),
 ]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Epochs of each training of this command.")]
-
-
 RunsDir = Annotated[Path, typer.Option(help="Where the run directories lie.")]
 DataDir = Annotated[
     Path | None, typer.Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")
@@ -92,15 +89,15 @@ class Common:
     debug: Debug = False
 
 
-class Job:
+class Call:
     """One call of a command: its options, the overrides they make, and how its results are shown."""
 
     def __init__(self, command: str, common: Common) -> None:
-        self.command, self.common = command, common
-        self.overrides = [config.parse_set(text) for text in common.sets or []]
+        self.command, self.common, self.display = command, common, show.Display()
+        self.overrides = [yamlfile.parse_set(text) for text in common.sets or []]
         self.override("--threads", common.threads, "threads")
         if common.seed is not None:
-            self.overrides.append(Override("seed", config.parse_seeds(common.seed), f"--seeds {common.seed}"))
+            self.overrides.append(Override("seed", yamlfile.parse_seeds(common.seed), f"--seeds {common.seed}"))
 
     def override(self, flag: str, value: Any, *keys: str) -> None:
         """Let a flag, if it was given, set keys of the experiment file."""
@@ -108,36 +105,89 @@ class Job:
             shown = f"{value:g}" if isinstance(value, float) else value
             self.overrides += [Override(key, value, f"{flag} {shown}") for key in keys]
 
-    @property
-    def of_run(self) -> bool:
-        """Whether what should be an experiment is the name of a run, or of a group of them."""
-        path = Path(self.common.experiment)
-        return not {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS})
-
     def experiment(self) -> Experiment:
-        experiment = config.load(self.common.experiment, self.overrides)
+        """The experiment as overridden. Raises BadInput where it has a grid that the command cannot walk."""
+        experiment = yamlfile.load(self.common.experiment, self.overrides).experiment
         if experiment.grid and self.command not in ("run", "report"):
             keys = " ".join(f"--set {key}=…" for key in experiment.grid)
             raise BadInput(f"{self.common.experiment}: has a grid, which `kd run` walks; for one of its points: {keys}")
         return experiment
 
-    def session(self, experiment: Experiment, display: "Display") -> "Session":
-        import torch
+    def prepare(self, teacher: str | None = None, baseline: bool = True) -> "Work":
+        """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
+        from kdcli import work
 
-        from kdcli.core import select_device
-        from kdcli.recipes import Session
+        threads = self.experiment().threads
+        asked = work.Asked(self.command, self.common.experiment, self.overrides, self.retype())
+        download = not self.common.dry_run
+        return work.prepare(asked, self.places(threads), self.display.note, teacher, baseline, download)
 
-        torch.set_num_threads(experiment.threads or os.cpu_count() or 1)
-        return Session(
-            experiment=experiment,
-            runs_dir=self.common.runs_dir,
-            device=select_device(self.common.device),
-            data_dir=self.common.data_dir,
-            jobs=self.common.jobs or os.cpu_count() or 1,
-            retype=self.retype(),
-            progress=display.epoch,
-            note=display.note,
-        )
+    def places(self, threads: int | None = None) -> Places:
+        from kdcli.device import select_device
+
+        device = str(select_device(self.common.device))
+        return Places(self.common.runs_dir, self.common.data_dir, device, threads or os.cpu_count() or 1)
+
+    def obtain(self, work: "Work") -> None:
+        """Train the jobs that are not finished."""
+        from kdcli.engine import obtain
+
+        of_workers = work.places._replace(threads=work.experiment.threads or 1)
+        at_once = self.common.jobs or os.cpu_count() or 1
+        try:
+            obtain(work.jobs, work.places, of_workers, at_once, self.display.epoch, self.display.note)
+        finally:
+            self.display.close()
+
+    def run(self, kind: Kind, teacher: str | None = None, baseline: bool = True) -> None:
+        """Do the command's part of the plan and print what comes out, a document a run of a kind."""
+        work = self.prepare(teacher, baseline)
+        if self.common.dry_run:
+            return self.dry_run(work)
+        self.obtain(work)
+        shown = [d for d in work.documents() if d.kind == kind]
+        whole = Several(command=self.command, experiment=shown[0].experiment, runs=shown)
+        tables = show.tables(self.command, shown, work.dataset.facts.classes)
+        present(self.common.as_json, shown[0] if len(shown) == 1 else whole, *tables)
+        self.display.note(f"next: {self.next(shown)}".rstrip())
+
+    def report(self, work: "Work", subject: "Subject", folder: Path) -> "tuple[Summary, Path]":
+        """Show the table and write the report of finished runs; returns them and the page."""
+        from kdcli.page import write_report
+
+        summary, evaluations = work.summary(subject)
+        present(self.common.as_json, summary, show.final_table(summary), *show.remarks(summary))
+        files = write_report(summary, evaluations, work.shown(), work.dataset, work.places, folder)
+        self.display.note(f"wrote {folder}: {', '.join(file.name for file in files)}")
+        student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
+        ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.runs_dir()])}" if student else ""
+        self.display.note(f"next: open {files[0]}{ship}")
+        return summary, files[0]
+
+    def report_experiment(self, work: "Work") -> "tuple[Summary, Path]":
+        """The report of an experiment whose runs are all finished."""
+        from kdcli.results import about
+
+        stem, name = Path(work.points[0].file).stem, work.experiment.name
+        parts = ["report", *([stem] if stem != name else [])]
+        if changes := [o.origin for o in self.overrides if o.key not in ("seed", "threads")]:  # a trial replaces none
+            parts.append(hashlib.sha256(repr(changes).encode()).hexdigest()[:6])
+        subject = about(self.experiment(), stem, [point.at for point in work.points])
+        return self.report(work, subject, work.places.runs_dir / name / "-".join(parts))
+
+    def dry_run(self, work: "Work") -> None:
+        """Show the resolved experiment, the device, and what would be trained; write nothing."""
+        import yaml
+
+        from kdcli.plan import describe
+
+        resolved = self.experiment().model_dump(exclude_none=True)
+        runs = describe(work.jobs, work.dataset, work.places.runs_dir)
+        device = work.places.device
+        document = Several(command=self.command, dry_run=True, device=device, runs=runs, resolved=resolved)
+        text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=80)
+        text += f"# device: {device}, threads: {work.places.threads}"
+        present(self.common.as_json, document, text, show.planned(runs), "# --dry-run: nothing was written")
 
     def retype(self) -> str:
         """The arguments to type for the same teachers."""
@@ -145,9 +195,8 @@ class Job:
 
     def words(self, *sections: str) -> list[str]:
         """The arguments that describe the experiment, or these of its sections."""
-        words = [self.common.experiment]
         changed = [o for o in self.overrides if not sections or o.key.split(".")[0] in sections]
-        words += [w for o in changed for w in o.origin.split(" ", 1)]
+        words = [self.common.experiment, *(w for o in changed for w in o.origin.split(" ", 1))]
         words += ["--data-dir", str(self.common.data_dir)] if self.common.data_dir is not None else []
         return [*words, *self.runs_dir()]
 
@@ -155,73 +204,36 @@ class Job:
         """The words that name the runs folder, unless it is the usual one."""
         return ["--runs-dir", str(self.common.runs_dir)] if self.common.runs_dir != Path("runs") else []
 
-    def next(self, documents: Sequence[Document]) -> str:
+    def next(self, documents: "Sequence[Document]") -> str:
         """What to type after a command."""
-        seeds = ["--seeds", self.common.seed] if self.common.seed is not None else []
-        match self.command:
-            case "train-teacher":
-                return f"kd distill {self.retype()} {shlex.join(seeds)}"
-            case "ensemble":
-                return f"kd distill {self.retype()} --set distill.teacher=ensemble {shlex.join(seeds)}"
-            case "evaluate":
-                return f"kd report {self.retype()}"
-        name = documents[0]["experiment"]
-        several = self.command == "distill" and len(documents) > 1 and "baseline" in documents[0]
-        words = ["compare", f"{name}/baseline", f"{name}/distill"] if several else ["report", documents[0]["run"]]
+        seeds = shlex.join(["--seeds", self.common.seed] if self.common.seed is not None else [])
+        if self.command == "train-teacher":
+            return f"kd distill {self.retype()} {seeds}"
+        if self.command == "ensemble":
+            return f"kd distill {self.retype()} --set distill.teacher=ensemble {seeds}"
+        name = documents[0].experiment
+        several = self.command == "distill" and len(documents) > 1 and documents[0].baseline
+        words = ["compare", f"{name}/baseline", f"{name}/distill"] if several else ["report", documents[0].run]
         return shlex.join(["kd", *words, *self.runs_dir()])
 
-    def run(
-        self, experiment: Experiment, recipe: "Callable[[Session], list[Document]]", teacher: str | None = None
-    ) -> None:
-        """Run a recipe and print what comes out, a document a seed; `teacher` is the run that --teacher named."""
-        from kdcli import report
 
-        if self.common.dry_run:
-            return self.dry_run(experiment, *([("--teacher", teacher)] if teacher is not None else []))
-        display = report.Display()
-        try:
-            documents = recipe(self.session(experiment, display))
-        finally:
-            display.close()
-        whole = {"command": self.command, "experiment": experiment.name, "runs": documents}
-        show(
-            self.common.as_json, documents[0] if len(documents) == 1 else whole, *report.tables(self.command, documents)
-        )
-        display.note(f"next: {self.next(documents)}".rstrip())
+class Several(Section):
+    """The document of a command about several runs."""
 
-    def dry_run(self, experiment: Experiment, *named: tuple[str, str]) -> None:
-        """Show the resolved experiment, the device, and each net's parameters and steps; write nothing.
-
-        `named`: flags and the runs that they name, which must be there.
-        """
-        import yaml
-
-        from kdcli.core import select_device
-        from kdcli.recipes import plan
-
-        for flag, name in named:
-            open_run(self.common.runs_dir, name, flag)
-        resolved = experiment.model_dump(exclude_none=True)
-        device, nets = str(select_device(self.common.device)), plan(experiment)
-        document = {"command": self.command, "dry_run": True, "device": device, "nets": nets, "resolved": resolved}
-        lines = [f"# device: {device}, threads: {experiment.threads or os.cpu_count()}"]
-        for n in nets:
-            steps = f"{n['steps']:,} steps of {n['batch_size']} images"
-            at_most = "at most " if n["net"] in {entry.label for entry in experiment.omit_classes} else ""
-            lines.append(f"# {n['net']}: {n['parameters']:,} parameters, {at_most}{steps}, {n['seeds']} seed(s)")
-        if experiment.grid:
-            points = config.points(self.common.experiment, self.overrides, experiment.grid)
-            lines.append(f"# {len(points)} points of the grid, each with nets such as these")
-        text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=80)
-        show(self.common.as_json, document, text + "\n".join([*lines, "# --dry-run: nothing was written"]))
+    command: str
+    experiment: str | None = None
+    dry_run: bool | None = None
+    device: str | None = None
+    runs: list[Any]
+    resolved: dict[str, Any] | None = None
 
 
-def show(as_json: bool, document: Document, *parts: "Table | str") -> None:
+def present(as_json: bool, document: Section, *parts: show.Table | str) -> None:
     """The document as JSON, or tables and lines for a person, on stdout."""
     from rich.console import Console
 
     if as_json:
-        print(json.dumps(document, indent=1))
+        print(document.model_dump_json(indent=1, exclude_none=True, by_alias=True))
         return
     console = Console()
     for part in parts:
@@ -232,7 +244,7 @@ def show(as_json: bool, document: Document, *parts: "Table | str") -> None:
 
 
 def command(name: str) -> Callable[[Callable[..., None]], None]:
-    """Register a function of a Job and options of its own as a command that has the common options as well."""
+    """Register a function of a Call and options of its own as a command that has the common options as well."""
 
     def register(body: Callable[..., None]) -> None:
         shared = list(inspect.signature(Common).parameters.values())
@@ -240,7 +252,7 @@ def command(name: str) -> Callable[[Callable[..., None]], None]:
 
         def call(**options: Any) -> None:
             common = Common(**{parameter.name: options.pop(parameter.name) for parameter in shared})
-            body(Job(name, common), **options)
+            body(Call(name, common), **options)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [p.replace(kind=keyword) for p in (shared[0], *own, *shared[1:])]
@@ -253,46 +265,44 @@ def command(name: str) -> Callable[[Callable[..., None]], None]:
 
 
 @command("train-teacher")
-def train_teacher(job: Job, epochs: Epochs = None) -> None:
+def train_teacher(call: Call, epochs: Epochs = None) -> None:
     """Train the teacher from hard labels."""
-    job.override("--epochs", epochs, "teacher.train.epochs")
-    experiment = job.experiment()
-    from kdcli import recipes
-
-    job.run(experiment, recipes.train_teacher)
+    call.override("--epochs", epochs, "teacher.train.epochs")
+    call.run("teacher")
 
 
 @command("ensemble")
 def ensemble(
-    job: Job,
+    call: Call,
     members: Annotated[int | None, typer.Option(help="Number of members (ensemble.members).")] = None,
     average: Annotated[str | None, typer.Option(help="arithmetic or geometric (ensemble.average).")] = None,
     epochs: Epochs = None,
 ) -> None:
     """Train several teachers and average their predictions."""
-    job.override("--members", members, "ensemble.members")
-    job.override("--average", average, "ensemble.average")
-    job.override("--epochs", epochs, "teacher.train.epochs")
-    experiment = job.experiment()
-    from kdcli import recipes
+    call.override("--members", members, "ensemble.members")
+    call.override("--average", average, "ensemble.average")
+    call.override("--epochs", epochs, "teacher.train.epochs")
+    if call.experiment().ensemble is None:
+        raise BadInput("ensemble: the experiment has no such section: add `ensemble: {members: 5}` or --members 5")
+    call.run("ensemble")
 
-    job.run(experiment, recipes.ensemble)
 
-
-def _distillation(job: Job, T: float | None, lambda1: float | None, lambda2: float | None, epochs: int | None) -> None:
+def _distillation(
+    call: Call, T: float | None, lambda1: float | None, lambda2: float | None, epochs: int | None
+) -> None:
     """The flags that distill and omit-classes share; --epochs is for every student, whichever section trains it."""
     for flag, value in (("T", T), ("lambda1", lambda1), ("lambda2", lambda2)):
-        job.override(f"--{flag}", value, f"distill.{flag}")
+        call.override(f"--{flag}", value, f"distill.{flag}")
     if epochs is not None:
-        experiment = job.experiment()
+        experiment = call.experiment()
         own = ["baseline"] if experiment.baseline.train else []
         own += [f"omit_classes.{i}" for i, entry in enumerate(experiment.omit_classes) if entry.train]
-        job.override("--epochs", epochs, *(f"{section}.train.epochs" for section in ("student", *own)))
+        call.override("--epochs", epochs, *(f"{section}.train.epochs" for section in ("student", *own)))
 
 
 @command("distill")
 def distill(
-    job: Job,
+    call: Call,
     T: T = None,
     lambda1: Lambda1 = None,
     lambda2: Lambda2 = None,
@@ -301,16 +311,13 @@ def distill(
     epochs: Epochs = None,
 ) -> None:
     """Train the student on the teacher's soft targets, beside the same student on hard labels alone."""
-    _distillation(job, T, lambda1, lambda2, epochs)
-    experiment = job.experiment()
-    from kdcli import recipes
-
-    job.run(experiment, partial(recipes.distill, teacher=teacher, with_baseline=baseline), teacher)
+    _distillation(call, T, lambda1, lambda2, epochs)
+    call.run("student", teacher=teacher, baseline=baseline)
 
 
 @command("omit-classes")
 def omit_classes(
-    job: Job,
+    call: Call,
     omit: Annotated[str | None, typer.Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
     keep: Annotated[str | None, typer.Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
     T: T = None,
@@ -320,69 +327,65 @@ def omit_classes(
     epochs: Epochs = None,
 ) -> None:
     """Distil with classes missing from the transfer set, then correct the bias."""
-    _distillation(job, T, lambda1, lambda2, epochs)
-    experiment = job.experiment()
-    entries = experiment.omit_classes
+    entries = call.experiment().omit_classes
     if omit is not None or keep is not None:
-        wanted = config.omission(omit, keep)
-        entries = [entry for entry in entries if entry.omitted == wanted.omitted] or [wanted]
+        wanted = yamlfile.omission(omit, keep)
+        entries = [entry for entry in entries if entry.label == wanted.label] or [wanted]
+        flags = " ".join(f"--{flag} {text}" for flag, text in (("omit", omit), ("keep", keep)) if text is not None)
+        given = [entry.model_dump(exclude_unset=True) for entry in entries]
+        call.overrides.append(Override("omit_classes", given, flags))
     if not entries:
-        raise BadInput(f"{job.common.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
-    from kdcli import recipes
-
-    experiment = experiment.model_copy(update={"omit_classes": entries})
-    job.run(experiment, partial(recipes.omit_classes, entries=entries, teacher=teacher), teacher)
+        raise BadInput(f"{call.common.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
+    _distillation(call, T, lambda1, lambda2, epochs)
+    call.run("omission", teacher=teacher)
 
 
 @command("evaluate")
 def evaluate(
-    job: Job,
+    call: Call,
     run: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="RUN",
-            help="A run to evaluate; repeat it.",
-            autocompletion=_complete_run,
-        ),
+        typer.Option(metavar="RUN", help="A run to evaluate; repeat it.", autocompletion=_complete_run),
     ] = None,
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
-    experiment = job.experiment()
-    names = run or []
-    if job.common.dry_run:
-        return job.dry_run(experiment, *(("--run", name) for name in names))
-    from kdcli import recipes, report
+    work = call.prepare()
+    from kdcli.plan import evaluable
+    from kdcli.results import Evaluations, evaluate
 
-    display = report.Display()
-    seeds = experiment.seed if job.common.seed is not None else None
-    document = recipes.evaluate(job.session(experiment, display), names, seeds)
-    show(job.common.as_json, document, *report.tables("evaluate", document["runs"]))
-    display.note(f"next: {job.next(document['runs'])}")
+    seeds = work.experiment.seed if call.common.seed is not None else None
+    found = evaluable(work.planned, work.places, run or [], seeds, call.display.note, call.retype())
+    if call.common.dry_run:
+        names = {run.name for run, _ in found}
+        return call.dry_run(replace(work, jobs=[job for job in work.planned if job.spec.name in names]))
+    name, classes = work.experiment.name, work.dataset.facts.classes
+    document = Evaluations(experiment=name, classes=classes, runs=evaluate(found, work.dataset, work.places))
+    present(call.common.as_json, document, *show.evaluations(document))
+    call.display.note(f"next: kd report {call.retype()}")
 
 
 @command("run")
 def run(
-    job: Job,
+    call: Call,
     check: Annotated[bool, typer.Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False,
 ) -> None:
     """Do everything the file describes, and end with one table and a report."""
-    experiment = job.experiment()
-    if check and not experiment.expect:
-        raise BadInput(f"--check: {job.common.experiment} has no expect section to check")
-    if job.common.dry_run:
-        return job.dry_run(experiment)
-    document, _ = _whole(job, experiment, train=True)
-    from kdcli import report
-
-    missed = report.missed(document)
+    if check and not call.experiment().expect:
+        raise BadInput(f"--check: {call.common.experiment} has no expect section to check")
+    work = call.prepare()
+    if call.common.dry_run:
+        return call.dry_run(work)
+    call.obtain(work)
+    summary, _ = call.report_experiment(work)
+    missed = show.missed(summary)
     print(*missed, sep="\n", end="\n" if missed else "", file=sys.stderr)
     if check and missed:
         raise typer.Exit(3)
 
 
 @command("report")
-def report_(
-    job: Job,
+def report(
+    call: Call,
     more: Annotated[
         list[str] | None,
         typer.Argument(
@@ -393,90 +396,41 @@ def report_(
 ) -> None:
     """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
     pictures."""
-    names = [job.common.experiment, *(more or [])]
+    names = [call.common.experiment, *(more or [])]
     if len(set(names)) < len(names):
         raise BadInput(f"kd report {shlex.join(names)}: names something twice")
-    if len(names) > 1 and job.common.as_json:
+    if len(names) > 1 and call.common.as_json:
         raise BadInput("--json: is one document: name one experiment or run")
-    jobs = [Job(job.command, replace(job.common, experiment=name)) for name in names]
-    found = [open_run(job.common.runs_dir, one.common.experiment) if one.of_run else one.experiment() for one in jobs]
-    for one, of in zip(jobs, found, strict=True):
-        if isinstance(of, Run):
-            page = _report_run(one, of)
-        elif one.common.dry_run:
-            one.dry_run(of)
+    calls = [Call(call.command, replace(call.common, experiment=name)) for name in names]
+    works = [_finished(one) for one in calls]  # all of them, before any is written
+    for one, (work, subject) in zip(calls, works, strict=True):
+        if one.common.dry_run:
+            one.dry_run(work)
             continue
+        if subject:
+            _, page = one.report(work, subject, work.places.runs_dir / subject.title / "report")
         else:
-            _, page = _whole(one, of, train=False)
+            _, page = one.report_experiment(work)
         if open_:
             import webbrowser
 
             webbrowser.open(page.resolve().as_uri())
 
 
-def _report_run(job: Job, run: Run) -> Path:
-    """Show a run beside its teacher and its baseline, and write its report into its folder."""
-    if job.overrides or job.common.dry_run:
-        raise BadInput(
-            f"{run.name}: is a run, not an experiment: --set, --seed, --threads and --dry-run change nothing"
-        )
-    from kdcli import recipes, report
-
-    experiment, display = recipes.experiment_of(run), report.Display()
-    session = job.session(experiment, display)
-    documents = recipes.run_documents(session, run)
-    evaluation = recipes.evaluate(session, [d["run"] for d in documents])
-    folder = session.runs_dir / run.name / "report"
-    return _reported(job, session, [documents], evaluation, [()], folder, run.name, run.spec.settings)[1]
-
-
-def _whole(job: Job, experiment: Experiment, train: bool) -> tuple[Document, Path]:
-    """Run, or only find, all runs of an experiment; show the table and write the report."""
-    common = job.common
-    points = config.points(common.experiment, job.overrides, experiment.grid)
-    from kdcli import recipes, report
-
-    display = report.Display()
-    try:
-        session = job.session(experiment, display)
-        if not train and (missing := recipes.unfinished(session, list(points.values()))):
-            words = f"kd run {shlex.join(job.words())}"
+def _finished(call: Call) -> "tuple[Work, Subject | None]":
+    """The work of reporting an experiment or, with a subject, a single run. Raises BadInput where a run is missing."""
+    name, path = call.common.experiment, Path(call.common.experiment)
+    if {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS}):
+        work = call.prepare()
+        if (missing := work.unfinished()) and not call.common.dry_run:
+            words = f"kd run {shlex.join(call.words())}"
             raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0]}; train them: {words}")
-        documents, evaluation = recipes.run(session, list(points.values()))
-    finally:
-        display.close()
-    stem = config.find(common.experiment).stem
-    parts = ["report", *([stem] if stem != experiment.name else [])]
-    if changes := [o.origin for o in job.overrides if o.key not in ("seed", "threads")]:  # a trial replaces nothing
-        parts.append(hashlib.sha256(repr(changes).encode()).hexdigest()[:6])
-    folder = session.runs_dir / experiment.name / "-".join(parts)
-    settings = experiment.model_dump(exclude_none=True, exclude={"paper", "expect"})
-    return _reported(job, session, documents, evaluation, list(points), folder, stem, settings)
+        return work, None
+    if call.overrides or call.common.dry_run:
+        raise BadInput(f"{name}: is a run, not an experiment: --set, --seed, --threads and --dry-run change nothing")
+    from kdcli.work import prepare_run
 
-
-def _reported(
-    job: Job,
-    session: "Session",
-    documents: "list[list[Document]]",
-    evaluation: Document,
-    points: "list[config.Key]",
-    folder: Path,
-    title: str,
-    settings: Document,
-) -> tuple[Document, Path]:
-    """Show the table and write the report of what was found at each point of a grid, or at the only one."""
-    from kdcli import recipes, report
-    from kdcli.page import write_report
-
-    document = report.summary(session.experiment, points, documents, evaluation)
-    document |= {"command": job.command, "file": title, "made": recipes.made(session, documents), "settings": settings}
-    show(job.common.as_json, document, report.final_table(document), *report.remarks(document))
-    files = write_report(session, document, evaluation, folder)
-    session.note(f"wrote {folder}: {', '.join(file.name for file in files)}")
-    students = [d["run"] for of_point in documents for d in of_point if d["command"] == "distill"]
-    ship = f", or ship a student: {shlex.join(['kd', 'export', students[0], *job.runs_dir()])}" if students else ""
-    session.note(f"next: open {files[0]}{ship}")
-    return document, files[0]
+    return prepare_run(name, call.places(), call.display.note)
 
 
 @app.command("compare")
@@ -500,19 +454,18 @@ def compare_runs(
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
     if as_json and as_markdown:
         raise BadInput("--json --md: choose one of them")
-    from kdcli import report
     from kdcli.compare import compare
 
-    document = compare(runs_dir, names, data_dir, report.Display().note, match, by_errors=sort == "errors")
-    parts = report.compare_tables(document)
+    document = compare(runs_dir, names, data_dir, show.Display().note, match, by_errors=sort == "errors")
+    parts = show.compare_tables(document)
     if as_markdown:
         print("\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts))
     else:
-        show(as_json, document, *parts)
+        present(as_json, document, *parts)
 
 
 @app.command("export")
-def export(
+def export_(
     run: Annotated[
         str,
         typer.Argument(
@@ -527,22 +480,22 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a net for others to run, with its model card, after proving it on all test images."""
-    found = open_run(runs_dir, run)
-    from kdcli import ship
+    found = Places(runs_dir).open(run)
+    from kdcli.export import export
 
-    d = ship.export(found, form, out, data_dir)
+    d = export(found, form, out, data_dir)
     lines = [
-        f"wrote {d['file']}: {d['bytes']:,} bytes, {d['errors']} errors on {d['total']:,} images as in torch "
-        f"({d['torch_errors']}); probabilities differ by {d['max_difference']:.1e} at most",
-        f"wrote {d['card']}",
+        f"wrote {d.file}: {d.bytes:,} bytes, {d.errors} errors on {d.total:,} images as in torch ({d.torch_errors}); "
+        f"probabilities differ by {d.max_difference:.1e} at most",
+        f"wrote {d.card}",
     ]
     if form == "onnx":
-        lines.append(f"try it: kd predict {shlex.quote(d['file'])} IMAGE.png")
-    show(as_json, d, *lines)
+        lines.append(f"try it: kd predict {shlex.quote(d.file)} IMAGE.png")
+    present(as_json, d, *lines)
 
 
 @app.command("predict")
-def predict(
+def predict_(
     net: Annotated[
         str,
         typer.Argument(
@@ -564,26 +517,27 @@ def predict(
         raise BadInput("kd predict: name image files, or --test-image N")
     if invert and not images:
         raise BadInput("--invert: is for image files, and none is named; test images are light on dark as they are")
-    hot = [config.parse_set(f"distill.T={part}").value for part in temperatures.split(",")]
+    hot = [yamlfile.parse_set(f"distill.T={part}").value for part in temperatures.split(",")]
     if not all(isinstance(T, int | float) and not isinstance(T, bool) and 1e-3 <= T <= 1e4 for T in hot):
         raise BadInput(f"--T {temperatures}: must be numbers from 0.001 to 10000 with commas between, such as 1,4,20")
-    from kdcli import report, ship
+    from kdcli.predict import predict
 
-    document = ship.predict(runs_dir, net, images or [], test_images or [], [float(T) for T in hot], invert, data_dir)
-    show(as_json, document, *report.predictions(document, top))
-    for image in document["images"]:
-        if image["mostly_ink"]:
+    places, note = Places(runs_dir, data_dir), show.Display().note
+    document = predict(places, net, images or [], test_images or [], [float(T) for T in hot], invert, note)
+    present(as_json, document, *show.predictions(document, top))
+    for image in document.images:
+        if image.mostly_ink:
             hint = "without --invert" if invert else "with --invert"
-            print(f"{image['image']}: is read as a digit lighter than its ground; try it {hint}", file=sys.stderr)
+            note(f"{image.image}: is read as lighter than its ground; try it {hint}")
 
 
 runs_app = typer.Typer(invoke_without_command=True, help="List the runs, or remove some.")
 app.add_typer(runs_app, name="runs")
-ORDERS: dict[str, Callable[[Document], Any]] = {
-    "name": lambda d: d["run"],
-    "errors": lambda d: (d["errors"] is None, d["errors"]),
-    "age": lambda d: d["age_s"],
-    "size": lambda d: -d["bytes"],
+ORDERS: dict[str, Callable[[Listed], Any]] = {
+    "name": lambda one: one.run,
+    "errors": lambda one: (one.errors is None, one.errors),
+    "age": lambda one: one.age_s,
+    "size": lambda one: -one.bytes_,
 }
 
 
@@ -602,13 +556,11 @@ def runs(
             raise BadInput("kd runs: the options of rm go behind it: kd runs rm --runs-dir DIR RUN…")
         return
     listed = sorted(
-        (d for d in survey(runs_dir) if match.lower() in f"{d['run']} {d['status']}".lower()), key=ORDERS[sort]
+        (one for one in survey(runs_dir) if match.lower() in f"{one.run} {one.status}".lower()), key=ORDERS[sort]
     )
     if runs_dir != Path("runs") and not runs_dir.is_dir():
         raise BadInput(f"--runs-dir {runs_dir}: there is no such folder")
-    from kdcli import report
-
-    show(as_json, {"command": "runs", "runs": listed}, report.runs_table(listed))
+    present(as_json, Several(command="runs", runs=listed), show.runs_table(listed))
 
 
 @runs_app.command("rm")
@@ -635,10 +587,10 @@ def runs_rm(
         raise BadInput("these runs were made from them; remove them too, or add --force:", *lines)
     for run in orphans:
         print(f"orphaned: {run}", file=sys.stderr)
-    from kdcli.report import number_of_runs, size
-
-    taken = size(sum(d["bytes"] for d in listed if d["run"] in chosen))
-    print(*(f"remove: {run}" for run in chosen), f"{number_of_runs(len(chosen))}, {taken}", sep="\n", file=sys.stderr)
+    taken = show.size(sum(one.bytes_ for one in listed if one.run in chosen))
+    print(
+        *(f"remove: {run}" for run in chosen), f"{show.number_of_runs(len(chosen))}, {taken}", sep="\n", file=sys.stderr
+    )
     if not yes and not sys.stdin.isatty():
         raise BadInput("kd runs rm: asks before it removes, and nobody is there to answer: add --yes")
     if not yes:
@@ -647,7 +599,7 @@ def runs_rm(
             print("nothing was removed", file=sys.stderr)
             return
     remove(sorted(folders, key=lambda folder: folder.parent.name in ("train-teacher", "ensemble")))
-    print(f"removed {number_of_runs(len(chosen))}", file=sys.stderr)
+    print(f"removed {show.number_of_runs(len(chosen))}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)

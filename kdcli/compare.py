@@ -1,147 +1,179 @@
 """`kd compare`: runs, or groups of runs that differ in seed alone, side by side, with a verdict against the first."""
 
 import json
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
-import torch
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from kdcli import BadInput
-from kdcli.config import Data
-from kdcli.recipes import discordant, loaded
-from kdcli.runs import STUDENTS, TEACHERS, Document, Run, differences, list_runs, open_run
-from kdcli.verdict import paired, spread
+from kdcli.config import Section
+from kdcli.export import test_split
+from kdcli.plan import data_settings
+from kdcli.results import discordant
+from kdcli.runs import STUDENTS, TEACHERS, Run, differences, list_runs, open_run, settings
+from kdcli.verdict import Spread, Verdict, paired, spread
+
+Note = Callable[[str], None]
+Settings = dict[str, Any]  # nested
+
+
+class Group(Spread):
+    """One run, or runs that differ in seed alone, so that a seed is there once."""
+
+    group: str = ""  # A, B, …
+    name: str = ""
+    runs: list[str]
+    seeds: list[int]
+    described: Settings = Field(exclude=True)  # what they are but for their seeds
+
+
+class Comparison(Section):
+    """A group against the first: the settings that differ, by dotted key, as [the first's, its own], and the verdict
+    over the seeds that both have, or why there is none."""
+
+    group: str
+    changed: dict[str, list[Any]]
+    seeds: list[int]
+    found: Verdict | None = None
+    why_not: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        whole: dict[str, Any] = handler(self)
+        return whole | (whole.pop("found", None) or {})
+
+
+class Comparisons(Section):
+    """The document of `kd compare`."""
+
+    command: str = "compare"
+    evaluated_on: str
+    total: int
+    groups: list[Group]
+    comparisons: list[Comparison]
 
 
 def compare(
-    root: Path,
-    names: Sequence[str],
-    data_dir: Path | None,
-    note: Callable[[str], None],
-    match: str = "",
-    by_errors: bool = False,
-) -> Document:
+    root: Path, names: Sequence[str], data_dir: Path | None, note: Note, match: str = "", by_errors: bool = False
+) -> Comparisons:
     """The groups of runs that the names stand for, the settings in which they differ, and a verdict on each against the
-    first. A name is a run's, which is a group by itself, or `<experiment>/<command>`: its finished runs, in a group
+    first. A name is a run's, which is a group by itself, or `<experiment>/<command>`: its finished runs, in groups of
     those that differ in seed alone. After the first come those with `match` in a name or a `key=value` of theirs, as
     they were named or by their mean errors. Raises BadInput when there are not two groups, of one dataset."""
-    reference, *others = [group for name in names for group in _groups(root, name, note)]
-    others = [group for group in others if any(match.lower() in text.lower() for text in _texts(group))]
+    found, typed = [_groups(root, name, note) for name in names], " ".join(names)
+    named = sorted(run for groups in found for run in {run for group in groups for run in group.runs})
+    if twice := [run for run in named if named.count(run) > 1]:
+        raise BadInput(f"{typed}: names {twice[0]} twice")
+    reference, *others = [_named(group, groups) for groups in found for group in groups]
+    texts = ["\n".join([g.name, *g.runs, *(f"{k}={v}" for k, v in _flat(g.described))]) for g in others]
+    others = [group for group, text in zip(others, texts, strict=True) if match.lower() in text.lower()]
     if by_errors:
-        others.sort(key=lambda group: statistics.mean(run.result["test"]["errors"] for run in group))
-    groups = [reference, *others]
-    named = [run.name for group in groups for run in group]
-    if twice := [name for name in named if named.count(name) > 1]:
-        raise BadInput(f"{' '.join(names)}: names {twice[0]} twice")
-    if not 2 <= len(groups) <= len(ascii_uppercase):
-        matching = f" (with {match})" if match else ""
-        raise BadInput(
-            f"{' '.join(names)}: kd compare needs 2 to 26 groups of finished runs{matching}, not {len(groups)}"
-        )
-    data = [group[0].spec.settings["data"] for group in groups]
-    if unlike := [line for other in data[1:] for line in differences(data[0], other, "data.")]:
-        raise BadInput(f"{' '.join(names)}: cannot be compared: {unlike[0]}")
-    described = [_described(group[0]) for group in groups]
-    first = groups[0][0].result
-    return {
-        "command": "compare",
-        "evaluated_on": first["evaluated_on"],
-        "total": first["test"]["total"],
-        "groups": [_group(letter, group) for letter, group in zip(ascii_uppercase, groups, strict=False)],
-        "comparisons": [
-            {"group": letter, "changed": _seeds(groups[0], group) | _changed(described[0], settings)}
-            | _compared(groups[0], group, data_dir)
-            for letter, settings, group in zip(ascii_uppercase[1:], described[1:], groups[1:], strict=False)
-        ],
-    }
+        others.sort(key=lambda group: group.mean)
+    if not 1 <= len(others) < len(ascii_uppercase):
+        what = f"groups of finished runs{f' (with {match})' if match else ''}"
+        raise BadInput(f"{typed}: kd compare needs 2 to 26 {what}, not {len(others) + 1}")
+    groups = [g.model_copy(update={"group": x}) for x, g in zip(ascii_uppercase, [reference, *others], strict=False)]
+    first, *runs = [open_run(root, group.runs[0]) for group in groups]
+    for run in runs:
+        if unlike := differences(data_settings(first.spec), data_settings(run.spec), "data."):
+            raise BadInput(f"{typed}: cannot be compared: {unlike[0]}")
+    result, compared = first.result(), [_compared(root, groups[0], group, data_dir) for group in groups[1:]]
+    return Comparisons(evaluated_on=result.evaluated_on, total=result.test.total, groups=groups, comparisons=compared)
 
 
-def _groups(root: Path, name: str, note: Callable[[str], None]) -> list[list[Run]]:
+def _groups(root: Path, name: str, note: Note) -> list[Group]:
+    """The groups that a name stands for. Students of teachers of their own seeds are one group, students of one and the
+    same teacher another: a run may be in both. A group that lies within another is left out."""
     experiment, _, command = name.strip("/").partition("/")
-    if command not in (*TEACHERS, *STUDENTS):
-        run = open_run(root, name)
-        if not run.completed:
-            raise BadInput(f"{run.name}: is {run.status}: cannot be compared")
-        return [[run]]
-    groups: dict[str, list[Run]] = {}
-    for run in list_runs(root, experiment, [command], note):
-        if not run.completed:
-            note(f"left out: {run.name}: is {run.status}")
-        else:
-            groups.setdefault(json.dumps(_described(run), sort_keys=True), []).append(run)
-    if not groups:
+    several = command in (*TEACHERS, *STUDENTS)
+    found: dict[str, tuple[Settings, list[Run]]] = {}
+    for run in list_runs(root, experiment, [command], note) if several else [open_run(root, name)]:
+        if several and run.finished() is None:
+            note(f"left out: {run.name}: is {run.status()}")
+            continue
+        for way in _ways(run):
+            found.setdefault(json.dumps(way, sort_keys=True), (way, []))[1].append(run)
+    if not found:
         raise BadInput(f"{name}: there are no finished runs; `kd runs` lists what there is")
-    return list(groups.values())
+    groups: dict[frozenset[str], Group] = {}
+    for way, alike in found.values():
+        names, seeds = [run.name for run in alike], [run.spec.seed for run in alike]
+        errors = spread([run.result("compared").test.errors for run in alike])
+        groups.setdefault(frozenset(names), Group(runs=names, seeds=seeds, described=way, **dict(errors)))
+    return [group for runs, group in groups.items() if not any(runs < other for other in groups)]
 
 
-def _texts(group: Sequence[Run]) -> list[str]:
-    """What `--match` looks through: the names of a group's runs, and its settings as `a.b=value`."""
-
-    def flat(settings: Document, prefix: str) -> list[str]:
-        return [
-            line
-            for key, value in settings.items()
-            for line in (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}={value}"])
-        ]
-
-    return [*(run.name for run in group), *flat(_described(group[0]), "")]
+def _ways(run: Run) -> list[Settings]:
+    """What a run is but for its seed; of a student in two ways: its teacher's seed against its own, and as it is."""
+    described = _settings(run)
+    teacher = described.get("teacher", {})
+    if "seed" not in teacher:
+        return [described]
+    offset = teacher["seed"] - run.spec.seed
+    return [described | {"teacher": teacher | {"seed": f"own {offset:+d}" if offset else "own"}}, described]
 
 
-def _described(run: Run) -> Document:
-    """What a run is but for its seed and those of its parents."""
-    parents = []
-    for name in run.spec.parents:
+def _settings(run: Run) -> Settings:
+    """The settings of a run, those of its teacher, with the teacher's seed, and of an ensemble those of all members: of
+    each key the value that all have, else the list of theirs."""
+    found, parents, ensemble = {"command": run.spec.command} | settings(run.spec), [], run.spec.command == "ensemble"
+    found.get("distill", {}).pop("teacher", None)  # the parent tells
+    for i, name in enumerate(run.spec.parents):
         try:
-            parents.append(_described(open_run(run.root, name)))
-        except BadInput:
-            parents.append({"command": name.split("/")[1]})
-    role = "members" if run.spec.command == "ensemble" else "teacher"
-    of_parents = {role: {"number": len(parents)} | parents[0]} if parents else {}
-    return {"command": run.spec.command} | run.spec.settings | of_parents
+            parent = open_run(run.root, name)
+            seed = parent.spec.seed - (run.spec.seed + i if ensemble else 0)  # of members s, s + 1, … it is 0
+            parents.append(_settings(parent) | {"seed": seed})
+        except BadInput:  # it is gone
+            parents.append({"run": name})
+    if not ensemble:
+        return found | ({"teacher": parents[0]} if parents else {})
+    flat = [dict(_flat(parent)) for parent in parents]
+    columns = {key: [member.get(key) for member in flat] for key in dict.fromkeys(key for m in flat for key in m)}
+    merged = {key: values[0] if values.count(values[0]) == len(values) else values for key, values in columns.items()}
+    return found | {"members": {"number": len(parents)} | merged}
 
 
-def _changed(reference: Document, settings: Document, prefix: str = "") -> Document:
-    """The settings that differ, by dotted key, as [reference's, its own]; of a teacher that only one has, its kind."""
-    changed: Document = {}
-    for key in dict.fromkeys([*reference, *settings]):
-        a, b = reference.get(key), settings.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
+def _changed(reference: Settings, own: Settings, prefix: str = "") -> dict[str, list[Any]]:
+    """The settings that differ, by dotted key, as [reference's, own]; of teachers of two kinds, or one, their kind."""
+    changed: dict[str, list[Any]] = {}
+    for key in dict.fromkeys([*reference, *own]):
+        a, b = reference.get(key), own.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a.get("command") == b.get("command"):
             changed |= _changed(a, b, f"{prefix}{key}.")
         elif a != b:
-            kinds = [v["command"] if isinstance(v, dict) and "command" in v else v for v in (a, b)]
-            changed[prefix + key] = kinds
+            changed[prefix + key] = [v.get("command", v) if isinstance(v, dict) else v for v in (a, b)]
     return changed
 
 
-def _seeds(reference: Sequence[Run], group: Sequence[Run]) -> Document:
-    """The seeds of two single runs, where they differ."""
-    pair = [reference[0].spec.seed, group[0].spec.seed]
-    return {"seed": pair} if len(reference) == len(group) == 1 and pair[0] != pair[1] else {}
+def _flat(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted key."""
+    for key, value in found.items():
+        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
-def _group(letter: str, runs: Sequence[Run]) -> Document:
-    return {
-        "group": letter,
-        "name": runs[0].name if len(runs) == 1 else runs[0].name.rpartition("/")[0],
-        "runs": [run.name for run in runs],
-        "seeds": [run.spec.seed for run in runs],
-        **spread([run.result["test"]["errors"] for run in runs]),
-    }
+def _named(group: Group, groups: Sequence[Group]) -> Group:
+    """The group with its name: its only run's, or their folder with the settings that set it apart from the others."""
+    unlike = {key: own for other in groups for key, (_, own) in _changed(other.described, group.described).items()}
+    name = " ".join([group.runs[0].rpartition("/")[0], *(f"{key}={own}" for key, own in unlike.items())])
+    return group.model_copy(update={"name": name if len(group.runs) > 1 else group.runs[0]})
 
 
-def _compared(reference: Sequence[Run], group: Sequence[Run], data_dir: Path | None) -> Document:
-    """The verdict on a group against another: over the seeds that they share, or of two single runs."""
-    pairs = [(a, b) for a in reference for b in group if a.spec.seed == b.spec.seed]
-    if len(reference) == len(group) == 1:
-        pairs = [(reference[0], group[0])]
+def _compared(root: Path, reference: Group, group: Group, data_dir: Path | None) -> Comparison:
+    """The verdict on a group against the first: over the seeds that they share, or of two single runs."""
+    changed = _changed(reference.described, group.described)
+    pairs = [(i, group.seeds.index(seed)) for i, seed in enumerate(reference.seeds) if seed in group.seeds]
+    pairs = [(i, j) for i, j in pairs if reference.runs[i] != group.runs[j]]  # a run in both tells nothing
+    if len(reference.runs) == len(group.runs) == 1:
+        pairs, changed = [(0, 0)], _changed({"seed": reference.seeds[0]}, {"seed": group.seeds[0]}) | changed
     if not pairs:
-        return {"why_not": "The groups share no seed: nothing to pair, so no verdict."}
-    fewer = [a.result["test"]["errors"] - b.result["test"]["errors"] for a, b in pairs]
-    only = {"fixed": 0, "broken": 0}
+        why_not = "The groups share no seed: nothing to pair, so no verdict."
+        return Comparison(group=group.group, changed=changed, seeds=[], why_not=why_not)
+    only = (0, 0)
     if len(pairs) == 1:
-        data = Data(**pairs[0][0].spec.settings["data"])
-        labels = loaded(data, data_dir, torch.device("cpu")).test.labels
-        only = discordant(labels, pairs[0][1], pairs[0][0])
-    return {"seeds": [run.spec.seed for run, _ in pairs]} | paired(fewer, **only)._asdict()
+        a, b = (open_run(root, g.runs[k]) for g, k in zip((reference, group), pairs[0], strict=True))
+        only = discordant(test_split(a, data_dir).labels, student=b, baseline=a)
+    fewer, seeds = [reference.errors[i] - group.errors[j] for i, j in pairs], [reference.seeds[i] for i, _ in pairs]
+    return Comparison(group=group.group, changed=changed, seeds=seeds, found=paired(fewer, *only))

@@ -1,32 +1,32 @@
-"""Datasets as uint8 tensors: read once, memory-mapped where they are large; a batch is an index into them."""
+"""Datasets: images as bytes, their labels, the classes' names; a batch is an index into them."""
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli import BadInput
-from kdcli.config import DATASETS, Data
+from kdcli import BadInput, BadKeys, code
+from kdcli.config import Data
+from kdcli.runs import Facts
 
-MNIST_FILES = {  # file: md5 of its uncompressed content
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
+MNIST = "12176aed4628b392"  # the beginning of its fingerprint
+MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images [N, side, side], uint8 from 0 to `white`, and their labels [N], int64."""
+    """Images [N, C, H, W], uint8 from 0 to `white`, and their labels [N], int64."""
 
     images: Tensor
     labels: Tensor
@@ -42,61 +42,106 @@ class Split:
     def to(self, device: torch.device) -> "Split":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def inputs(self, index: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Float inputs [..., side * side] in [0, 1] of the samples at `index` [...], or of all; `shift` is unused."""
-        rows = self.images.flatten(1)
-        if index is not None:
-            rows = rows.index_select(0, index.flatten()).view(*index.shape, -1)
-        return _scaled(rows, self.white)
+    def inputs(self, index: Tensor | None = None) -> Tensor:
+        """Float images [B, C, H, W] in [0, 1] of the samples at `index` [B], or of all."""
+        return _scaled(self.images if index is None else self.images.index_select(0, index), self.white)
+
+    def padded(self, jitter: int) -> Tensor:
+        """The images at all shifts by up to `jitter` pixels each way, the border filled with zeros: a view
+        [N, 2 jitter + 1, 2 jitter + 1, C, H, W] of the padded images."""
+        height, width = self.images.shape[2:]
+        padded = F.pad(self.images, (jitter,) * 4)
+        return padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
+
+    def shifted(self, padded: Tensor, index: Tensor, shift: Tensor) -> Tensor:
+        """Float images [B, C, H, W] of the samples at `index` [B]; `shift` [2, B], down and right, counts from 0 to
+        2 jitter. Read through the view of `padded`: RandomAffine takes 2.5 x a step (make bench)."""
+        return _scaled(padded[index, shift[0], shift[1]], self.white)
 
 
-class Jittered:
-    """Images that can be read shifted by up to `jitter` pixels each way, the border filled with background."""
-
-    def __init__(self, split: Split, jitter: int) -> None:
-        side = split.images.shape[-1]
-        padded = F.pad(split.images, (jitter,) * 4)
-        self.shifted = padded.unfold(1, side, 1).unfold(2, side, 1)  # a view: [N, 2j + 1, 2j + 1, side, side]
-        self.white = split.white
-
-    def inputs(self, index: Tensor, shift: Tensor) -> Tensor:
-        """Float inputs [..., side * side] of the samples at `index` [...]; `shift` [2, ...] counts from 0 to
-        2 * jitter."""
-        return _scaled(self.shifted[index, shift[0], shift[1]].flatten(-2), self.white)
-
-
-def _scaled(rows: Tensor, white: int) -> Tensor:
-    return rows.to(torch.float32).mul_(1 / white)
+def _scaled(images: Tensor, white: int) -> Tensor:
+    return images.to(torch.float32).mul_(1 / white)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """train: what is trained on. test: what errors are counted on."""
+    """train: what is trained on. test: what errors are counted on. `held`: how many images omit-classes keeps out of
+    the transfer set to choose its bias on."""
 
     train: Split
     test: Split
     held: int
+    facts: Facts
 
     @cached_property
     def heldout(self) -> Tensor:
-        """Positions in `train` of the `held` images that omit-classes keeps out of the transfer set to choose its bias
-        on."""
-        return stratified(self.train.labels, self.held)
+        """Positions in `train` of the held-out images. Raises BadInput when a class has too few."""
+        return stratified(self.train.labels, self.held, self.facts.classes)
+
+    def transfer_set(self, omitted: Sequence[str], count: int | None) -> Tensor:
+        """Positions in `train` of what a student sees: without the `omitted` classes and, where some are, without the
+        held-out images; `count` of them, if it is given. Raises BadInput when a class has too few."""
+        labels = self.train.labels
+        absent = torch.isin(labels, self.numbers(omitted))
+        if omitted:
+            absent[self.heldout] = True
+        transfer = (~absent).nonzero()[:, 0]
+        if count is None or count >= len(transfer):
+            return transfer
+        return transfer[stratified(labels[transfer], count, self.facts.classes)]
+
+    def numbers(self, classes: Sequence[str]) -> Tensor:
+        """The positions of some classes in the order of the logits."""
+        return torch.tensor([self.facts.classes.index(c) for c in classes], dtype=torch.int64)
 
     def to(self, device: torch.device) -> "Dataset":
-        return Dataset(self.train.to(device), self.test.to(device), self.held)
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-def load(data: Data, data_dir: Path | None = None) -> Dataset:
-    """The dataset of an experiment's `data` section.
+def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True) -> Dataset:
+    """The dataset of an experiment's `data` section, whatever its transfer set.
 
-    MNIST is looked for in `data_dir`, else in $KD_DATA, else in data/, and downloaded there when absent.
-    Raises BadInput when it cannot be had or a file is damaged.
+    MNIST is looked for in `data_dir`, else in $KD_DATA, else in data/, and downloaded there when absent, unless
+    `download` is false. Raises BadInput when it cannot be had, is damaged, or is too small for the held-out images.
     """
-    train, test = _digits() if data.name == "digits" else _mnist(data_dir or Path(os.environ.get("KD_DATA") or "data"))
-    if data.evaluate_on == "heldout":
-        train, test = _without(train, heldout := stratified(train.labels, data.heldout)), train.at(heldout)
-    return Dataset(train, test, data.heldout)
+    train, test, facts = _read(data.name, data.function, data_dir, download)
+    held = data.heldout or max(len(train) // 10, len(facts.classes))
+    if held > len(train) // 3:
+        raise BadKeys(("data.heldout", f"must be at most {len(train) // 3}, a third of the training images"))
+    whole = Dataset(train, test, held, facts)
+    if data.evaluate_on == "test":
+        return whole
+    return replace(whole, train=_without(train, whole.heldout), test=train.at(whole.heldout))
+
+
+@lru_cache(maxsize=1)
+def _read(name: str | None, function: str | None, data_dir: Path | None, download: bool) -> tuple[Split, Split, Facts]:
+    """The training and test images of a source, and what they are."""
+    classes, where = [str(c) for c in range(10)], data_dir or Path(os.environ.get("KD_DATA") or "data")
+    if function:
+        train, test, classes = _from_function(function)
+    else:
+        train, test = _digits() if name == "digits" else _mnist(where, download)
+    print_ = _fingerprint(train, test, classes)
+    if name == "mnist" and not print_.startswith(MNIST):
+        raise BadInput(
+            f"{where / 'MNIST' / 'raw'}: these IDX files are not MNIST's, which `name: mnist` means: "
+            "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
+        )
+    return (
+        train,
+        test,
+        Facts(fingerprint=print_, classes=classes, shape=list(train.images.shape[1:]), white=train.white),
+    )
+
+
+def _fingerprint(train: Split, test: Split, classes: list[str]) -> str:
+    """A checksum of everything that a result can depend on."""
+    header = json.dumps([classes, list(train.images.shape), list(test.images.shape), train.white])
+    digest = hashlib.sha256(header.encode())
+    for tensor in (train.images, train.labels, test.images, test.labels):
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
 
 
 def _without(split: Split, index: Tensor) -> Split:
@@ -105,13 +150,22 @@ def _without(split: Split, index: Tensor) -> Split:
     return split.at(rest.nonzero()[:, 0])
 
 
-def stratified(labels: Tensor, count: int) -> Tensor:
-    """Positions, ascending, of `count` samples with the classes in their shares; always the same ones."""
+def stratified(labels: Tensor, count: int, classes: Sequence[str]) -> Tensor:
+    """Positions, ascending, of `count` samples with the classes in their shares; always the same ones. Raises BadInput
+    when a class would be left without one on either side."""
+    counts = torch.bincount(labels, minlength=len(classes))
+    present = counts[counts > 0]
+    if int(present.min()) < 2:
+        small = classes[int((counts == present.min()).nonzero()[0])]
+        raise BadInput(f"class {small} has one image: to draw a share of every class takes two of each")
+    if not len(present) <= count <= len(labels) - len(present):
+        raise BadInput(
+            f"{count} of {len(labels)} images: must leave one of each of {len(present)} classes, on either side"
+        )
     from sklearn.model_selection import train_test_split
 
-    y = labels.cpu().numpy()
-    _, chosen = train_test_split(np.arange(len(y)), test_size=count, stratify=y, random_state=0)
-    return torch.from_numpy(np.sort(chosen)).to(labels.device)
+    _, chosen = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels.numpy(), random_state=0)
+    return torch.from_numpy(np.sort(chosen))
 
 
 def _digits() -> tuple[Split, Split]:
@@ -119,27 +173,43 @@ def _digits() -> tuple[Split, Split]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    facts = DATASETS["digits"]
-    all_ = Split(torch.from_numpy(bunch.images.astype(np.uint8)), torch.from_numpy(bunch.target).long(), facts.white)
-    test = stratified(all_.labels, facts.test)
+    images, labels = torch.from_numpy(bunch.images.astype(np.uint8))[:, None], torch.from_numpy(bunch.target).long()
+    all_ = Split(images, labels, white=16)
+    test = stratified(labels, 500, bunch.target_names)
     return _without(all_, test), all_.at(test)
 
 
-def _mnist(folder: Path) -> tuple[Split, Split]:
+def _mnist(folder: Path, download: bool) -> tuple[Split, Split]:
+    from torchvision.datasets import mnist
+
     raw = folder / "MNIST" / "raw"
-    if not all((raw / name).is_file() for name in MNIST_FILES):
-        _download_mnist(folder)
-    facts = DATASETS["mnist"]
-    arrays = [torch.from_numpy(read_idx(raw / name, md5)) for name, md5 in MNIST_FILES.items()]
-    train_images, train_labels, test_images, test_labels = arrays
-    return (
-        Split(train_images, train_labels.long(), facts.white),
-        Split(test_images, test_labels.long(), facts.white),
-    )
+    files = [raw / f"{name}-ubyte" for name in MNIST_FILES]
+    if not all(file.is_file() for file in files):
+        _download_mnist(folder, download)
+    tensors = []
+    for file in files:
+        read = mnist.read_image_file if "images" in file.name else mnist.read_label_file
+        try:
+            tensors.append(read(str(file)))
+        except OSError as error:
+            raise BadInput(f"{file}: cannot be read: {error.strerror or error}") from None
+        except (AssertionError, ValueError, KeyError, RuntimeError, IndexError, TypeError, OverflowError):
+            raise BadInput(f"{file}: is damaged or no IDX file: delete it to have it downloaded again") from None
+    train_images, train_labels, test_images, test_labels = tensors
+    for images, labels in ((train_images, train_labels), (test_images, test_labels)):
+        if len(images) != len(labels) or images.shape[1:] != train_images.shape[1:]:
+            raise BadInput(f"{raw}: its files do not belong together: {len(images)} images, {len(labels)} labels")
+    return Split(train_images[:, None], train_labels, 255), Split(test_images[:, None], test_labels, 255)
 
 
-def _download_mnist(folder: Path) -> None:
+def _download_mnist(folder: Path, download: bool) -> None:
     """Fetch MNIST with torchvision, which verifies what it downloads."""
+    elsewhere = (
+        f"put its four files in {folder / 'MNIST' / 'raw'}, name their folder with --data-dir or KD_DATA, or run the "
+        "digits experiment, which needs no download"
+    )
+    if not download:
+        raise BadInput(f"{folder}: MNIST is not there, and --dry-run downloads nothing: {elsewhere}")
     try:
         from torchvision.datasets import MNIST
 
@@ -147,37 +217,35 @@ def _download_mnist(folder: Path) -> None:
             MNIST(str(folder), download=True)
     except Exception as error:  # torchvision lets through whatever the network, the disk or gzip raised
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(
-            f"{folder}: MNIST is not there and could not be downloaded ({reason}): put its four files in "
-            f"{folder / 'MNIST' / 'raw'}, name their folder with --data-dir or KD_DATA, or run the digits experiment, "
-            "which needs no download"
-        ) from None
+        raise BadInput(f"{folder}: MNIST is not there and could not be downloaded ({reason}): {elsewhere}") from None
 
 
-def read_idx(path: Path, md5: str | None = None) -> np.ndarray:
-    """The uint8 array in an IDX file, memory-mapped copy-on-write. Raises BadInput when the file is not one, its size
-    is not the one that its header promises, or its content has another `md5`."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-            dims = magic[3] if len(magic) == 4 and magic[:3] == b"\0\0\x08" else 0
-            header = file.read(4 * dims)
-            if not 1 <= dims <= 3 or len(header) < 4 * dims:
-                raise BadInput(f"{path}: is not an IDX file of bytes: delete it to have it downloaded again")
-            shape = tuple(int.from_bytes(header[4 * i : 4 * i + 4], "big") for i in range(dims))
-            offset, size = 4 + 4 * dims, path.stat().st_size
-            promised = offset + int(np.prod(shape, dtype=object))
-            if size != promised or size == offset:
-                what = "truncated" if size < promised else "damaged"
-                raise BadInput(
-                    f"{path}: is {what}: {size:,} bytes where its header promises {promised:,}; "
-                    "delete it to have it downloaded again"
-                )
-            file.seek(0)
-            if md5 and hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != md5:
-                raise BadInput(
-                    f"{path}: its content is not MNIST's (md5 differs): delete it to have it downloaded again"
-                )
-        return np.memmap(path, np.uint8, "c", offset, shape)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
+def _from_function(reference: str) -> tuple[Split, Split, list[str]]:
+    """What somebody's own function returns: a mapping of x_train, y_train, x_test, y_test and, if the classes have
+    names, classes. Raises BadInput that names the array that is wrong."""
+    found = code.call(reference)
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    if not isinstance(found, Mapping) or not set(keys) <= found.keys():
+        raise BadInput(f"{reference}: must return a dictionary of {', '.join(keys)} and, if they have names, classes")
+    train = _split(reference, found, "train")
+    classes = [str(c) for c in found.get("classes") or range(int(train.labels.max()) + 1)]
+    test = _split(reference, found, "test")
+    present = torch.bincount(train.labels, minlength=len(classes)) > 0
+    if len(classes) < 2 or len(set(classes)) < len(classes) or len(present) > len(classes) or not present.all():
+        raise BadInput(f"{reference}: y_train must hold every one of two or more classes, 0 to {len(classes) - 1}")
+    if int(test.labels.max()) >= len(classes) or test.images.shape[1:] != train.images.shape[1:]:
+        raise BadInput(f"{reference}: x_test and y_test must have the classes and the image size of training")
+    return train, test, classes
+
+
+def _split(reference: str, found: Mapping[str, Any], part: str) -> Split:
+    images, labels = (torch.as_tensor(found[f"{axis}_{part}"]) for axis in "xy")
+    if images.dtype != torch.uint8 or images.dim() not in (3, 4) or not len(images):
+        raise BadInput(f"{reference}: x_{part} must be bytes (uint8) [N, C, H, W] or [N, H, W], not {_said(images)}")
+    if labels.is_floating_point() or labels.shape != images.shape[:1] or int(labels.min()) < 0:
+        raise BadInput(f"{reference}: y_{part} must be whole numbers from 0, [{len(images)}], not {_said(labels)}")
+    return Split((images if images.dim() == 4 else images[:, None]).contiguous(), labels.long(), 255)
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,6 +1,6 @@
 """Run directories: `runs/<experiment>/<command>/<seed>-<hash>/`, one for each distinct thing that can be trained.
 
-    config.yaml          the command, seed, settings and parents that the hash is taken of
+    config.yaml          what the run is: the Spec that the hash is taken of
     environment.json     versions, device, threads, command line, git commit
     metrics.jsonl        one line an epoch; where tensorboard is installed, events.out.tfevents.… hold the same
     state                and state.previous, while it trains: the training state to continue from
@@ -25,40 +25,175 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
+from pydantic import Field, ValidationError
 
 from kdcli import BadInput, __version__, failure
+from kdcli.config import Average, Data, Distill, Model, Section, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Document = dict[str, Any]
-UNFINISHED = ("missing", "running", "failed", "interrupted", "diverged")
-TEACHERS = ("train-teacher", "ensemble")
-STUDENTS = ("baseline", "distill", "omit-classes")
+SAVE_EVERY = 30.0  # seconds of training that an interruption may cost
+SCHEMA = 2  # of what a run directory holds; those of another are refused
+Command = Literal["train-teacher", "ensemble", "baseline", "distill", "omit-classes"]
+Status = Literal["missing", "running", "interrupted", "failed", "diverged", "completed"]
+TEACHERS: tuple[Command, ...] = ("train-teacher", "ensemble")
+STUDENTS: tuple[Command, ...] = ("baseline", "distill", "omit-classes")
 STATES = ("state", "state.previous")  # the newest first
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a run is. `settings` hold all that its result depends on besides its parents; `parents` are run names."""
+class Facts(Section):
+    """What a dataset is: a run keeps it, so that its net can be used where the images are not."""
+
+    fingerprint: str  # of all images and labels, the classes' names and their order
+    classes: list[str]  # names, in the order of the logits
+    shape: list[int]  # of an image: [C, H, W]
+    white: int  # the value of a pixel that becomes 1.0
+
+
+class Spec(Section):
+    """What a run is: all that its result depends on. `parents` are the names of the runs that it is made from."""
 
     experiment: str
-    command: str
+    command: Command
     seed: int
-    settings: Document
-    parents: tuple[str, ...] = ()
+    dataset: Facts
+    data: Data  # where the images are from; `heldout` and `transfer` where the result depends on them
+    model: Model | None = None  # an ensemble has none, nor a training
+    train: Train | None = None
+    distill: Distill | None = None
+    omitted: list[str] = []  # classes missing from the transfer set
+    average: Average = "arithmetic"  # of an ensemble
+    parents: list[str] = []
+    code: str | None = None  # sha256 of the file that makes the model
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """`<experiment>/<command>/<seed>-<hash>`, the run's directory below the runs folder."""
-        identity = [self.command, self.seed, self.settings, self.parents]
+        """`<experiment>/<command>/<seed>-<hash>`, the run's directory below the runs folder.
+
+        The hash is of content: of settings that are not the default, of what the dataset and files hold, not of where
+        they are.
+        """
+        identity = self.model_dump(exclude_defaults=True, exclude={"experiment", "dataset"})
+        identity["data"] = self.data.model_dump(include={"heldout", "transfer", "evaluate_on"}, exclude_defaults=True)
+        identity |= {"schema": SCHEMA, "dataset": self.dataset.fingerprint}
+        if self.model and self.model.name:
+            identity["model"]["name"] = self.model.name.rpartition(":")[2]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"{self.experiment}/{self.command}/{self.seed}-{digest[:10]}"
+
+    @property
+    def trained(self) -> tuple[Model, Train]:
+        """The net and its training, which all runs but ensembles have."""
+        assert self.model
+        assert self.train
+        return self.model, self.train
+
+
+class Counted(Section):
+    """Errors over all samples and by the class of the label."""
+
+    errors: int
+    total: int
+    per_class_errors: list[int]
+
+
+class Correction(Section):
+    """The errors after `shift` was added to the logits of the omitted classes."""
+
+    shift: float
+    errors: int
+    per_class_errors: list[int]
+
+
+class Brief(Section):
+    """Another run, in short."""
+
+    run: str
+    errors: int
+    seed: int | None = None
+
+
+class Gain(Section):
+    """Fewer errors of an ensemble than of its members."""
+
+    best_member: int
+    mean_member: float
+
+
+class Epoch(Section):
+    """What metrics.jsonl holds of an epoch: means over the samples trained on, as they were seen."""
+
+    epoch: int  # from 1
+    loss: float
+    hard_loss: float
+    t2_kl: float | None = None  # T^2 KL(teacher || student), of students
+    train_errors: int
+    test_errors: int
+    seconds: float  # since the training began
+    images_per_s: int
+
+
+class Result(Section):
+    """What a completed run found, and how it was made."""
+
+    command: Command
+    experiment: str
+    run: str
+    seed: int
+    status: Literal["completed"] = "completed"
+    seconds: float
+    evaluated_on: str
+    test: Counted
+    samples: int | None = None  # that were trained on
+    last_epoch: Epoch | None = None
+    warning: str | None = None  # of a training that learned nothing
+    omitted: list[str] = []
+    bias: dict[str, Correction] = {}  # of omissions, by how it was chosen
+    average: Average | None = None  # of ensembles, and the errors of both averages
+    averages: dict[str, Counted] = {}
+    members: list[Brief] = []
+    fewer_errors_than: Gain | None = None
+    device: str = ""
+    threads: int = 0
+    parents: dict[str, str] = {}  # and the checksum of the weights that each had
+    sha256: dict[str, str] = {}
+    checksum: str = ""  # of this document without this key
+
+
+class Unfinished(Section):
+    """What result.json says while there is no result."""
+
+    status: Status
+    run: str
+    parents: dict[str, str] = {}
+    error: str | None = None
+
+
+class Places(NamedTuple):
+    """Where and how to work; none of it changes what a run is."""
+
+    runs_dir: Path
+    data_dir: Path | None = None  # left out: $KD_DATA, else data
+    device: str = "cpu"
+    threads: int = 1
+    save_every: float = SAVE_EVERY
+
+    def open(self, name: str, flag: str = "") -> "Run":
+        return open_run(self.runs_dir, name, flag)
+
+
+class State(NamedTuple):
+    """Where a training continues: the epochs done, and the tensors after them."""
+
+    epochs: int
+    tensors: "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -77,89 +212,122 @@ class Run:
         return self.root / self.name
 
     @property
-    def result(self) -> Document:
+    def remedy(self) -> str:
+        return f"delete {self.path} and train it again"
+
+    def read(self) -> Result | Unfinished:
         """What result.json says; an absent one says that the run is missing. Raises BadInput when it is damaged."""
+        path = self.path / "result.json"
         try:
-            result = json.loads((self.path / "result.json").read_text())
+            content = json.loads(path.read_text())
         except (FileNotFoundError, NotADirectoryError):
-            return {"status": "missing"}
+            return Unfinished(status="missing", run=self.name)
         except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(f"{self.path / 'result.json'}: cannot be read ({error}): {self.remedy}") from None
-        needed = {"run", "seed", "device", "seconds", "test", "evaluated_on", "sha256"}
-        if not isinstance(result, dict) or not (result.get("status") in UNFINISHED or needed <= result.keys()):
-            raise BadInput(f"{self.path / 'result.json'}: is not a run's result: {self.remedy}")
-        if result["status"] not in UNFINISHED and result.pop("checksum", "") != _checksum(result):
-            raise BadInput(f"{self.path / 'result.json'}: is damaged or edited (its checksum differs): {self.remedy}")
-        return result
+            raise BadInput(f"{path}: cannot be read ({error}): {self.remedy}") from None
+        completed = isinstance(content, dict) and content.get("status") == "completed"
+        try:
+            found = Result.model_validate(content) if completed else Unfinished.model_validate(content)
+        except ValidationError:
+            raise BadInput(f"{path}: is not a run's result: {self.remedy}") from None
+        if isinstance(found, Result) and found.checksum != _checksum(found):
+            raise BadInput(f"{path}: is damaged or edited (its checksum differs): {self.remedy}")
+        return found
 
-    @property
-    def completed(self) -> bool:
-        return bool(self.result["status"] == "completed")
+    def finished(self) -> Result | None:
+        """The result of a completed run; None of another. Raises BadInput when it is damaged."""
+        found = self.read()
+        return found if isinstance(found, Result) else None
 
-    @property
-    def status(self) -> str:
-        """completed, failed, diverged, interrupted, missing, or running; a run whose process died says interrupted."""
-        status = str(self.result["status"])
+    def result(self, role: str = "used") -> Result:
+        """The result of a completed run. Raises BadInput, which says that it cannot be `role`, when it is not."""
+        found = self.read()
+        if isinstance(found, Result):
+            return found
+        raise BadInput(f"{self.name}: is {self.status()}: cannot be {role}; {self.how_to_finish()}")
+
+    def status(self) -> Status:
+        """How far the run is; one whose process died is interrupted."""
+        status = self.read().status
         if status == "running":
             with contextlib.suppress(OSError), (self.path / "lock").open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return "interrupted"
         return status
 
-    @contextlib.contextmanager
-    def writing(self, device: str, threads: int) -> Iterator[None]:
-        """Hold the run for writing, all of it anew but what it can continue from; the status is right however the body
-        ends.
+    def how_to_finish(self) -> str:
+        """What to do about a run that is not completed."""
+        if self.status() == "diverged":
+            return "lower its lr, or let it rise over a warmup"
+        command = self.environment().get("command_line")
+        return f"train it first{f': {command}' if command else ''}"
 
-        Raises BadInput when another process holds it.
+    @contextlib.contextmanager
+    def writing(self, device: str, threads: int, parents: dict[str, str]) -> Iterator[None]:
+        """Hold the run for writing, all of it anew but what it can continue from; the status is right however the body
+        ends. `parents`: the checksums of the weights that it is made from.
+
+        Raises BadInput when another process holds it, or when it was begun with other weights of its parents.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            what = self.path if self.root.is_dir() and os.access(self.root, os.W_OK) else f"--runs-dir {self.root}"
-            raise BadInput(f"{what}: cannot be written: {error.strerror}") from None
-        with (self.path / "lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(
-                    f"{self.name}: is being written by another kd; wait for it, or change a setting"
-                ) from None
-            if self.completed:
+        with self._locked() as before:
+            if isinstance(before, Result):
                 raise BadInput(f"{self.name}: was finished by another kd in the meantime; ask again to see it")
+            begun = any((self.path / name).exists() for name in STATES)
+            if begun and before.parents != parents:
+                raise BadInput(f"{self.name}: was begun with other weights than its teacher has now: {self.remedy}")
             for leftover in self.path.iterdir():
-                if leftover.is_dir():
-                    raise BadInput(f"{leftover}: kd makes no such folder: remove it")
                 if leftover.suffix in (".safetensors", ".tmp") or leftover.name in ("result.json", "report.md"):
                     leftover.unlink()
-            self._write_json("result.json", self._header("running"))
+            header = Unfinished(status="running", run=self.name, parents=parents)
+            self._write_json("result.json", header)
             self._write("config.yaml", yaml.safe_dump(self._config(), sort_keys=False).encode())
-            self._write_json("environment.json", environment(device, threads))
+            self._write("environment.json", (json.dumps(environment(device, threads), indent=1) + "\n").encode())
             try:
                 yield
             except BaseException as error:
-                status = "failed" if isinstance(error, Exception) else "interrupted"
-                if self.result["status"] == "running":
+                if self.read().status == "running":
+                    status: Status = "failed" if isinstance(error, Exception) else "interrupted"
                     with contextlib.suppress(OSError):  # of a full disk the error itself is the one to tell
                         self.end(status, failure(error))
                 raise
 
-    def end(self, status: str, error: str) -> None:
-        """Say how the run ended, if not completed."""
-        self._write_json("result.json", self._header(status) | {"error": error})
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[Result | Unfinished]:
+        """Hold the lock of the directory, which is made if it is not there; gives what result.json says."""
+        for attempt in range(20):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = (self.path / "lock").open("a")
+            except FileNotFoundError:  # removed between the two by `kd runs rm`
+                continue
+            except OSError as error:
+                what = self.path if self.root.is_dir() and os.access(self.root, os.W_OK) else f"--runs-dir {self.root}"
+                raise BadInput(f"{what}: cannot be written: {error.strerror}") from None
+            with lock:
+                if _hold(lock.fileno()) and _is_still(lock.fileno(), self.path / "lock"):
+                    yield self.read()
+                    return
+            time.sleep(0.02 * attempt)  # `kd runs` holds a lock for an instant, to look: that must refuse nobody
+        raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
 
-    def save_state(self, epoch: int, tensors: "dict[str, Tensor]") -> None:
-        """Keep the training state after so many epochs, whole or not at all, and the one before it."""
+    def end(self, status: Status, error: str) -> None:
+        """Say how the run ended, if not completed."""
+        found = self.read()
+        self._write_json(
+            "result.json", Unfinished(status=status, run=self.name, parents=found.parents, error=error or None)
+        )
+
+    def save_state(self, state: State) -> None:
+        """Keep the training state, whole or not at all, and the one before it."""
         import torch
         from safetensors.torch import save
 
-        content = save({name: t.cpu().contiguous() for name, t in tensors.items()} | {"epoch": torch.tensor(epoch)})
+        content = save(_separate(state.tensors) | {"epoch": torch.tensor(state.epochs)})
         newest, previous = (self.path / name for name in STATES)
         write_aside(newest, hashlib.sha256(content).digest() + content, keep=previous)
 
-    def load_state(self, note: Callable[[str], None]) -> "tuple[int, dict[str, Tensor]]":
-        """The epochs and the state that training continues from, with the metrics cut back to them; 0 and nothing at
-        the start. Of a damaged state it is noted, and the one before is used."""
+    def load_state(self, note: Callable[[str], None]) -> State:
+        """Where training continues, with the metrics cut back to there. Of a damaged state it is noted, and the one
+        before is used."""
         from safetensors.torch import load
 
         for name in STATES:
@@ -173,21 +341,17 @@ class Run:
                 epochs = int(tensors.pop("epoch"))
                 if len(lines) >= epochs and lines[epochs - 1].endswith(b"\n"):
                     self._write("metrics.jsonl", b"".join(lines[:epochs]))
-                    return epochs, tensors
+                    return State(epochs, tensors)
             note(f"{self.path / name}: is damaged and not used")
         if self.metrics():
-            note(f"{self.name}: begun anew: it had no state saved to continue from")
-        return self.restart()
-
-    def restart(self) -> "tuple[int, dict[str, Tensor]]":
-        """The state at the start, before any epoch: nothing; with no metrics."""
+            note(f"{self.name}: restarted from epoch 0: no training state was found")
         self._write("metrics.jsonl", b"")
-        return 0, {}
+        return State(0, {})
 
     @contextlib.contextmanager
-    def logging(self) -> "Iterator[Callable[[Document], None]]":
-        """How to log the metrics of an epoch: a line of metrics.jsonl and, where tensorboard is installed, scalars for
-        it, those of the epochs before a continuation included."""
+    def logging(self) -> Iterator[Callable[[Epoch], None]]:
+        """How to log an epoch: a line of metrics.jsonl and, where tensorboard is installed, scalars for it, those of
+        the epochs before a continuation included."""
         for old in self.path.glob("events.out.tfevents.*"):
             old.unlink()
         try:
@@ -197,46 +361,43 @@ class Run:
             return
         with contextlib.closing(SummaryWriter(str(self.path), flush_secs=10)) as writer:
 
-            def board(metrics: Document) -> None:
-                for key in metrics.keys() - {"epoch"}:
-                    writer.add_scalar(key, metrics[key], metrics["epoch"])
+            def board(epoch: Epoch) -> None:
+                for key, value in epoch.model_dump(exclude_none=True, exclude={"epoch"}).items():
+                    writer.add_scalar(key, value, epoch.epoch)
 
-            def both(metrics: Document) -> None:
-                self.log(metrics)
-                board(metrics)
+            def both(epoch: Epoch) -> None:
+                self.log(epoch)
+                board(epoch)
 
-            for metrics in self.metrics():
-                board(metrics)
+            for epoch in self.metrics():
+                board(epoch)
             yield both
 
-    def log(self, metrics: Document) -> None:
+    def log(self, epoch: Epoch) -> None:
         """Append a line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         try:
             with path.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(epoch.model_dump_json(exclude_none=True) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
-    def metrics(self) -> list[Document]:
-        """The lines of metrics.jsonl, one an epoch. Raises BadInput when it is damaged."""
-        path = self.path / "metrics.jsonl"
-        if not path.is_file() and "metrics.jsonl" not in self.result.get("sha256", {}):
+    def metrics(self) -> list[Epoch]:
+        """The epochs in metrics.jsonl. Raises BadInput when it is damaged."""
+        path, result = self.path / "metrics.jsonl", self.finished()
+        if not path.is_file() and not (result and path.name in result.sha256):
             return []
-        content = self._verified(path.name) if self.completed else path.read_bytes()
+        content = self._verified(path.name) if result else path.read_bytes()
         try:
-            lines = [json.loads(line) for line in content.splitlines()]
-        except (ValueError, RecursionError):
-            lines = [None]
-        if not all(isinstance(line, dict) and isinstance(line.get("seconds"), int | float) for line in lines):
-            raise BadInput(f"{path}: is damaged: {self.remedy}")
-        return lines
+            return [Epoch.model_validate_json(line) for line in content.splitlines()]
+        except ValidationError:
+            raise BadInput(f"{path}: is damaged: {self.remedy}") from None
 
     def save(self, kind: str, tensors: "dict[str, Tensor]") -> None:
         """Write `<kind>.safetensors`."""
         from safetensors.torch import save
 
-        self._write(f"{kind}.safetensors", save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+        self._write(f"{kind}.safetensors", save(_separate(tensors)))
 
     def load(self, kind: str) -> "dict[str, Tensor]":
         """The tensors of `<kind>.safetensors`. Raises BadInput when the file is absent, damaged or truncated."""
@@ -258,34 +419,23 @@ class Run:
             raise BadInput(f"{path}: is missing: {self.remedy}") from None
         except OSError as error:
             raise BadInput(f"{path}: cannot be read ({error.strerror}): {self.remedy}") from None
-        if hashlib.sha256(content).hexdigest() != self.result.get("sha256", {}).get(name):
+        if hashlib.sha256(content).hexdigest() != self.result().sha256.get(name):
             raise BadInput(f"{path}: is damaged or truncated (its checksum differs): {self.remedy}")
         return content
 
-    @property
-    def remedy(self) -> str:
-        return f"delete {self.path} and train it again"
-
-    @property
-    def how_to_finish(self) -> str:
-        """What to do about a run that is not completed."""
-        if self.status == "diverged":
-            return "lower its lr, or let it rise over a warmup"
-        command = self.environment.get("command_line")
-        return f"train it first{f': {command}' if command else ''}"
-
-    def finish(self, result: Document, report: str) -> None:
+    def finish(self, result: Result, report: str) -> Result:
         """Write the report and, last of all, the result that makes the run completed."""
         self._write("report.md", report.encode())
         files = [*sorted(self.path.glob("*.safetensors")), *self.path.glob("metrics.jsonl")]
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        document = self._header("completed") | result | {"sha256": checksums}
-        self._write_json("result.json", document | {"checksum": _checksum(document)})
+        result = result.model_copy(update={"sha256": checksums})
+        result = result.model_copy(update={"checksum": _checksum(result)})
+        self._write_json("result.json", result)
         for name in STATES:
             (self.path / name).unlink(missing_ok=True)
+        return result
 
-    @property
-    def environment(self) -> Document:
+    def environment(self) -> dict[str, Any]:
         """The record of where and by what the run was made; empty when it is gone or damaged."""
         try:
             record = json.loads((self.path / "environment.json").read_text())
@@ -293,35 +443,40 @@ class Run:
             return {}
         return record if isinstance(record, dict) else {}
 
-    def _config(self) -> Document:
-        spec = self.spec
-        head = {
-            "command": spec.command,
-            "experiment": spec.experiment,
-            "seed": spec.seed,
-            "parents": list(spec.parents),
-        }
-        return head | {"settings": spec.settings}
+    def _config(self) -> dict[str, Any]:
+        return {"schema": SCHEMA} | self.spec.model_dump(exclude_none=True)
 
-    def _header(self, status: str) -> Document:
-        spec = self.spec
-        return {
-            "command": spec.command,
-            "experiment": spec.experiment,
-            "run": self.name,
-            "seed": spec.seed,
-            "status": status,
-        }
-
-    def _write_json(self, name: str, document: Document) -> None:
-        self._write(name, (json.dumps(document, indent=1) + "\n").encode())
+    def _write_json(self, name: str, document: Section) -> None:
+        self._write(name, (document.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
 
     def _write(self, name: str, content: bytes) -> None:
         write_aside(self.path / name, content)
 
 
-def _checksum(document: Document) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+def _separate(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Copies on the CPU: safetensors refuses tensors that share memory, as tied weights do."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def _checksum(result: Result) -> str:
+    return hashlib.sha256(result.model_dump_json(exclude={"checksum"}).encode()).hexdigest()
+
+
+def _hold(descriptor: int) -> bool:
+    """Take the lock of an open file, unless another has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at the path: `kd runs rm` may have removed that in the meantime."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_aside(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -366,18 +521,21 @@ def open_run(root: Path, name: str, flag: str = "") -> Run:
 
 
 def _open(path: Path) -> Run:
-    """The run in a directory. Raises BadInput when its config.yaml is not the one that kd wrote there."""
+    """The run in a directory. Raises BadInput when its config.yaml is not one that this kd wrote there."""
+    file, remedy = path / "config.yaml", f"delete {path} and train it again"
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        parents = tuple(str(parent) for parent in config["parents"])
-        settings = dict(config["settings"])
-        spec = Spec(str(config["experiment"]), str(config["command"]), int(config["seed"]), settings, parents)
-        run = Run(path.parents[2], spec)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, yaml.YAMLError, RecursionError):
-        what = "is not a run's configuration" if os.path.isfile(path / "config.yaml") else "is missing"
-        raise BadInput(f"{path / 'config.yaml'}: {what}: delete {path} and train it again") from None
+        config = yaml.safe_load(file.read_text())
+        schema = config.pop("schema", 1)
+        if schema != SCHEMA:
+            raise BadInput(f"{file}: is of another kd (its runs have schema {schema}, this one's {SCHEMA}): {remedy}")
+        run = Run(path.parents[2], Spec.model_validate(config, context={"reading": True}))
+    except BadInput:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError, RecursionError):
+        what = "is not a run's configuration" if os.path.isfile(file) else "is missing"
+        raise BadInput(f"{file}: {what}: {remedy}") from None
     if run.path != path:
-        raise BadInput(f"{path / 'config.yaml'}: does not belong in this folder: {run.name} was expected")
+        raise BadInput(f"{file}: does not belong in this folder: {run.name} was expected")
     return run
 
 
@@ -396,8 +554,21 @@ def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Callab
 # Housekeeping.
 
 
-def survey(root: Path) -> list[Document]:
-    """What `kd runs` lists: every run directory below `root`, those included that cannot be read (`damaged`)."""
+class Listed(Section):
+    """What `kd runs` says of a run directory; one that cannot be read is damaged."""
+
+    run: str
+    status: Literal["missing", "running", "interrupted", "failed", "diverged", "completed", "damaged"]
+    errors: int | None = None
+    parents: list[str] = []
+    epoch: int | None = None
+    epochs: int | None = None
+    bytes_: int = Field(0, serialization_alias="bytes")
+    age_s: int = 0
+
+
+def survey(root: Path) -> list[Listed]:
+    """What `kd runs` lists: every run directory below `root`, those included that cannot be read."""
     root = Path(os.path.abspath(root))
     folders = [
         folder for command in (*TEACHERS, *STUDENTS) for folder in root.glob(f"*/{command}/*") if folder.is_dir()
@@ -405,31 +576,34 @@ def survey(root: Path) -> list[Document]:
     return [_surveyed(root, folder) for folder in sorted(folders)]
 
 
-def _surveyed(root: Path, folder: Path) -> Document:
+def _surveyed(root: Path, folder: Path) -> Listed:
     files = {}
     with contextlib.suppress(OSError):  # it may be removed meanwhile
         for file in folder.iterdir():
             with contextlib.suppress(OSError):
                 files[file.name] = file.stat()
     begun = (folder / "config.yaml").exists() or (folder / "result.json").exists()
-    document: Document = {"run": str(folder.relative_to(root)), "status": "damaged" if begun else "missing"}
-    document |= {"errors": None, "parents": [], "epoch": None, "epochs": None}
-    document["bytes"] = sum(file.st_size for file in files.values())
-    trained = [file.st_mtime for name, file in files.items() if name != "report"]
-    document["age_s"] = round(time.time() - max(trained, default=time.time()))
-    with contextlib.suppress(BadInput, AttributeError, TypeError, KeyError, OSError):
+    changed = [file.st_mtime for name, file in files.items() if name != "report"]
+    found = Listed(
+        run=str(folder.relative_to(root)),
+        status="damaged" if begun else "missing",
+        bytes_=sum(file.st_size for file in files.values()),
+        age_s=round(time.time() - max(changed, default=time.time())),
+    )
+    with contextlib.suppress(BadInput, OSError):
         run = _open(folder)
-        document |= {"parents": list(run.spec.parents), "status": run.status}
-        if run.spec.command != "ensemble":
-            document |= {"epoch": len(run.metrics()), "epochs": run.spec.settings["train"]["epochs"]}
-        document["errors"] = run.result["test"]["errors"] if run.completed else None
-    return document
+        more: dict[str, Any] = {"parents": run.spec.parents, "status": run.status()}
+        if run.spec.train:
+            more |= {"epoch": len(run.metrics()), "epochs": run.spec.train.epochs}
+        result = run.finished()
+        return found.model_copy(update=more | {"errors": result.test.errors if result else None})
+    return found
 
 
-def dependents(listed: Sequence[Document], names: Sequence[str]) -> list[str]:
+def dependents(listed: Sequence[Listed], names: Sequence[str]) -> list[str]:
     """The runs that were made from those named, or from runs made from them, themselves not named."""
     reached = set(names)
-    while more := {d["run"] for d in listed if reached & set(d["parents"])} - reached:
+    while more := {one.run for one in listed if reached & set(one.parents)} - reached:
         reached |= more
     return sorted(reached - set(names))
 
@@ -452,10 +626,9 @@ def remove(folders: Sequence[Path]) -> None:
     with contextlib.ExitStack() as held:
         for folder in folders:
             try:
-                if not (folder / "lock").is_dir():
-                    fcntl.flock(held.enter_context((folder / "lock").open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(f"{folder}: is being written by a kd: stop that first; nothing was removed") from None
+                is_file = not (folder / "lock").is_dir()
+                if is_file and not _hold(held.enter_context((folder / "lock").open("a")).fileno()):
+                    raise BadInput(f"{folder}: is being written by a kd: stop that first; nothing was removed")
             except OSError as error:
                 raise BadInput(f"{folder}: cannot be removed: {error.strerror}; nothing was removed") from None
         for folder in folders:
@@ -470,7 +643,7 @@ def remove(folders: Sequence[Path]) -> None:
                     parent.rmdir()
 
 
-def environment(device: str, threads: int) -> Document:
+def environment(device: str, threads: int) -> dict[str, Any]:
     """Where and by what a run was made."""
     packages = ("torch", "numpy", "pydantic", "safetensors")
     return {
@@ -503,7 +676,14 @@ def git_commit() -> str | None:
     return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
-def differences(wanted: Document, found: Document, prefix: str = "") -> list[str]:
+def settings(spec: Spec) -> dict[str, Any]:
+    """What a run is but for its names, its seed and its parents, nested: what is compared between two runs."""
+    kept = spec.model_dump(exclude_none=True, exclude={"experiment", "seed", "parents", "dataset", "data"})
+    where = spec.data.model_dump(exclude_none=True, include={"evaluate_on", "heldout", "transfer"})
+    return kept | {"data": where | {"content": spec.dataset.fingerprint[:12]}}
+
+
+def differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: found instead of wanted` for every setting in which two nested documents differ."""
     lines = []
     for key in sorted(wanted.keys() | found.keys()):

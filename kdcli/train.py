@@ -1,279 +1,211 @@
-"""`fit`, the one training loop that teachers, ensemble members, baselines and students share."""
+"""One spec to one finished run: a function that needs nothing but its arguments, so that any engine can call it."""
 
 import contextlib
-import copy
-import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import sys
+import time
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
+import yaml
+from torch import nn
 
-from kdcli import BadInput, core
-from kdcli.config import Distill, Train
-from kdcli.core import MLP, generator
-from kdcli.data import Jittered, Split
+from kdcli import BadInput, code, losses, score
+from kdcli.config import Average, Train
+from kdcli.data import Dataset, Split, open_dataset
+from kdcli.device import place, seeded, select_device
+from kdcli.fit import Fitted, fit, learning_rate
+from kdcli.models import build
+from kdcli.runs import STUDENTS, Brief, Correction, Epoch, Gain, Places, Result, Run, Spec, State
+from kdcli.teacher import Teacher, cached, kept_logits, live, members, predict, weights_checksum
 
-Teacher = Callable[[Tensor, Tensor], Tensor]  # (index [M, B], inputs [M, B, D]) -> soft targets [M, B, C]
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class Epoch(NamedTuple):
-    """What there is after one epoch, a list entry for each net: `models` are those to evaluate and keep (with averaged
-    weights where `ema` is set), `states` the tensors to continue from, which change with the next step."""
-
-    metrics: list[dict[str, float]]
-    models: Sequence[MLP]
-    states: Sequence[dict[str, Tensor]]
+Tell = Callable[[str, int, Epoch], None]  # (run, epochs in all, the epoch that is finished)
+Note = Callable[[str], None]
 
 
-def fit(
-    models: Sequence[MLP],
-    transfer_set: Split,
-    train: Train,
-    seeds: Sequence[int],
-    distill: tuple[Distill, Teacher] | None = None,
-    done: int = 0,
-    states: Sequence[dict[str, Tensor]] = (),
-) -> Iterator[Epoch]:
-    """Train nets of one shape in place, all at once, yielding after every epoch; on hard labels, or on `distill`'s
-    soft targets too. Each sees its own order, shifts and dropout, which depend on its (seed, epoch) alone: from the
-    `states` after `done` epochs it goes on as if it had never stopped.
+def train(spec: Spec, places: Places, tell: Tell, note: Note) -> Result:
+    """Train the net of a spec, or combine an ensemble, and write its run directory; continue where it was interrupted.
 
-    The transfer set lies on the models' device. On a GPU a step is one CUDA graph.
+    Raises BadInput when the images or a parent are not those of the spec, or another process is at it; RuntimeError
+    when the training diverges. What somebody's own code prints goes to stderr.
     """
-    keep_freed_memory()
-    device, n = transfer_set.labels.device, len(transfer_set)
-    source = Jittered(transfer_set, train.jitter) if train.jitter else transfer_set
-    averaged = [copy.deepcopy(model) for model in models] if train.ema else models
-    net = core.stack(models)
-    average = core.stack(averaged) if train.ema else net
-    rate = torch.zeros((), device=device)
-    state, optimize = make_optimizer(net, train, rate)
-    if train.ema:
-        state |= {f"{name}/ema": p.detach() for name, p in average.named_parameters()}
-    own = _resumed(state, len(models), states)
-    draws = [torch.Generator(device) for _ in seeds]
-    steps = math.ceil(n / train.batch_size)
-
-    step = _make_step(net, source, transfer_set.labels, train, draws, optimize, distill)
-    if device.type == "cuda":
-        net.train()
-        sizes = {min(train.batch_size, n), n - (steps - 1) * train.batch_size}
-        step = _captured(step, [(len(seeds), size) for size in sizes], draws, state)
-
-    for epoch in range(done, train.epochs):
-        net.train()
-        order = torch.stack([torch.randperm(n, generator=generator(seed, "order", epoch)) for seed in seeds]).to(device)
-        shifts = torch.stack([_shifts(train.jitter, n, seed, epoch) for seed in seeds], 1).to(device)
-        for draw, seed in zip(draws, seeds, strict=True):
-            draw.manual_seed(core.stream(seed, "dropout", epoch))
-        seen = []  # what the nets said, on the device; read once an epoch
-
-        for i, (index, shift) in enumerate(
-            zip(order.split(train.batch_size, 1), shifts.split(train.batch_size, 2), strict=True)
-        ):
-            rate.fill_(learning_rate(train, epoch * steps + i, steps))
-            seen.append([out.clone() for out in step(index, shift)])
-            if train.ema:  # with a decay that starts low, so that the average forgets the random start
-                decay = min(train.ema, (1 + epoch * steps + i) / (10 + epoch * steps + i))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-
-        logits, soft_targets = (torch.cat(outs, 1) for outs in zip(*seen, strict=True))
-        metrics = _metrics(logits, transfer_set.labels[order], soft_targets, distill)
-        for of_one, z in zip(metrics, logits, strict=True):
-            _mark_divergence(of_one, z, epoch * steps, train.batch_size)
-        yield Epoch([{"epoch": epoch + 1} | of_one for of_one in metrics], averaged, own)
+    torch.set_num_threads(places.threads)
+    run, device = Run(places.runs_dir, spec), select_device(places.device)
+    shown = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    parents = {name: weights_checksum(places.open(name)) for name in spec.parents}
+    dataset = open_dataset(spec.data, places.data_dir)
+    if dataset.facts != spec.dataset:
+        raise BadInput(f"{run.name}: the images are no longer those that it was planned with: start again")
+    own_code = ((spec.model and spec.model.name) or "").rpartition(":")[0]
+    quiet, blaming = contextlib.redirect_stdout(sys.stderr), code.blaming(own_code)
+    with quiet, run.writing(shown, places.threads, parents), blaming:
+        if spec.command == "ensemble":
+            result = _combine(run, dataset)
+        else:
+            result = _Training(run, dataset, places, device, tell, note).result()
+        result = result.model_copy(update={"device": shown, "threads": places.threads, "parents": parents})
+        return run.finish(result, _report(run, result))
 
 
-def _mark_divergence(metrics: dict[str, float], logits: Tensor, before: int, batch_size: int) -> None:
-    """Where the loss of an epoch is not finite, say at which step what the net said, logits [N, C], first was not;
-    `before` steps came before this epoch."""
-    if not math.isfinite(metrics["loss"]):
-        metrics["diverged_at"] = before + int((~logits.isfinite().all(1)).int().argmax()) // batch_size
+class _Training:
+    """The training of one net."""
+
+    def __init__(
+        self, run: Run, dataset: Dataset, places: Places, device: torch.device, tell: Tell, note: Note
+    ) -> None:
+        self.run, self.dataset, self.places, self.device = run, dataset, places, device
+        self.tell, self.note = tell, note
+        self.train, self.test = run.spec.trained[1], dataset.test.to(device)
+
+    def result(self) -> Result:
+        """Train the net, keep its weights and logits, and count its errors. The last epoch counts, whatever came
+        before."""
+        spec, data = self.run.spec, self.dataset
+        transfer = data.transfer_set(spec.omitted, spec.data.transfer)
+        whole = len(transfer) == len(data.train)
+        transfer_set = (data.train if whole else data.train.at(transfer)).to(self.device)
+        teacher = self._teacher(transfer) if spec.distill else None
+        net, last = self._fit(transfer_set, teacher)
+        self.run.save("weights", net.state_dict())
+        logits = {"test": predict(net, self.test).cpu()}
+        if spec.omitted or spec.command == "train-teacher":
+            logits["train"] = predict(net, data.train.to(self.device)).cpu()
+        self.run.save("logits", logits)
+        test = score.count_errors(logits["test"], data.test.labels)
+        guessing = score.errors_of_guessing(data.test.labels)
+        warning = None
+        if test.errors >= guessing and not spec.omitted:
+            warning = f"is no better than guessing, which makes {guessing:,} errors: try a lower lr"
+            self.note(f"{self.run.name}: {test.errors:,} errors of {test.total:,}: {warning}")
+        return Result(
+            command=spec.command,
+            experiment=spec.experiment,
+            run=self.run.name,
+            seed=spec.seed,
+            seconds=last.seconds,
+            evaluated_on="test images" if spec.data.evaluate_on == "test" else "held-out training images",
+            test=test,
+            samples=len(transfer_set),
+            last_epoch=last,
+            warning=warning,
+            omitted=spec.omitted,
+            bias=_corrections(logits, data, spec.omitted) if spec.omitted else {},
+        )
+
+    def _teacher(self, transfer: torch.Tensor) -> Teacher:
+        """Cached logits, or the nets themselves where students see the images shifted."""
+        source = self.places.open(self.run.spec.parents[0])
+        if self.train.jitter:
+            return live(source, self.device)
+        return cached(source, transfer, len(self.dataset.train), self.device)
+
+    def _fit(self, transfer_set: Split, teacher: Teacher | None) -> tuple[nn.Module, Epoch]:
+        """Train, log every epoch and save the state now and then; the net to keep, and the last epoch."""
+        spec, run, facts = self.run.spec, self.run, self.dataset.facts
+        # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
+        stream = 2 * spec.seed + (spec.command in STUDENTS)
+        with seeded(stream, "init"):
+            net = place(build(spec.trained[0], facts.shape, len(facts.classes)), self.device)
+        start = run.load_state(self.note)
+        before = run.metrics()[start.epochs - 1].seconds if start.epochs else 0.0
+        if start.epochs:
+            self.note(f"{run.name}: continued after epoch {start.epochs}")
+        began = last_save = last_epoch = time.perf_counter()
+        with run.logging() as log:
+            epochs = fit(net, transfer_set, self.train, stream, teacher=teacher, distill=spec.distill, start=start)
+            for fitted in epochs:
+                seconds = round(before + time.perf_counter() - began, 3)
+                speed = round(len(transfer_set) / (time.perf_counter() - last_epoch))
+                epoch = self._counted(fitted, seconds, speed, math.ceil(len(transfer_set) / self.train.batch_size))
+                log(epoch)
+                self.tell(run.name, self.train.epochs, epoch)
+                if time.perf_counter() - last_save >= self.places.save_every and epoch.epoch < self.train.epochs:
+                    run.save_state(State(epoch.epoch, fitted.state()))
+                    last_save = time.perf_counter()
+                last_epoch = time.perf_counter()
+        return fitted.net, epoch
+
+    def _counted(self, fitted: Fitted, seconds: float, speed: int, steps: int) -> Epoch:
+        """The epoch with its errors on the test images. Raises RuntimeError, and says so in the run, where the loss or
+        what the net says now is not finite."""
+        logits = predict(fitted.net, self.test)
+        if fitted.diverged_at is not None or not bool(logits.isfinite().all()):
+            step = fitted.epoch * steps - 1 if fitted.diverged_at is None else fitted.diverged_at
+            error = _divergence(self.train, step, steps)
+            self.run.end("diverged", error)
+            raise RuntimeError(error)
+        return Epoch(
+            epoch=fitted.epoch,
+            loss=fitted.loss,
+            hard_loss=fitted.hard_loss,
+            t2_kl=fitted.t2_kl,
+            train_errors=fitted.train_errors,
+            test_errors=score.count_errors(logits, self.test.labels).errors,
+            seconds=seconds,
+            images_per_s=speed,
+        )
 
 
-def _make_step(
-    net: MLP,
-    source: Split | Jittered,
-    labels: Tensor,
-    train: Train,
-    draws: Sequence[torch.Generator],
-    optimize: Callable[[], None],
-    distill: tuple[Distill, Teacher] | None,
-) -> Step:
-    """All that happens to a batch, which is what a CUDA graph holds."""
-
-    def step(index: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on the samples at `index` [M, B], shifted by `shift` [2, M, B]: logits, soft targets [M, B, C]."""
-        x = source.inputs(index, shift)
-        soft_targets = distill[1](index, x) if distill else x.new_zeros(*index.shape, 0)
-        logits = net(x, draws) if len(draws) > 1 else net(x[0], draws)[None]
-        net.zero_grad()
-        _loss(logits, labels[index], soft_targets, distill).total.sum().backward()
-        with torch.no_grad():
-            optimize()
-        if train.max_norm:
-            net.constrain(train.max_norm)
-        return logits.detach(), soft_targets
-
-    return step
+def _divergence(train: Train, step: int, steps: int) -> str:
+    """What to say of a training whose loss was not finite at a step."""
+    return (
+        f"diverged at step {step + 1} (epoch {step // steps + 1}), at a learning rate of "
+        f"{learning_rate(train, step, steps):.3g}: lower the lr of {train.lr:g}, or let it rise over a warmup"
+    )
 
 
-def _resumed(
-    state: dict[str, Tensor], members: int, states: Sequence[dict[str, Tensor]]
-) -> Sequence[dict[str, Tensor]]:
-    """Each member's own part of the training state, as views, after `states` were copied into it. Raises BadInput when
-    they are of another training."""
-    own = [{k: t[m] if members > 1 and t.dim() else t for k, t in state.items()} for m in range(members)]
-    for saved, tensors in zip(states, own, strict=False):
-        if {n: (t.shape, t.dtype) for n, t in saved.items()} != {n: (t.shape, t.dtype) for n, t in tensors.items()}:
-            raise BadInput("the saved training state is not one of this net and optimizer: remove the run, kd runs rm")
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
-    return own
+def _corrections(logits: dict[str, torch.Tensor], data: Dataset, omitted: list[str]) -> dict[str, Correction]:
+    """The bias correction chosen on the test set (the paper's way), on the held-out images, and by the class prior."""
+    train, test, held, absent = data.train.labels, data.test.labels, data.heldout, data.numbers(omitted)
+    classes: list[int] = absent.tolist()
+    shifts = {
+        "test": score.fewest_errors_shift(logits["test"], test, classes),
+        "heldout": score.fewest_errors_shift(logits["train"][held], train[held], classes),
+        "prior": score.prior_shift(logits["train"], classes, float(torch.isin(train, absent).double().mean())),
+    }
+
+    def corrected(shift: float) -> Correction:
+        counted = score.count_errors(score.shift_bias(logits["test"], classes, shift), test)
+        return Correction(shift=shift, errors=counted.errors, per_class_errors=counted.per_class_errors)
+
+    return {name: corrected(shift) for name, shift in shifts.items()}
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: it would hand the gradients back to the kernel and take them again, page by page,
-    at every step, which costs 4 % of a teacher's."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library does as it likes
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**30)
+def _combine(run: Run, dataset: Dataset) -> Result:
+    """Both averages of an ensemble's members, and by how many errors the chosen one beats them."""
+    spec, labels, found = run.spec, dataset.test.labels, [member.result() for member in members(run)]
+    logits = kept_logits(run, "test", len(labels))
+    how: tuple[Average, ...] = ("arithmetic", "geometric")
+    averages = {a: score.count_errors(losses.average(logits, 1.0, a), labels) for a in how}
+    test, errors = averages[spec.average], [member.test.errors for member in found]
+    return Result(
+        command=spec.command,
+        experiment=spec.experiment,
+        run=run.name,
+        seed=spec.seed,
+        seconds=sum(member.seconds for member in found),
+        evaluated_on=found[0].evaluated_on,
+        test=test,
+        average=spec.average,
+        averages={how: averages[how] for how in averages},
+        members=[Brief(run=m.run, errors=m.test.errors, seed=m.seed) for m in found],
+        fewer_errors_than=Gain(
+            best_member=min(errors) - test.errors, mean_member=sum(errors) / len(errors) - test.errors
+        ),
+    )
 
 
-def _shifts(jitter: int, n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randint(2 * jitter + 1, (2, n), generator=generator(seed, "jitter", epoch))
-
-
-def _loss(logits: Tensor, labels: Tensor, soft_targets: Tensor, distill: tuple[Distill, Teacher] | None) -> core.Loss:
-    if distill is None:
-        hard = core.cross_entropy(logits, labels)
-        return core.Loss(hard, torch.zeros_like(hard), hard)
-    loss = distill[0].model_dump(exclude={"teacher"})
-    return core.distillation_loss(logits, labels, soft_targets, **loss)
-
-
-def _metrics(
-    logits: Tensor, labels: Tensor, soft_targets: Tensor, distill: tuple[Distill, Teacher] | None
-) -> list[dict[str, float]]:
-    """The means of an epoch for each net, from what it said at every step: logits [M, N, C], labels [M, N]."""
-    loss = _loss(logits, labels, soft_targets, distill)
-    columns = {"loss": loss.total, "hard_loss": loss.hard, "train_errors": (logits.argmax(-1) != labels).sum(-1)}
-    if distill:  # T^2 KL(soft targets || student): 0 for a perfect match
-        columns["t2_kl"] = distill[0].T ** 2 * (loss.soft - core.entropy(soft_targets))
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def _captured(
-    step: Step, sizes: Sequence[tuple[int, int]], draws: Sequence[torch.Generator], state: dict[str, Tensor]
-) -> Step:
-    """`step` as one CUDA graph for each size [M, B] of its index: a launch a step in place of a hundred.
-
-    The graph is captured with the batch in buffers of its own, after the steps on a side stream that CUDA asks for;
-    what they do to the training state is undone.
-    """
-    before = {name: tensor.clone() for name, tensor in state.items()}
-    device = draws[0].device
-    graphs = {}
-    for size in sizes:
-        index, shift = (torch.zeros(*more, *size, dtype=torch.int64, device=device) for more in ((), (2,)))
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step(index, shift)
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        for draw in draws:
-            graph.register_generator_state(draw)  # so that a replay draws on from where the last one stopped
-        with torch.cuda.graph(graph):
-            outs = step(index, shift)
-        graphs[size] = graph, index, shift, outs
-    for name, tensor in state.items():
-        tensor.copy_(before[name])
-
-    def replay(index: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        graph, its_index, its_shift, outs = graphs[index.shape[0], index.shape[1]]
-        its_index.copy_(index)
-        its_shift.copy_(shift)
-        graph.replay()
-        return outs
-
-    return replay
-
-
-def make_optimizer(net: MLP, train: Train, rate: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """The training state by name, which is the weights and all that the optimizer keeps of them, and its step, which
-    moves them along their gradients at `rate`, a tensor because a CUDA graph reads it anew at every step.
-
-    torch's functional form: the classes in torch.optim import its compiler, which costs a second and 300 MB.
-    """
-    weights = list[Tensor](net.parameters())
-    fixed: dict[str, Any] = {"lr": rate, "weight_decay": train.weight_decay, "maximize": False, "fused": True}
-    kept: dict[str, list[Tensor]]
-    if train.optimizer == "sgd":
-        kept = {"momentum_buffer": [torch.zeros_like(w) for w in weights]} if train.momentum else {}
-        buffers = list[Tensor | None](kept.get("momentum_buffer", []))
-
-        def step(gradients: list[Tensor]) -> None:
-            sgd(weights, gradients, buffers, momentum=train.momentum or 0.0, dampening=0, nesterov=False, **fixed)
-    else:
-        kept = {key: [torch.zeros_like(w) for w in weights] for key in ("exp_avg", "exp_avg_sq")}
-        kept["step"] = [torch.zeros((), device=w.device) for w in weights]
-        adam_ = adam if train.optimizer == "adam" else adamw
-
-        def step(gradients: list[Tensor]) -> None:
-            averages, squares, steps = kept.values()
-            adam_(
-                weights,
-                gradients,
-                averages,
-                squares,
-                [],
-                steps,
-                amsgrad=False,
-                beta1=0.9,
-                beta2=0.999,
-                eps=1e-8,
-                **fixed,
-            )
-
-    names = [name for name, _ in net.named_parameters()]
-    state = dict(zip(names, (w.detach() for w in weights), strict=True))
-    state |= {f"{name}/{key}": t for key, ts in kept.items() for name, t in zip(names, ts, strict=True)}
-    return state, lambda: step([w.grad for w in weights if w.grad is not None])
-
-
-def learning_rate(train: Train, step: int, steps: int) -> float:
-    """The rate of a step counted from 0 over the whole training, with `steps` to an epoch: linear warm-up, then the
-    schedule, which would reach zero one step after the last."""
-    warmup = round(train.warmup * steps)
-    if step < warmup:
-        return train.lr * (step + 1) / warmup
-    done = (step - warmup) / (train.epochs * steps - warmup)
-    match train.schedule:
-        case "linear":
-            return train.lr * (1 - done)
-        case "cosine":
-            return train.lr * (1 + math.cos(math.pi * done)) / 2
-    return train.lr
-
-
-@torch.inference_mode()
-def predict(model: MLP, split: Split, batch_size: int = 2_000) -> Tensor:
-    """Logits [N, C] of a split's images as they are, in eval mode; the model's mode is put back."""
-    was_training = model.training
-    model.eval()
-    logits = [
-        model(split.inputs(index)) for index in torch.arange(len(split)).to(split.labels.device).split(batch_size)
+def _report(run: Run, result: Result) -> str:
+    """report.md: what the run is and what came out, for a reader."""
+    test, classes = result.test, run.spec.dataset.classes
+    worst = sorted(zip(test.per_class_errors, classes, strict=True), key=lambda pair: -pair[0])[:12]
+    settings = run.spec.model_dump(exclude_defaults=True, exclude={"dataset"})
+    lines = [
+        f"# {run.name}",
+        f"{test.errors} errors on {test.total} {result.evaluated_on}; by class, most first: "
+        + ", ".join(f"{name} {errors}" for errors, name in worst),
+        f"Trained in {result.seconds:.0f} s on {result.device}.",
+        *[f"Learned from {parent}." for parent in run.spec.parents],
+        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",
     ]
-    model.train(was_training)
-    return torch.cat(logits)
+    return "\n\n".join(lines) + "\n"

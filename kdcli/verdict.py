@@ -1,20 +1,30 @@
 """Did it help? Intervals and paired tests over seeds."""
 
+import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal
 
-from kdcli.runs import Document
+from kdcli.config import Section
 
 ALPHA, POWER = 0.05, 0.8  # of the tests behind a verdict
 
 
-class Verdict(NamedTuple):
+class Spread(Section):
+    """Errors over seeds: their mean, standard deviation and 95 % t-interval of the mean; the last two None of one."""
+
+    errors: list[int]
+    mean: float
+    std: float | None = None
+    interval: list[float] | None = None
+
+
+class Verdict(Section):
     """Does one side make fewer errors than the other? `fewer_errors` is the mean over the seeds that they share."""
 
-    verdict: str
+    verdict: Literal["helped", "hurt", "no evidence"]
     fewer_errors: float
-    interval: tuple[float, float] | None
+    interval: list[float] | None = None
     p: float
     n: int
     test: str
@@ -32,39 +42,39 @@ class Verdict(NamedTuple):
         if one:
             test = f"McNemar's exact test on the two nets' predictions: p = {self.p:.2g}"
             return f"{start}: {amount} ({test}). Other seeds may differ: --seeds 0-4 would tell."
-        low, high = sorted(sign * end for end in self.interval or ())
-        spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} {word}"
         settle = f" About {self.settle:,} seeds would settle an effect of this size." if self.settle else ""
+        if self.interval is None:
+            return f"{start}: {amount} at each of {self.n} seeds (no spread to test; {self.test}: p = {self.p:.2g}).{settle}"
+        low, high = sorted(sign * end for end in self.interval)
+        spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} {word}"
         return f"{start}: {amount} ({spread}; {self.test}: p = {self.p:.2g}).{settle}"
-
-
-def verdict(distilled: Sequence[Document]) -> Verdict:
-    """The verdict on student against baseline of the same seed, from `distill` documents."""
-    only = distilled[0]["baseline"]
-    return paired([d["baseline"]["errors"] - d["test"]["errors"] for d in distilled], only["fixed"], only["broken"])
 
 
 def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
     """The verdict on differences of errors, one a seed.
 
-    Several: a paired t-test on them. One: McNemar's exact test on the images that only one side gets right, `fixed`
-    and `broken`. The interval is of the mean over seeds; it does not cover the sampling of the test set.
+    Several: a paired t-test on them or, where all are the same, a sign test, since they tell nothing of the spread. One:
+    McNemar's exact test on the images that only one side gets right, `fixed` and `broken`. The interval is of the mean
+    over seeds; it does not cover the sampling of the test set.
     """
     from scipy import stats
 
     n, mean, name = len(fewer), statistics.mean(fewer), "McNemar's test" if len(fewer) == 1 else "paired t-test"
-    interval: tuple[float, float] | None = None
+    interval, settle = None, None
     if n == 1:
         p = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
-    elif len(set(fewer)) == 1:  # no spread for a t-test to use: a sign test
-        p, interval, name = (2 * 0.5**n if mean else 1.0), (mean, mean), "sign test"
+    elif len(set(fewer)) == 1:
+        p, name = float(stats.binomtest(n, n).pvalue) if mean else 1.0, "sign test"
+        settle = math.ceil(1 - math.log2(ALPHA)) if mean else None  # so many alike: 2 * 0.5^n is below 5 %
     else:
         test = stats.ttest_1samp(fewer, 0)
         low, high = test.confidence_interval(1 - ALPHA)
-        p, interval = float(test.pvalue), (float(low), float(high))
-    word = "no evidence" if p >= ALPHA else "helped" if mean > 0 else "hurt"
-    settle = seeds_to_settle(mean, statistics.stdev(fewer)) if n > 1 and word == "no evidence" else None
-    return Verdict(word, mean, interval, p, n, name, settle)
+        p, interval = float(test.pvalue), [float(low), float(high)]
+        settle = seeds_to_settle(mean, statistics.stdev(fewer))
+    found = p < ALPHA
+    word: Literal["helped", "hurt", "no evidence"] = "no evidence" if not found else "helped" if mean > 0 else "hurt"
+    settle = None if found else settle
+    return Verdict(verdict=word, fewer_errors=mean, interval=interval, p=p, n=n, test=name, settle=settle)
 
 
 def seeds_to_settle(mean: float, std: float) -> int | None:
@@ -84,17 +94,27 @@ def seeds_to_settle(mean: float, std: float) -> int | None:
     return high
 
 
-def spread(errors: Sequence[int]) -> Document:
-    """The errors over seeds with their mean, standard deviation (None of one) and the interval of the mean."""
+def spread(errors: Sequence[int]) -> Spread:
+    """The errors over seeds with their mean, standard deviation and the interval of the mean."""
     std = statistics.stdev(errors) if len(errors) > 1 else None
-    return {"errors": list(errors), "mean": statistics.mean(errors), "std": std, "interval": mean_interval(errors)}
+    return Spread(errors=list(errors), mean=statistics.mean(errors), std=std, interval=mean_interval(errors))
 
 
-def mean_interval(errors: Sequence[float]) -> tuple[float, float] | None:
+def mean_interval(errors: Sequence[float]) -> list[float] | None:
     """The 95 % t-interval of the mean over seeds; None for fewer than two."""
     from scipy import stats
 
     if len(errors) < 2:
         return None
     half = float(stats.t.ppf(1 - ALPHA / 2, len(errors) - 1)) * statistics.stdev(errors) / len(errors) ** 0.5
-    return statistics.mean(errors) - half, statistics.mean(errors) + half
+    return [statistics.mean(errors) - half, statistics.mean(errors) + half]
+
+
+def against(reference: float, mean: float, interval: Sequence[float] | None) -> str:
+    """better or worse where the interval of the mean leaves out a reference measured once; of one seed lower or
+    higher."""
+    low, high = interval or (mean, mean)
+    if low <= reference <= high:
+        return "not distinguishable" if interval else "the same"
+    word = ("better", "worse") if interval else ("lower", "higher")
+    return word[0] if mean < reference else word[1]

@@ -32,6 +32,61 @@ omit_classes:
   - omit: [3]
 """
 
+# Somebody's own data and net: colour images that are not square, classes with names, BatchNorm and dropout.
+OWN_DATA = """\
+import numpy as np
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def load(classes=NAMES, each=40, noise=60):
+    rng = np.random.default_rng(0)
+    prototypes = rng.integers(60, 195, (len(classes), 3, 6, 9))
+
+    def draw(each):
+        labels = np.repeat(np.arange(len(classes)), each)
+        images = prototypes[labels] + rng.normal(0, noise, (len(labels), 3, 6, 9))
+        return images.clip(0, 255).astype(np.uint8), labels
+
+    (x_train, y_train), (x_test, y_test) = draw(each), draw(each // 2)
+    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test, "classes": classes}
+
+
+def hundred():
+    return load([f"kind {i}" for i in range(100)], each=12, noise=30)
+"""
+OWN_NETS = """\
+from torch import nn
+
+
+def make(classes, channels, width=8):
+    print("a net is made")  # which breaks nothing
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )
+"""
+OWN = """\
+name: own
+threads: 1
+data: {function: "own_data.py:load", heldout: 24}
+teacher:
+  model: {name: "own_nets.py:make", args: {width: 16}}
+  train: {epochs: 8, batch_size: 16, optimizer: adam, lr: 1e-2, jitter: 1, ema: 0.9}
+ensemble: {members: 2}
+student:
+  model: {name: "own_nets.py:make", args: {width: 4}}
+  train: {epochs: 8, batch_size: 16, optimizer: adamw, lr: 1e-2}
+distill: {T: 4, lambda1: 0.9}
+omit_classes:
+  - omit: [dog]
+"""
+
 
 class Done(NamedTuple):
     """A finished `kd` process."""
@@ -53,6 +108,8 @@ class Shell:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         (folder / "tiny.yaml").write_text(TINY)
+        for name, text in (("own.yaml", OWN), ("own_data.py", OWN_DATA), ("own_nets.py", OWN_NETS)):
+            (folder / name).write_text(text)
 
     def __call__(self, *arguments: str, **environment: str) -> Done:
         variables = {k: v for k, v in os.environ.items() if k != "KD_DATA"} | environment
@@ -96,7 +153,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 def mnist_dir() -> Path:
     """The folder with real MNIST. Without it the test is skipped, or fails where CI=true."""
     folder = Path(os.environ.get("KD_DATA", "data")).resolve()
-    if not all((folder / "MNIST" / "raw" / name).is_file() for name in MNIST_FILES):
+    if not all((folder / "MNIST" / "raw" / f"{name}-ubyte").is_file() for name in MNIST_FILES):
         reason = f"needs MNIST in {folder}: set KD_DATA to the folder that holds MNIST/raw"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)

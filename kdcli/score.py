@@ -3,37 +3,54 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdcli.config import Section
+from kdcli.runs import Counted
 
-def count_errors(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+BINS = 15  # of the top class's probability, for the calibration error and its picture
+
+
+def count_errors(logits: Tensor, labels: Tensor) -> Counted:
     """Errors over all samples and per class of the label: logits [N, C], labels [N]."""
     wrong = logits.argmax(1) != labels
     per_class = torch.bincount(labels[wrong], minlength=logits.shape[1]).tolist()
-    return {"errors": int(wrong.sum()), "total": len(labels), "per_class_errors": per_class}
+    return Counted(errors=int(wrong.sum()), total=len(labels), per_class_errors=per_class)
 
 
-def score(log_p: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Errors, confusion matrix (rows: label, columns: prediction), and the quality of the probabilities.
+def errors_of_guessing(labels: Tensor) -> int:
+    """The errors on labels [N] of naming the most frequent class for all."""
+    return len(labels) - int(torch.bincount(labels).max())
 
-    log_p: log-probabilities [N, C]. NLL in nats a sample; the Brier score is the squared distance to the one-hot
-    label, summed over classes (Brier 1950), from 0 to 2; ece: see `calibration_error`.
-    """
+
+class Quality(NamedTuple):
+    """Of log-probabilities: the confusion matrix (rows: label, columns: prediction); NLL in nats a sample; the Brier
+    score, the squared distance to the one-hot label, summed over classes (Brier 1950), from 0 to 2; ece: see
+    `calibration_error`."""
+
+    confusion: list[list[int]]
+    nll: float
+    brier: float
+    ece: float
+
+
+def quality(log_p: Tensor, labels: Tensor) -> Quality:
+    """The quality of log-probabilities [N, C] of samples with labels [N]."""
     classes = log_p.shape[1]
     pairs = torch.bincount(labels * classes + log_p.argmax(1), minlength=classes**2)
-    return count_errors(log_p, labels) | {
-        "confusion": pairs.view(classes, classes).tolist(),
-        "nll": float(F.nll_loss(log_p, labels)),
-        "brier": float((log_p.exp() - F.one_hot(labels, classes)).square().sum(1).mean()),
-        "ece": calibration_error(log_p, labels),
-    }
+    return Quality(
+        pairs.view(classes, classes).tolist(),
+        float(F.nll_loss(log_p, labels)),
+        float((log_p.exp() - F.one_hot(labels, classes)).square().sum(1).mean()),
+        calibration_error(log_p, labels),
+    )
 
 
-def calibration_error(log_p: Tensor, labels: Tensor, bins: int = 15) -> float:
+def calibration_error(log_p: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """The expected calibration error (Guo et al., arXiv:1706.04599, eq. 3): mean |accuracy - confidence| over
     `bins` equal intervals of the top class's probability, weighted by their samples."""
     log_confidence, predicted = log_p.double().max(1)
@@ -43,12 +60,12 @@ def calibration_error(log_p: Tensor, labels: Tensor, bins: int = 15) -> float:
     return float(gaps.abs().sum() / len(labels))
 
 
-def compare(log_p: Tensor, teacher_log_p: Tensor) -> dict[str, float]:
+def follows(log_p: Tensor, teacher_log_p: Tensor) -> tuple[float, float]:
     """How a student follows its teacher: the share of samples with the same prediction, and the mean
     KL(teacher || student) at T = 1, in nats; both log-probabilities [N, C]."""
     same = (log_p.argmax(1) == teacher_log_p.argmax(1)).double().mean()
     kl = F.kl_div(log_p, teacher_log_p, reduction="batchmean", log_target=True)
-    return {"agreement": float(same), "kl_from_teacher": float(kl)}
+    return float(same), float(kl)
 
 
 def shift_bias(logits: Tensor, omitted: Sequence[int], shift: float) -> Tensor:
@@ -97,9 +114,16 @@ def prior_shift(logits: Tensor, omitted: Sequence[int], share: float) -> float:
     return float(bisect(lambda shift: float(torch.sigmoid(odds + shift).mean()) - share, low, high, xtol=1e-9))
 
 
-def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float = 0.05) -> dict[str, float]:
-    """Milliseconds of `forward` on one batch, median (p50) and 95th percentile (p95), over at least 20 calls and about
-    `seconds` after a warm-up; and the images a second at the median."""
+class Latency(Section):
+    """Milliseconds of a batch, median and 95th percentile, and the images a second at the median."""
+
+    p50: float
+    p95: float
+    images_per_s: int
+
+
+def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float = 0.05) -> Latency:
+    """The time of `forward` on one batch, over at least 20 calls and about `seconds` after a warm-up."""
     cuda = inputs.device.type == "cuda"
     times: list[float] = []
     with torch.inference_mode():
@@ -114,4 +138,4 @@ def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float 
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     p50, p95 = (q * 1e3 for q in statistics.quantiles(times, n=20)[9::9])
-    return {"p50": round(p50, 4), "p95": round(p95, 4), "images_per_s": round(len(inputs) / p50 * 1e3)}
+    return Latency(p50=round(p50, 4), p95=round(p95, 4), images_per_s=round(len(inputs) / p50 * 1e3))

@@ -1,0 +1,63 @@
+"""Somebody's own Python file, where an experiment asks for it (`nets.py:make`): run, and told apart by its content."""
+
+import contextlib
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kdcli import BadInput
+
+
+def digest(reference: str) -> str:
+    """The sha256 of the file of `file.py:function`. Raises BadInput when it cannot be read."""
+    path = Path(reference.rpartition(":")[0])
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@lru_cache
+def _module(path: str, content: str) -> ModuleType:
+    """The module in a file, run once for each content of it."""
+    spec = importlib.util.spec_from_file_location(f"kd_{content[:12]}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a class defined in it looks for itself
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(reference: str, **arguments: Any) -> Any:
+    """What the function of `file.py:function` returns. Raises BadInput when it is not there or fails, with its line."""
+    path, _, name = reference.rpartition(":")
+    with blaming(path):
+        function: Callable[..., Any] | None = getattr(_module(path, digest(reference)), name, None)
+        if not callable(function):
+            raise BadInput(f"{path}: has no function {name}")
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for kd's own document
+            return function(**arguments)
+
+
+@contextlib.contextmanager
+def blaming(path: str) -> Iterator[None]:
+    """Raise what fails in somebody's file as BadInput with the line of that file; other failures pass."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines.append(error.lineno)
+        if not lines:
+            raise
+        text = " ".join(str(error).split())
+        raise BadInput(f"{path}:{lines[-1]}: {type(error).__name__}{f': {text}' if text else ''}") from error

@@ -1,0 +1,200 @@
+"""`fit`, the one training loop: batch, objective, optimizer, schedule, averaged weights, state."""
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from kdcli import BadInput
+from kdcli.config import Distill, Train
+from kdcli.data import Split
+from kdcli.device import forward_of, generator, seeded
+from kdcli.losses import Loss, objective
+from kdcli.models import MLP
+from kdcli.runs import State
+from kdcli.teacher import Teacher
+
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+class Fitted(NamedTuple):
+    """What there is after an epoch: means over the samples as they were seen, the net to evaluate and to keep, and what
+    gives the tensors to continue from, which change with the next step."""
+
+    epoch: int  # from 1
+    loss: float
+    hard_loss: float
+    t2_kl: float | None
+    train_errors: int
+    diverged_at: int | None  # the first step whose loss was not finite, from 0 over the whole training
+    net: nn.Module  # with averaged weights where `ema` is set
+    state: Callable[[], dict[str, Tensor]]
+
+
+NOTHING = State(0, {})
+
+
+def fit(
+    net: nn.Module,
+    transfer_set: Split,
+    train: Train,
+    seed: int,
+    *,
+    teacher: Teacher | None = None,
+    distill: Distill | None = None,
+    start: State = NOTHING,
+) -> Iterator[Fitted]:
+    """Train a net in place, yielding after every epoch; on hard labels or, with a teacher, on its soft targets too.
+
+    The net and the transfer set lie on one device. Order, shifts and dropout depend on (seed, epoch) alone: continued
+    from a state, training goes on as if it had never stopped. Raises BadInput when the state is of another training.
+    """
+    keep_freed_memory()
+    n, device = len(transfer_set), transfer_set.labels.device
+    steps = math.ceil(n / train.batch_size)
+    loop = _Loop(net, transfer_set, train, teacher, distill, start, steps)
+    for epoch in range(start.epochs, train.epochs):
+        net.train()
+        order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
+        shifts = torch.randint(2 * train.jitter + 1, (2, n), generator=generator(seed, "jitter", epoch)).to(device)
+        batches = zip(order.split(train.batch_size), shifts.split(train.batch_size, 1), strict=True)
+        with seeded(seed, "dropout", epoch):
+            sums, errors = zip(*(loop.step(index, shift) for index, shift in batches), strict=True)
+        loss = Loss(*(torch.stack(part) for part in zip(*sums, strict=True)))  # on the device, read once an epoch
+        finite = loss.total.isfinite()
+        yield Fitted(
+            epoch=epoch + 1,
+            loss=float(loss.total.sum()) / n,
+            hard_loss=float(loss.hard.sum()) / n,
+            t2_kl=float(loss.t2_kl.sum()) / n if teacher else None,
+            train_errors=int(torch.stack(errors).sum()),
+            diverged_at=None if finite.all() else epoch * steps + int(finite.int().argmin()),
+            net=loop.average.module if loop.average else net,
+            state=loop.tensors,
+        )
+
+
+class _Loop:
+    """A net in training, and what moves it."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        images: Split,
+        train: Train,
+        teacher: Teacher | None,
+        distill: Distill | None,
+        start: State,
+        steps: int,
+    ) -> None:
+        self.net, self.images, self.train, self.teacher, self.distill = net, images, train, teacher, distill
+        self.optimizer = make_optimizer(net, train)
+        self.average = averaged(net, train.ema) if train.ema else None
+        if start.epochs:
+            self._restore(start.tensors)
+        self.rate = LambdaLR(
+            self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, start.epochs * steps - 1
+        )
+        self.forward = forward_of(net, images.labels.device, train.epochs * steps)
+        self.padded = images.padded(train.jitter) if train.jitter else None
+
+    def step(self, index: Tensor, shift: Tensor) -> tuple[Loss, Tensor]:
+        """One step on the samples at `index` [B], shifted by `shift` [2, B]: the sums of their losses and errors."""
+        images, y = self.images, self.images.labels[index]
+        x = images.inputs(index) if self.padded is None else images.shifted(self.padded, index, shift)
+        taught = self.teacher.logits(index, x) if self.teacher else None
+        logits = self.forward(x)
+        loss = objective(logits, y, taught, self.distill, self.teacher.average if self.teacher else "arithmetic")
+        self.optimizer.zero_grad()
+        loss.total.backward()
+        self.optimizer.step()
+        self.rate.step()
+        if self.train.max_norm and isinstance(self.net, MLP):
+            self.net.constrain(self.train.max_norm)
+        if self.average:
+            self.average.update_parameters(self.net)
+        return Loss(*(part.detach() * len(index) for part in loss)), (logits.detach().argmax(1) != y).sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training continues from, by name: the net's buffers, the optimizer and the averages included."""
+        found = {f"net/{name}": tensor for name, tensor in self.net.state_dict().items()}
+        for i, kept in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer/{i}/{name}": value for name, value in kept.items() if isinstance(value, Tensor)}
+        averages = self.average.state_dict() if self.average else {}
+        return found | {f"average/{name}": tensor for name, tensor in averages.items()}
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        kept: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in part("optimizer/").items():
+            i, _, key = name.partition("/")
+            kept.setdefault(int(i), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        try:
+            self.net.load_state_dict(part("net/"))
+            self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
+            if self.average:
+                self.average.load_state_dict(part("average/"))
+        except (RuntimeError, ValueError, KeyError):
+            message = "the saved training state is not one of this net and optimizer: remove the run, kd runs rm"
+            raise BadInput(message) from None
+
+
+def make_optimizer(net: nn.Module, train: Train) -> Optimizer:
+    """torch's optimizer of a `train` section, in its fused form: the others cost 10 % of a step more (make bench)."""
+    weights = [{"params": net.parameters(), "initial_lr": train.lr}]
+    decay = train.weight_decay
+    match train.optimizer:
+        case "sgd":
+            return SGD(weights, train.lr, train.momentum or 0.0, weight_decay=decay, fused=True)
+        case "adam":
+            return Adam(weights, train.lr, weight_decay=decay, fused=True)
+    return AdamW(weights, train.lr, weight_decay=decay, fused=True)
+
+
+def averaged(net: nn.Module, most: float) -> AveragedModel:
+    """A copy of the net that holds the exponential average of its weights and buffers. The decay starts low and rises
+    to `most`, so that the average forgets the random start."""
+
+    def update(averages: Tensors, current: Tensors, seen: Tensor | int) -> None:
+        decay = min(most, (1 + int(seen)) / (10 + int(seen)))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, 1 - decay)
+        else:  # counts, such as those of batches that BatchNorm has seen
+            torch._foreach_copy_(averages, current)
+
+    return AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: it would hand the gradients back to the kernel and take them again, page by page,
+    at every step, which costs 4 % of a teacher's (make bench)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library does as it likes
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**30)
+
+
+def learning_rate(train: Train, step: int, steps: int) -> float:
+    """The rate of a step counted from 0 over the whole training, with `steps` to an epoch: linear warm-up, then the
+    schedule, which would reach zero one step after the last."""
+    warmup = round(train.warmup * steps)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    done = (step - warmup) / (train.epochs * steps - warmup)
+    match train.schedule:
+        case "linear":
+            return train.lr * (1 - done)
+        case "cosine":
+            return train.lr * (1 + math.cos(math.pi * done)) / 2
+    return train.lr

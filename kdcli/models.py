@@ -1,0 +1,105 @@
+"""The nets: `build` makes the one that a model section describes, for images of a shape and a number of classes."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+from kdcli import BadInput, code
+from kdcli.config import Model
+
+
+class MLP(nn.Module):
+    """The paper's net (section 3): ReLU hidden layers of any widths, dropout on the inputs and the hidden units.
+
+    `dropout` and `input_dropout` are probabilities of dropping, realised in steps of 1/256.
+    Initialised after He et al. 2015 (normal, variance 2 / inputs; 1 / inputs for the logits), biases zero.
+    """
+
+    def __init__(
+        self, inputs: int, hidden: Sequence[int], classes: int, dropout: float = 0.0, input_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        widths, on = [inputs, *hidden, classes], torch.get_default_device()
+        self.layers = nn.ModuleList(skip_init(nn.Linear, n, m, device=on) for n, m in pairwise(widths))
+        self.dropout, self.input_dropout = dropout, input_dropout
+        with torch.no_grad():
+            for layer in self.linears():
+                gain = 1.0 if layer is self.layers[-1] else 2.0
+                layer.weight.normal_(0, math.sqrt(gain / layer.in_features))
+                layer.bias.zero_()
+
+    def linears(self) -> list[nn.Linear]:
+        """The layers, input side first, the logits last."""
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, ...]; dropout changes the inputs in place in train mode."""
+        *hidden, output = self.linears()
+        x = self._drop(x.flatten(1), self.input_dropout)
+        for layer in hidden:
+            x = self._drop(layer(x), self.dropout).relu_()
+        logits: Tensor = output(x)
+        return logits
+
+    def _drop(self, x: Tensor, p: float) -> Tensor:
+        if not self.training or p == 0:
+            return x
+        if x.is_cuda:
+            return F.dropout(x, round(256 * p) / 256)
+        return x.mul_(byte_mask(x.shape, p))  # nn.Dropout draws a number an element: 1.4 x the step (make bench)
+
+    @torch.no_grad()
+    def constrain(self, max_norm: float) -> None:
+        """Scale down, in place, the weights into any hidden unit whose Euclidean norm is over `max_norm`."""
+        for layer in self.linears()[:-1]:
+            layer.weight.renorm_(2, 0, max_norm)
+
+
+def byte_mask(shape: torch.Size, p: float) -> Tensor:
+    """A dropout mask: 0 with probability k/256, k = round(256 p), else 256 / (256 - k), one random byte an element."""
+    count, k = shape.numel(), round(256 * p)
+    # From -2^63 on, because random_() leaves the sign bit of an int64 zero and biases every eighth byte.
+    words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.uint8)[:count].ge_(k)  # in place: still bytes, which become floats fastest
+    return kept.view(shape).to(torch.float32).mul_(256 / (256 - k))
+
+
+def build(model: Model, shape: Sequence[int], classes: int) -> nn.Module:
+    """The net of a model section for images of this shape [C, H, W] and so many classes, initialised from the global
+    generators. Raises BadInput where somebody's own function fails or makes no net for them."""
+    if model.hidden is not None:
+        return MLP(math.prod(shape), model.hidden, classes, model.dropout, model.input_dropout)
+    assert model.name
+    net = code.call(model.name, classes=classes, channels=shape[0], **model.args)
+    if not isinstance(net, nn.Module):
+        raise BadInput(f"{model.name}: must return a torch.nn.Module, not {type(net).__name__}")
+    return net
+
+
+def fits(net: nn.Module, model: Model, shape: Sequence[int], classes: int) -> None:
+    """Raise BadInput unless a net of a model section gives one logit a class for images of a shape."""
+    was_training, device = net.training, next(net.parameters(), torch.empty(0)).device
+    with torch.no_grad(), code.blaming((model.name or "").rpartition(":")[0]):
+        try:
+            out = net.eval()(torch.zeros(2, *shape, device=device))
+        except RuntimeError as error:
+            raise BadInput(f"model: does not take images {list(shape)}: {' '.join(str(error).split())}") from None
+    net.train(was_training)
+    found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if found != [2, classes]:
+        raise BadInput(f"model: must give [2, {classes}] logits for 2 images {list(shape)}, not {found}")
+
+
+def multiply_adds(net: nn.Module, shape: Sequence[int]) -> int:
+    """What it takes to classify one image, by torch's flop counter: products of layers, as the field counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(net.parameters(), torch.empty(0)).device
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        net.eval()(torch.zeros(1, *shape, device=device))
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,460 @@
+"""What a person sees in the terminal and in Markdown: progress, tables, the verdict. Reads results, trains nothing."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from kdcli.config import Omission
+from kdcli.runs import Correction, Counted, Epoch, Listed
+from kdcli.verdict import Spread, Verdict, against
+
+if TYPE_CHECKING:  # they need torch, which `kd runs` does without
+    from kdcli.compare import Comparisons
+    from kdcli.plan import Planned
+    from kdcli.predict import Predictions
+    from kdcli.results import Document, Evaluation, Evaluations, Summary, TableRow
+
+Parts = list["Table | str"]  # what is printed one below the other
+
+WIDE = 12  # of more classes than these none has a column of its own
+WORST, PAIRS = 3, 10  # so many classes, and pairs that are taken for each other, are named instead
+MATRICES = 4  # confusion matrices are shown for so many runs at most
+GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
+INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
+PAPER_LEGEND = (
+    "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it out, not "
+    "distinguishable where it does not: our interval is as wide as it is{single}. The intervals do not cover the "
+    "sampling of the test set."
+)
+BIAS_LEGEND = (
+    "Bias chosen by test: on the test set, as the paper did; heldout: on training images outside the transfer set; "
+    "prior: on the unlabelled training images, from the known shares of the classes."
+)
+
+
+class Display:
+    """Progress on stderr: a bar a run on a terminal; elsewhere a plain line an epoch, at most two a second."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        self.bars = Progress(name, BarColumn(6), text, TimeRemainingColumn(), console=self.console)
+        self.tasks: dict[str, TaskID] = {}
+        self.printed = 0.0
+
+    def epoch(self, run: str, epochs: int, epoch: Epoch) -> None:
+        """Show one finished epoch out of `epochs`."""
+        last, done, errors = epoch.epoch == epochs, f"{epoch.epoch}/{epochs}", f"{epoch.test_errors} errors"
+        loss = f"loss {epoch.loss:.3g}" if epoch.t2_kl is None else f"T²KL {epoch.t2_kl:.3g}"
+        if self.console.is_terminal:  # the same in 80 columns, beside the bar and the time left
+            short = f"{done} {loss} {errors} {epoch.images_per_s / 1000:.1f}k images/s"
+            if run not in self.tasks:
+                self.tasks[run] = self.bars.add_task(run.partition("/")[2][:-7], total=epochs, text=short)
+                self.bars.start()
+            self.bars.update(self.tasks[run], completed=epoch.epoch, text=short)
+            if last:
+                self.bars.remove_task(self.tasks.pop(run))
+        if last or (not self.console.is_terminal and time.monotonic() - self.printed > 0.5):
+            self.printed = time.monotonic()
+            speed = f"{epoch.seconds:.1f} s, {epoch.images_per_s:,} images/s"
+            self.note(f"{run}: epoch {done}, {loss}, {errors}, {speed}")
+
+    def note(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.bars.live.is_started:
+            self.bars.stop()
+
+
+class Table(NamedTuple):
+    """A table before it is printed or written: cells are text; the first column is on the left, others on the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        ruler = ["---", *["---:"] * (len(self.columns) - 1)]
+        lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in (self.columns, ruler, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in lines)])
+
+    def print(self, console: Console) -> None:
+        table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        words = [len(word) for row in self.rows for word in row[0].split()]
+        for i, column in enumerate(self.columns):
+            width = None if i else min(max(words, default=0), 50)  # a run's name is whole, so that it can be copied
+            table.add_column(Text(column), justify="right" if i else "left", overflow="fold", min_width=width)
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        console.print(self.title, style="bold", highlight=False, markup=False)
+        console.print(table)
+
+
+def tables(command: str, documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
+    """What a training command has to show for its runs; of the runs that those are made from, the warnings alone."""
+    mine = [d for d in documents if d.command == command]
+    match command:
+        case "train-teacher":
+            parts = _trained(mine)
+        case "ensemble":
+            parts = _ensembles(mine)
+        case "distill":
+            parts = _distilled(mine)
+        case _:
+            parts = _omissions(mine, classes)
+    return [*parts, *_notes(documents)]
+
+
+def _notes(documents: Sequence["Document"]) -> list[str]:
+    """Trainings that learned nothing, and nets of several seeds that learn from the same teacher."""
+    taught = {
+        called(d): [other.teacher.run for other in documents if other.row == d.row and other.teacher] for d in documents
+    }
+    shared = [row for row, teachers in taught.items() if len(teachers) > 1 and len(set(teachers)) == 1]
+    hides = "one teacher for all seeds: its interval leaves the variation of the teacher out."
+    return [f"{d.run}: {d.warning}." for d in documents if d.warning] + [f"The {row} has {hides}" for row in shared]
+
+
+def _on(document: "Document | Evaluation") -> str:
+    return f"{document.test.total:,} {document.evaluated_on}"
+
+
+def _rate(errors: float, total: int) -> str:
+    return f"{100 * errors / total:.2f} %"
+
+
+def _spread(row: Spread) -> str:
+    return f"{row.mean:g}" if row.std is None else f"{row.mean:.1f} ± {row.std:.1f}"
+
+
+def _trained(documents: Sequence["Document"]) -> Parts:
+    rows = [[d.run, str(d.test.errors), _rate(d.test.errors, d.test.total), f"{d.seconds:.0f} s"] for d in documents]
+    return [Table(f"Errors on {_on(documents[0])}", ("run", "errors", "rate", "trained in"), rows)]
+
+
+def _ensembles(documents: Sequence["Document"]) -> Parts:
+    parts: Parts = []
+    for d in documents:
+        errors = [m.errors for m in d.members]
+        rows = [[m.run, str(m.errors), "", ""] for m in d.members]
+        rows.append(["mean member", f"{statistics.mean(errors):.1f}", "", ""])
+        for how, counted in d.averages.items():
+            fewer = [min(errors) - counted.errors, statistics.mean(errors) - counted.errors]
+            rows.append([f"{how} average", str(counted.errors), f"{fewer[0]:+d}", f"{fewer[1]:+.1f}"])
+        columns = ("member", "errors", "fewer than the best", "than the mean")
+        parts.append(Table(f"{d.run}: errors on {_on(d)}", columns, rows))
+    return parts
+
+
+def _distilled(documents: Sequence["Document"]) -> Parts:
+    from kdcli.results import verdict
+
+    beside = [[b.errors for b in (d.teacher, d.baseline) if b] for d in documents]
+    counts: list[list[float]] = [[*other, d.test.errors] for other, d in zip(beside, documents, strict=True)]
+    names, total = [d.run for d in documents], documents[0].test.total
+    if len(documents) > 1:
+        names, counts = [*names, "mean"], [*counts, [statistics.mean(column) for column in zip(*counts, strict=True)]]
+    rows = [[name, *(f"{c:g}" for c in row), _rate(row[-1], total)] for name, row in zip(names, counts, strict=True)]
+    columns = ("run", "teacher", *(["baseline"] if documents[0].baseline else []), "student", "rate")
+    table, found = Table(f"Errors on {_on(documents[0])}", columns, rows), verdict(documents)
+    return [table, found.sentence()] if found else [table]
+
+
+def _by_class(errors: Sequence[int], classes: Sequence[str]) -> dict[str, str]:
+    """Columns and their cells: one a class; of many classes one alone, for the worst."""
+    if len(classes) <= WIDE:
+        return {name: str(count) for name, count in zip(classes, errors, strict=True)}
+    worst = sorted(zip(errors, classes, strict=True), key=lambda pair: -pair[0])[:WORST]
+    return {"worst classes": ", ".join(f"{name}: {count}" for count, name in worst if count)}
+
+
+def _omissions(documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
+    parts: Parts = []
+    for d in documents:
+        keeps = d.row != Omission(omit=d.omitted).label  # then b is what the kept biases gain: the same predictions
+        stages: dict[str, Counted | Correction] = {"before": d.test, **d.bias}
+        rows, cells = [], {}
+        for name, stage in stages.items():
+            shift = f"{-stage.shift if keeps else stage.shift:+.2f}" if isinstance(stage, Correction) else ""
+            unseen = sum(stage.per_class_errors[classes.index(c)] for c in d.omitted)
+            cells = _by_class(stage.per_class_errors, classes)
+            rows.append([name, shift, str(stage.errors), str(unseen), *cells.values()])
+        moved = [c for c in classes if (c in d.omitted) != keeps]
+        title = f"{d.run}\n{d.row}: errors on {_on(d)}; b is added to the bias of {', '.join(moved)}"
+        parts.append(Table(title, ("bias", "b", "all", "unseen", *cells), rows))
+    return [*parts, BIAS_LEGEND]
+
+
+def evaluations(document: "Evaluations") -> Parts:
+    """What `kd evaluate` shows."""
+    classes, first = document.classes, document.runs[0]
+
+    def table(title: str, columns: Sequence[str], cells: Callable[["Evaluation"], Iterable[str]]) -> Table:
+        return Table(title, ("run", *columns), [[e.run.partition("/")[2], *cells(e)] for e in document.runs])
+
+    scored = f"{first.experiment}: errors on {_on(first)}; agreement with and KL from the teacher"
+    timed = f"Milliseconds a batch of 1 and of 128 on this machine ({first.measured_on})"
+    costs = "Cost of one image; accuracy kept of the teacher's, at which share of its multiply-adds"
+    by_class = {e.run: _by_class(e.test.per_class_errors, classes) for e in document.runs}
+    parts: Parts = [
+        table(scored, ("errors", "NLL", "Brier", "ECE", "agrees", "KL"), _quality),
+        table(costs, ("parameters", "mult-adds", "bytes", "kept"), _cost),
+        table(timed, ("1: p50", "p95", "128: p50", "p95", "images/s"), _speed),
+        table("Errors per class", [*by_class[first.run]], lambda e: by_class[e.run].values()),
+    ]
+    if len(document.runs) > MATRICES:
+        return [*parts, "Confusion matrices: with --json, or for a few runs named with --run."]
+    return [*parts, *(_confusion(e, classes) for e in document.runs)]
+
+
+def _quality(e: "Evaluation") -> list[str]:
+    follows = [_rate(e.teacher.agreement, 1), f"{e.teacher.kl_from_teacher:.4f}"] if e.teacher else ["", ""]
+    return [str(e.test.errors), *(f"{x:.4f}" for x in (e.nll, e.brier, e.ece)), *follows]
+
+
+def _cost(e: "Evaluation") -> list[str]:
+    kept = ""
+    if e.teacher and e.teacher.accuracy_kept:
+        kept = f"{100 * e.teacher.accuracy_kept:.2f} % at {100 * e.teacher.multiply_adds_kept:.2g} %"
+    return [*(f"{n:,}" for n in (e.cost.parameters, e.cost.multiply_adds, e.cost.weight_bytes)), kept]
+
+
+def _speed(e: "Evaluation") -> list[str]:
+    one, many = e.cost.latency_ms["1"], e.cost.latency_ms["128"]
+    return [*(f"{ms:.3f}" for ms in (one.p50, one.p95, many.p50, many.p95)), f"{many.images_per_s:,}"]
+
+
+def _confusion(evaluation: "Evaluation", classes: Sequence[str]) -> Table:
+    """Images by label and prediction; of many classes the pairs that are confused most."""
+    matrix = evaluation.confusion
+    if len(classes) <= WIDE:
+        rows = [[label, *map(str, counts)] for label, counts in zip(classes, matrix, strict=True)]
+        return Table(f"{evaluation.run}\nimages by label (row) and prediction (column)", ("", *classes), rows)
+    wrong = [(n, i, j) for i, counts in enumerate(matrix) for j, n in enumerate(counts) if n and i != j]
+    rows = [[f"{classes[i]} → {classes[j]}", str(n)] for n, i, j in sorted(wrong, key=lambda w: -w[0])[:PAIRS]]
+    return Table(f"{evaluation.run}\nmost confused", ("label → prediction", "images"), rows)
+
+
+def planned(runs: Sequence["Planned"]) -> Table:
+    """What `--dry-run` shows of the runs of a command."""
+    rows = []
+    for p in runs:
+        size = ["", ""] if p.parameters is None else [f"{p.parameters:,}", f"{p.steps:,} x {p.batch_size}"]
+        rows.append([p.run, p.row, *size, p.status])
+    there = sum(p.status == "completed" for p in runs)
+    title = f"{number_of_runs(len(runs))}, of which {there} {'is' if there == 1 else 'are'} completed"
+    return Table(title, ("run", "row", "parameters", "steps x batch", "status"), rows)
+
+
+def runs_table(listed: Sequence[Listed]) -> Table:
+    """What `kd runs` shows."""
+    rows = []
+    for d in listed:
+        under_way = d.status != "completed" and d.epoch
+        status = f"{d.status} {d.epoch}/{d.epochs}" if under_way else d.status
+        errors = "" if d.errors is None else str(d.errors)
+        rows.append([d.run, status, errors, _age(d.age_s), size(d.bytes_)])
+    return Table(number_of_runs(len(listed)), ("run", "status", "errors", "age", "size"), rows)
+
+
+def number_of_runs(n: int) -> str:
+    return f"{n} run" if n == 1 else f"{n} runs"
+
+
+def size(count: int) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _age(seconds: float) -> str:
+    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def compare_tables(document: "Comparisons") -> Parts:
+    """What `kd compare` shows: the groups, and of each the settings that differ from A's and the verdict against A."""
+    first, rows = document.groups[0], []
+    for g in document.groups:
+        interval = "{:.1f} to {:.1f}".format(*g.interval) if g.interval else ""
+        rows.append([g.group, g.name, str(len(g.errors)), _spread(g), interval])
+    title = f"Errors on {document.total:,} {document.evaluated_on}"
+    parts: Parts = [Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)]
+    for c in document.comparisons:
+        changed = "; ".join(f"{key} {_value(b)}, not {_value(a)}" for key, (a, b) in c.changed.items()) or "nothing"
+        said = c.found.sentence(c.group, first.group) if c.found else c.why_not
+        if c.found and c.seeds != first.seeds:
+            said = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): {said}"
+        parts.append(f"{c.group} against {first.group}: {changed}.\n{said}\n")
+    return [*parts, INTERVAL_LEGEND]
+
+
+def _value(value: Any) -> str:
+    """The value of a setting for a reader."""
+    if value is None or value in ([], {}):
+        return "none"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_value(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def predictions(document: "Predictions", top: int) -> Parts:
+    """What `kd predict` shows: of each image the likeliest classes, a column a net and temperature, with bars."""
+    parts: Parts = []
+    for image in document.images:
+        views, names = image.views, document.classes
+        order = sorted(range(len(names)), key=lambda c: -views[0].p[c])
+        best = {max(order, key=view.p.__getitem__) for view in views}  # of every view, its first class is shown
+        shown = [c for i, c in enumerate(order) if i < top or c in best]
+        rows = [[f"{names[c]}{' *' if names[c] == image.label else ''}", *(_bar(v.p[c]) for v in views)] for c in shown]
+        columns = ["class", *(f"{v.net}, T = {v.T:g}" if len(views) > 1 else "probability" for v in views)]
+        label = f", the label is {image.label} (*)" if image.label is not None else ""
+        parts.append(Table(f"{image.image}: {names[order[0]]}{label}", columns, rows))
+    return parts
+
+
+def _bar(p: float) -> str:
+    blocks = "█" * int(p * 6) + "▏▎▍▌▋▊▉█"[int(p * 48) % 8]
+    return f"{blocks if p >= 1 / 96 else ''} {p:.4f}"
+
+
+# The whole experiment.
+
+
+def final_table(summary: "Summary") -> Table:
+    """The one table that `kd run` ends with."""
+    seeds = summary.seeds
+    over = f"mean ± std over {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    title = f"{summary.file}: errors on {summary.evaluated_on}, {over}"
+    columns, rows = _grid_rows(summary) if summary.grid else _rows(summary)
+    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
+    return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for r in summary.only.table:
+        paper = [f"{value:g}" for value in r.paper]
+        shown = f"{paper[0]} ({paper[1]})" if len(paper) > 1 else "".join(paper)
+        verdict = against(r.paper[0], r.mean, r.interval) if r.paper else ""
+        unseen = "" if r.unseen is None else f"{r.unseen:.1f}"
+        rows.append([r.row, _spread(r), _rate(r.mean, summary.total), unseen, shown, verdict])
+    return ["", "errors", "rate", "unseen", "paper", "verdict"], rows
+
+
+def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
+    """A row a point and a column for each net whose errors vary; `train error` is the rate on the transfer set, shown
+    where that is a part of the training images."""
+    varying = [name for name in GRID_ROWS if name == summary.judged or len(_at_points(summary, name)) > 1]
+    found = [{r.row: r for r in point.table} for point in summary.points]
+    part = any((nets["baseline"].samples or 0) < (nets["teacher"].samples or 0) for nets in found)
+    rows = []
+    for point, nets in zip(summary.points, found, strict=True):
+        cells = [_spread(nets[name]) if name in nets else "" for name in varying]
+        pair = [nets[name] for name in ("baseline", "student")]
+        rates = [f"{100 * (net.train_errors or 0) / (net.samples or 1):.2f}" for net in pair]
+        said = [_fewer(point.verdict), point.verdict.verdict] if point.verdict else ["", ""]
+        rows.append([*point.at.values(), *cells, f"{', '.join(rates)} %" if part else "", *said])
+    return [*(key.rpartition(".")[2] for key in summary.grid), *varying, "train error", "fewer", "verdict"], rows
+
+
+def _fewer(found: Verdict) -> str:
+    if found.interval is None:
+        return f"{found.fewer_errors:g}"
+    numbers = [found.fewer_errors, *found.interval]
+    mean, low, high = (f"{number:.{0 if max(map(abs, numbers)) >= 100 else 1}f}" for number in numbers)
+    return f"{mean} ({low} to {high})"
+
+
+def _at_points(summary: "Summary", name: str) -> list[str]:
+    """The different errors that a row has at the points of a grid."""
+    found = [_spread(r) for point in summary.points for r in point.table if r.row == name]
+    return list(dict.fromkeys(found))
+
+
+def remarks(summary: "Summary") -> list[str]:
+    """The verdict, and what the reader of the table must know."""
+    lines = _grid_remarks(summary) if summary.grid else _table_remarks(summary)
+    points = [[d for d in point.runs if not isinstance(d, str)] for point in summary.points]
+    return [*lines, *dict.fromkeys([*summary.remarks, *(line for point in points for line in _notes(point))])]
+
+
+def _grid_remarks(summary: "Summary") -> list[str]:
+    same = {name: _at_points(summary, name) for name in GRID_ROWS if name != summary.judged}
+    constant = [f"{name} {found[0]}" for name, found in same.items() if len(found) == 1]
+    lines = [_headline(summary), *([f"The same at every point: {', '.join(constant)}."] if constant else [])]
+    if "train error" in final_table(summary).columns:
+        lines.append("Train error: the baseline's and the student's error rate on the transfer set in the last epoch.")
+    tests = dict.fromkeys(point.verdict.test for point in summary.points if point.verdict)
+    interval = f". {INTERVAL_LEGEND}" if len(summary.seeds) > 1 else "."
+    return [
+        *lines,
+        f"Fewer: how many errors fewer than the baseline's the {summary.judged}'s are{interval} Verdict: by "
+        f"{' or '.join(tests)} at p < 0.05, each point on its own: where nothing helps, one in twenty says otherwise.",
+    ]
+
+
+def _table_remarks(summary: "Summary") -> list[str]:
+    rows, own = summary.only.table, summary.only.runs[-1]
+    lines = [summary.only.verdict.sentence()] if summary.only.verdict else []
+    if not lines and not isinstance(own, str):  # the report of a run with nothing to hold it against
+        errors, total = own.test.errors, own.test.total
+        bias = f" With the bias chosen on held-out images: {own.bias['heldout'].errors}." if own.bias else ""
+        lines = [f"The {called(own)} makes {errors} errors on {_on(own)}, {_rate(errors, total)}.{bias}"]
+    if words := {row[-1] for row in _rows(summary)[1]} - {""}:
+        single = "; of a single net lower, higher or the same" if words & {"lower", "higher", "the same"} else ""
+        lines.append(PAPER_LEGEND.format(single=single))
+    if any(row.unseen is not None for row in rows):
+        brackets = "; in brackets, the paper's" if any(len(row.paper) > 1 for row in rows) else ""
+        lines.append(f"Unseen: the errors on classes missing from the transfer set{brackets}.")
+    return lines + [BIAS_LEGEND] * any(row.kind == "omission" for row in rows)
+
+
+def called(row: "TableRow | Document") -> str:
+    """A row's net in a sentence: omit 3 is a student."""
+    return f"student ({row.row})" if row.kind == "omission" else row.row
+
+
+def _headline(summary: "Summary") -> str:
+    """Of a grid: at how many points the soft targets helped, and where the student did best."""
+    points, judged = summary.points, summary.judged
+    words = [point.verdict.verdict for point in points if point.verdict]
+    students = [next(r for r in point.table if r.row == judged) for point in points]
+    best, point = min(zip(students, points, strict=True), key=lambda pair: pair[0].mean)
+    counted = [f"{word} at {words.count(word)}" for word in ("helped", "hurt") if words.count(word)]
+    said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
+    seeds = "" if len(summary.seeds) > 1 else ", on this one seed"
+    at = ", ".join(f"{key} = {value}" for key, value in point.at.items())
+    fewest = f"The fewest errors of a {judged}, {_spread(best)}, are at {at}."
+    return f"The soft targets {said} of {len(points)} points{seeds}. {fewest}"
+
+
+def missed(summary: "Summary") -> list[str]:
+    """The expectations that were not met, a line each."""
+    rows = [row for point in summary.points for row in point.table if not row.met]
+    return [f"expect.{row.row}: {row.mean:.1f} errors, not {row.expect:g} or fewer" for row in rows]
+
+
+def markdown(summary: "Summary", pictures: Sequence[str]) -> str:
+    """The report of `kd run` as Markdown."""
+    text = [f"# {summary.file}", final_table(summary).markdown(), *remarks(summary), made(summary)]
+    return "\n\n".join([*text, *(f"![{name}]({name})" for name in pictures)]) + "\n"
+
+
+def made(summary: "Summary") -> str:
+    """How, where and by what the runs were made."""
+    m, minutes = summary.made, summary.made.seconds / 60
+    spent = f"{m.seconds:.0f} seconds" if minutes < 1 else f"{minutes:.{0 if minutes > 10 else 1}f} minutes"
+    how = f"`{m.command_line}`; commit {', '.join(m.commits)}; {', '.join(m.devices)}, {m.versions}, {m.date}"
+    return f"{how}; {spent} of training in all."

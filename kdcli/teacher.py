@@ -1,0 +1,87 @@
+"""A teacher is what gives logits: a run, or the members of an ensemble, asked through their cached logits or live."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kdcli import BadInput, code
+from kdcli.config import Average
+from kdcli.data import Split
+from kdcli.device import place
+from kdcli.models import build
+from kdcli.runs import Run, open_run
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """`logits(index, x)`: [members, B, C] for the samples at `index` [B] of the transfer set, seen as `x` [B, C, H, W];
+    `average` says how those of several members are combined."""
+
+    logits: Callable[[Tensor, Tensor], Tensor]
+    average: Average = "arithmetic"
+
+
+def members(run: Run) -> list[Run]:
+    """The runs of an ensemble's members, or the run itself."""
+    return [open_run(run.root, name) for name in run.spec.parents] if run.spec.command == "ensemble" else [run]
+
+
+def nets(run: Run, device: torch.device) -> list[nn.Module]:
+    """The trained net of a run, or those of an ensemble's members: frozen, in eval mode. Raises BadInput when the
+    weights are damaged, or somebody's file that makes the net has changed."""
+    found = []
+    for member in members(run):
+        spec, (model, _) = member.spec, member.spec.trained
+        if model.name and code.digest(model.name) != spec.code:
+            raise BadInput(f"{model.name.rpartition(':')[0]}: has changed since {member.name} was trained with it")
+        net = build(model, spec.dataset.shape, len(spec.dataset.classes))
+        try:
+            net.load_state_dict(member.load("weights"))
+        except RuntimeError:
+            raise BadInput(f"{member.path}: its weights do not fit its config.yaml: {member.remedy}") from None
+        found.append(place(net, device).eval().requires_grad_(False))
+    return found
+
+
+def kept_logits(run: Run, split: str, images: int) -> Tensor:
+    """The logits [M, N, C], M = 1 of a lone net, that a run's members kept of the N `train` or `test` images. Raises
+    BadInput when they are not there."""
+    found = []
+    for member in members(run):
+        logits = member.load("logits").get(split)
+        if logits is None or logits.shape != (images, len(member.spec.dataset.classes)):
+            raise BadInput(f"{member.path}: its logits are not those of the {images:,} {split} images: {member.remedy}")
+        found.append(logits)
+    return torch.stack(found)
+
+
+def cached(run: Run, transfer: Tensor, images: int, device: torch.device) -> Teacher:
+    """A teacher asked once: right while every image is seen as it is. `transfer`: positions of the transfer set."""
+    logits = kept_logits(run, "train", images)[:, transfer].to(device)
+    return Teacher(lambda index, _: logits.index_select(1, index), run.spec.average)
+
+
+def live(run: Run, device: torch.device) -> Teacher:
+    """A teacher that sees what its student sees."""
+    asked = nets(run, device)
+    return Teacher(lambda _, x: torch.stack([net(x.clone()) for net in asked]), run.spec.average)
+
+
+def weights_checksum(run: Run) -> str:
+    """A checksum of the weights of a finished run, or of those of an ensemble's members."""
+    weights = [member.result().sha256.get("weights.safetensors", "") for member in members(run)]
+    return hashlib.sha256(" ".join(weights).encode()).hexdigest()
+
+
+@torch.inference_mode()
+def predict(net: nn.Module, split: Split, batch_size: int = 1_000) -> Tensor:
+    """Logits [N, C] of a split's images as they are, in eval mode; the mode of the net is put back."""
+    was_training = net.training
+    net.eval()
+    batches: Sequence[Tensor] = torch.arange(len(split), device=split.labels.device).split(batch_size)
+    logits = torch.cat([net(split.inputs(index)) for index in batches])
+    net.train(was_training)
+    return logits.float()

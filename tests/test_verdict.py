@@ -1,0 +1,131 @@
+import pytest
+from scipy import stats
+
+from kdcli import results
+from kdcli.results import Against, Document
+from kdcli.runs import Counted
+from kdcli.verdict import Verdict, against, mean_interval, paired, seeds_to_settle, spread
+
+
+def judged(*pairs: tuple[int, int]) -> Verdict:
+    """The verdict on (errors of the baseline, errors of the student) of each seed, where one alone gets right all that
+    the two do not share."""
+    fewer = [b - s for b, s in pairs]
+    return paired(fewer, max(fewer[0], 0), max(-fewer[0], 0))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "word"),
+    [
+        ([(146, 74), (140, 80), (150, 77)], "helped"),
+        ([(74, 146), (80, 140), (77, 150)], "hurt"),
+        ([(146, 140), (140, 146), (150, 149)], "no evidence"),
+        ([(10, 9), (10, 9)], "no evidence"),
+        ([(10, 10), (12, 12)], "no evidence"),
+        ([(146, 74)], "helped"),
+        ([(74, 146)], "hurt"),
+        ([(12, 10)], "no evidence"),
+        ([(10, 10)], "no evidence"),
+    ],
+)
+def test_verdicts(pairs: list[tuple[int, int]], word: str) -> None:
+    found = judged(*pairs)
+    assert (found.verdict, found.n) == (word, len(pairs))
+    assert found.sentence()
+
+
+def test_the_verdict_is_scipys_paired_t_test() -> None:
+    pairs = [(146, 120), (140, 139), (150, 131), (138, 140)]
+    wanted = stats.ttest_rel([b for b, _ in pairs], [s for _, s in pairs])
+    found = judged(*pairs)
+    assert found.p == pytest.approx(float(wanted.pvalue))
+    assert found.interval == pytest.approx(wanted.confidence_interval(0.95))
+
+
+def test_one_seed_is_judged_by_mcnemars_exact_test() -> None:
+    found = paired([5], 11, 6)
+    assert found.p == pytest.approx(float(stats.binomtest(11, 17).pvalue))
+    assert (found.interval, found.settle) == (None, None)
+    assert found.sentence() == (
+        "No evidence at n = 1 that the soft targets helped or hurt: 5 fewer errors than the baseline "
+        "(McNemar's exact test on the two nets' predictions: p = 0.33). Other seeds may differ: --seeds 0-4 would tell."
+    )
+    assert paired([-40], 10, 50).sentence("B", "A").startswith("B hurt, on this one seed: 40 more errors than A (")
+
+
+def test_the_same_difference_at_each_seed_has_no_spread_to_test() -> None:
+    """Two differences of 5 are an interval of 5 to 5 to a t-test; a sign test finds n alike with p = 2 / 2^n."""
+    found = paired([5, 5], 5, 0)
+    assert (found.verdict, found.interval, found.p) == ("no evidence", None, 0.5)
+    assert found.settle == 6
+    assert found.sentence() == (
+        "No evidence at n = 2 that the soft targets helped or hurt: 5.0 fewer errors than the baseline at each of 2 "
+        "seeds (no spread to test; sign test: p = 0.5). About 6 seeds would settle an effect of this size."
+    )
+    assert paired([5] * 5, 5, 0).verdict == "no evidence"
+    assert paired([-5] * 6, 0, 5).verdict == "hurt"
+    six = paired([5] * 6, 5, 0)
+    assert (six.verdict, six.p, six.settle) == ("helped", 2 / 2**6, None)
+    none = paired([0, 0, 0], 0, 0)
+    assert (none.verdict, none.p, none.settle) == ("no evidence", 1.0, None)
+
+
+@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_seeds_to_settle_are_those_of_the_textbooks(effect: float, seeds: int) -> None:
+    """Cohen's small, medium and large effects, two-sided 5 %, power 80 %: the tables for a paired t-test."""
+    assert seeds_to_settle(effect, 1.0) == seeds
+    assert seeds_to_settle(-3 * effect, 3.0) == seeds
+
+
+def test_nothing_settles_an_effect_of_nothing() -> None:
+    assert seeds_to_settle(0.0, 1.0) is None
+    assert seeds_to_settle(1e-6, 1.0) is None
+
+
+def test_the_interval_is_scipys() -> None:
+    errors = [97, 103, 99, 110, 94]
+    wanted = stats.t.interval(0.95, 4, sum(errors) / 5, stats.sem(errors))
+    assert mean_interval(errors) == pytest.approx(wanted)
+    assert mean_interval([5]) is None
+    found = spread(errors)
+    assert (found.errors, found.mean, found.interval) == (errors, sum(errors) / 5, mean_interval(errors))
+    assert found.std == pytest.approx(stats.tstd(errors))
+    assert spread([5]) == spread([5]).model_copy(update={"mean": 5, "std": None, "interval": None})
+
+
+def test_a_verdict_without_evidence_says_how_many_seeds_would_settle_it() -> None:
+    found = paired([10, -8, 12, 3, -4], 0, 0)
+    assert found.verdict == "no evidence"
+    assert found.settle == seeds_to_settle(2.6, stats.tstd([10, -8, 12, 3, -4]))
+    assert f"About {found.settle} seeds would settle" in found.sentence()
+    assert found.sentence("B", "A").startswith("No evidence at n = 5 that B helped or hurt: 2.6 fewer errors than A")
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "word"),
+    [
+        (10, [8.0, 12.0], "not distinguishable"),
+        (7, [4.5, 9.5], "better"),
+        (14, [11.0, 17.0], "worse"),
+        (10, None, "the same"),
+        (9, None, "lower"),
+        (11, None, "higher"),
+    ],
+)
+def test_a_mean_is_held_against_a_figure_measured_once(mean: float, interval: list[float] | None, word: str) -> None:
+    """An interval that holds the figure does not make them equal: it may be wide."""
+    assert against(10, mean, interval) == word
+
+
+def test_students_are_judged_against_the_baselines_of_their_seeds() -> None:
+    def document(errors: int, baseline: int | None) -> Document:
+        beside = Against(run="b", errors=baseline, fixed=80, broken=8) if baseline else None
+        counted = Counted(errors=errors, total=500, per_class_errors=[errors])
+        about = {"command": "distill", "experiment": "x", "run": "r", "seed": 0, "seconds": 1.0, "evaluated_on": "test"}
+        whole = about | {"row": "student", "kind": "student", "test": counted, "baseline": beside}
+        return Document.model_validate(whole)
+
+    found = results.verdict([document(74, 146), document(80, 140), document(60, None)])
+    assert found
+    assert (found.n, found.fewer_errors) == (2, 66)
+    assert results.verdict([document(60, None)]) is None

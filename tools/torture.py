@@ -1,0 +1,79 @@
+"""`make torture`: kill real trainings with SIGKILL at instants drawn at random, continue each, and compare the bits.
+
+    python tools/torture.py [KILLS]
+
+So many kills for each of two teachers: a perceptron, and a convolutional net of somebody's own with BatchNorm and
+nn.Dropout. A training saves its state after every epoch, so that many kills fall into a save. One that ends is compared
+with one that was never interrupted, and another is begun; so is the last.
+"""
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from conftest import Shell
+from test_resume import finish, outcome, start
+
+EPOCHS = 150
+MLP = "{hidden: [64], dropout: 0.5}"
+OWN = '{name: "own_nets.py:make"}'
+
+
+def shell_of(folder: Path, model: str) -> Shell:
+    """A folder in which the tiny experiment's teacher is this model."""
+    shell, experiment = Shell(folder), folder / "tiny.yaml"
+    text = experiment.read_text()
+    assert text.count(MLP) == text.count(", max_norm: 3") == 1
+    if model != MLP:
+        text = text.replace(MLP, model).replace(", max_norm: 3", "")  # which is for perceptrons
+    experiment.write_text(text)
+    return shell
+
+
+def torture(folder: Path, model: str, kills: int) -> str:
+    """Kill trainings of a model until there were so many; says how many fell where."""
+    draws, found, compared = random.Random(0), Counter[str](), 0
+    whole, shell = shell_of(folder / "whole", model), shell_of(folder / "killed", model)
+    began = time.monotonic()
+    finish(whole, EPOCHS)
+    wanted, longest = outcome(whole.folder), time.monotonic() - began
+    while found.total() < kills:
+        with start(shell, EPOCHS) as process:
+            time.sleep(draws.uniform(0.4, 1) * longest)
+            process.kill()
+            process.communicate()
+        results = [json.loads(path.read_text()) for path in shell.folder.rglob("result.json")]
+        if results and results[0]["status"] == "completed":  # it was quicker than the kill
+            compared += compare(shell, wanted)
+            continue
+        epochs = sum(len(path.read_bytes().splitlines()) for path in shell.folder.rglob("metrics.jsonl"))
+        writing = list(shell.folder.rglob("*.tmp"))
+        found["while a file was written" if writing else "in training" if epochs else "before its first epoch"] += 1
+    finish(shell, EPOCHS)
+    compared += compare(shell, wanted)
+    fell = ", ".join(f"{count} {where}" for where, count in found.items())
+    return f"{kills} kills ({fell}): {compared} endings, the same bits"
+
+
+def compare(shell: Shell, wanted: dict[str, Any]) -> int:
+    """Check an ending and clear it away."""
+    found = outcome(shell.folder)
+    unlike = [key for key in wanted if found[key] != wanted[key]]
+    assert not unlike, f"the training that was killed ended differently: {unlike}, {found['files']}"
+    shutil.rmtree(shell.folder / "runs")
+    return 1
+
+
+if __name__ == "__main__":
+    for model in (MLP, OWN):
+        with tempfile.TemporaryDirectory() as folder:
+            kills = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+            print(f"{model}: {torture(Path(folder), model, kills)}", flush=True)
