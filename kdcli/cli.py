@@ -145,9 +145,10 @@ class Call:
         if self.common.dry_run:
             return self.dry_run(work)
         self.obtain(work)
-        shown = [d for d in work.documents() if d.kind == kind]
+        found = work.documents()
+        shown = [d for d in found if d.kind == kind]
         whole = Several(command=self.command, experiment=shown[0].experiment, runs=shown)
-        tables = show.tables(self.command, shown, work.dataset.facts.classes)
+        tables = show.tables(self.command, found, work.dataset.facts.classes)
         present(self.common.as_json, shown[0] if len(shown) == 1 else whole, *tables)
         self.display.note(f"next: {self.next(shown)}".rstrip())
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,26 +39,38 @@ def _module(path: str, content: str) -> ModuleType:
 def call(reference: str, **arguments: Any) -> Any:
     """What the function of `file.py:function` returns. Raises BadInput when it is not there or fails, with its line."""
     path, _, name = reference.rpartition(":")
-    with blaming(path):
+    with quiet(), blaming(path):
         function: Callable[..., Any] | None = getattr(_module(path, digest(reference)), name, None)
         if not callable(function):
             raise BadInput(f"{path}: has no function {name}")
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for kd's own document
-            return function(**arguments)
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            raise BadInput(f"{path}: {name}({', '.join(arguments)}): {error}") from None
+        return function(**arguments)
 
 
 @contextlib.contextmanager
-def blaming(path: str) -> Iterator[None]:
-    """Raise what fails in somebody's file as BadInput with the line of that file; other failures pass."""
+def quiet() -> Iterator[None]:
+    """Send what somebody's code prints to stderr: stdout is for kd's own document."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def blaming(path: str, otherwise: str = "") -> Iterator[None]:
+    """Raise what fails in somebody's file as BadInput with the line of that file; other failures pass or, with
+    `otherwise`, are BadInput that begins so."""
     try:
         yield
     except BadInput:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
-            lines.append(error.lineno)
-        if not lines:
-            raise
+        if isinstance(error, SyntaxError) and error.filename in (path, None):  # None: of a file with a zero byte
+            lines.append(error.lineno or 1)
         text = " ".join(str(error).split())
-        raise BadInput(f"{path}:{lines[-1]}: {type(error).__name__}{f': {text}' if text else ''}") from error
+        said = f"{type(error).__name__}{f': {text}' if text else ''}"
+        if not lines and not otherwise:
+            raise
+        raise BadInput(f"{path}:{lines[-1]}: {said}" if lines else f"{otherwise}: {text or said}") from error

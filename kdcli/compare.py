@@ -11,7 +11,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from kdcli import BadInput
 from kdcli.config import Section
 from kdcli.export import test_split
-from kdcli.plan import data_settings
+from kdcli.plan import data_settings, orphaned
 from kdcli.results import discordant
 from kdcli.runs import STUDENTS, TEACHERS, Run, differences, list_runs, open_run, settings
 from kdcli.verdict import Spread, Verdict, paired, spread
@@ -60,9 +60,9 @@ def compare(
     root: Path, names: Sequence[str], data_dir: Path | None, note: Note, match: str = "", by_errors: bool = False
 ) -> Comparisons:
     """The groups of runs that the names stand for, the settings in which they differ, and a verdict on each against the
-    first. A name is a run's, which is a group by itself, or `<experiment>/<command>`: its finished runs, in groups of
-    those that differ in seed alone. After the first come those with `match` in a name or a `key=value` of theirs, as
-    they were named or by their mean errors. Raises BadInput when there are not two groups, of one dataset."""
+    first. A name is a run's, a group by itself, or `<experiment>/<command>`: its finished runs, in groups that differ
+    in seed alone. After the first come those with `match` in a name or a `key=value` of theirs, as they were named or
+    by their mean errors. Raises BadInput when there are not two groups, of one dataset."""
     found, typed = [_groups(root, name, note) for name in names], " ".join(names)
     named = sorted(run for groups in found for run in {run for group in groups for run in group.runs})
     if twice := [run for run in named if named.count(run) > 1]:
@@ -91,8 +91,8 @@ def _groups(root: Path, name: str, note: Note) -> list[Group]:
     several = command in (*TEACHERS, *STUDENTS)
     found: dict[str, tuple[Settings, list[Run]]] = {}
     for run in list_runs(root, experiment, [command], note) if several else [open_run(root, name)]:
-        if several and run.finished() is None:
-            note(f"left out: {run.name}: is {run.status()}")
+        if several and (why := orphaned(run) or ("" if run.finished() else f"is {run.status()}")):
+            note(f"left out: {run.name}: {why}")
             continue
         for way in _ways(run):
             found.setdefault(json.dumps(way, sort_keys=True), (way, []))[1].append(run)
@@ -120,7 +120,6 @@ def _settings(run: Run) -> Settings:
     """The settings of a run, those of its teacher, with the teacher's seed, and of an ensemble those of all members: of
     each key the value that all have, else the list of theirs."""
     found, parents, ensemble = {"command": run.spec.command} | settings(run.spec), [], run.spec.command == "ensemble"
-    found.get("distill", {}).pop("teacher", None)  # the parent tells
     for i, name in enumerate(run.spec.parents):
         try:
             parent = open_run(run.root, name)
@@ -156,7 +155,8 @@ def _flat(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _named(group: Group, groups: Sequence[Group]) -> Group:
     """The group with its name: its only run's, or their folder with the settings that set it apart from the others."""
-    unlike = {key: own for other in groups for key, (_, own) in _changed(other.described, group.described).items()}
+    alike = [other.described for other in groups if len(other.runs) > 1]
+    unlike = {key: own for other in alike for key, (_, own) in _changed(other, group.described).items()}
     name = " ".join([group.runs[0].rpartition("/")[0], *(f"{key}={own}" for key, own in unlike.items())])
     return group.model_copy(update={"name": name if len(group.runs) > 1 else group.runs[0]})
 

@@ -337,4 +337,4 @@ def bias_row(row: str, bias: str) -> str:
 
 
 # Of a grid: all its runs are trained and scored on one dataset.
-_FIXED = ("data.name", "data.function", "data.heldout", "data.evaluate_on")
+_FIXED = ("data", "data.name", "data.function", "data.heldout", "data.evaluate_on")

@@ -105,7 +105,7 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     `download` is false. Raises BadInput when it cannot be had, is damaged, or is too small for the held-out images.
     """
     train, test, facts = _read(data.name, data.function, data_dir, download)
-    held = data.heldout or max(len(train) // 10, len(facts.classes))
+    held = data.heldout or min(max(len(train) // 10, len(facts.classes)), len(train) // 3)
     if held > len(train) // 3:
         raise BadKeys(("data.heldout", f"must be at most {len(train) // 3}, a third of the training images"))
     whole = Dataset(train, test, held, facts)
@@ -164,8 +164,13 @@ def stratified(labels: Tensor, count: int, classes: Sequence[str]) -> Tensor:
         )
     from sklearn.model_selection import train_test_split
 
-    _, chosen = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels.numpy(), random_state=0)
-    return torch.from_numpy(np.sort(chosen))
+    _, positions = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels.numpy(), random_state=0)
+    chosen = torch.from_numpy(np.sort(positions))
+    share = torch.bincount(labels[chosen], minlength=len(classes))
+    if bool(missing := ((counts > 0) & ((share == 0) | (share == counts))).nonzero().flatten().tolist()):
+        few = classes[missing[0]]
+        raise BadInput(f"{count} of {len(labels)} images: class {few} is too small to have a share on either side")
+    return chosen
 
 
 def _digits() -> tuple[Split, Split]:
@@ -228,10 +233,14 @@ def _from_function(reference: str) -> tuple[Split, Split, list[str]]:
     if not isinstance(found, Mapping) or not set(keys) <= found.keys():
         raise BadInput(f"{reference}: must return a dictionary of {', '.join(keys)} and, if they have names, classes")
     train = _split(reference, found, "train")
-    classes = [str(c) for c in found.get("classes") or range(int(train.labels.max()) + 1)]
-    test = _split(reference, found, "test")
+    test, names = _split(reference, found, "test"), found.get("classes")
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence | np.ndarray)):
+        raise BadInput(f"{reference}: classes must be a list of names, not {type(names).__name__}")
+    classes = [str(c) for c in (range(int(train.labels.max()) + 1) if names is None else names)]
+    if twice := [c for c in classes if classes.count(c) > 1]:
+        raise BadInput(f"{reference}: classes names {twice[0]} twice")
     present = torch.bincount(train.labels, minlength=len(classes)) > 0
-    if len(classes) < 2 or len(set(classes)) < len(classes) or len(present) > len(classes) or not present.all():
+    if len(classes) < 2 or len(present) > len(classes) or not present.all():
         raise BadInput(f"{reference}: y_train must hold every one of two or more classes, 0 to {len(classes) - 1}")
     if int(test.labels.max()) >= len(classes) or test.images.shape[1:] != train.images.shape[1:]:
         raise BadInput(f"{reference}: x_test and y_test must have the classes and the image size of training")
@@ -239,13 +248,17 @@ def _from_function(reference: str) -> tuple[Split, Split, list[str]]:
 
 
 def _split(reference: str, found: Mapping[str, Any], part: str) -> Split:
-    images, labels = (torch.as_tensor(found[f"{axis}_{part}"]) for axis in "xy")
-    if images.dtype != torch.uint8 or images.dim() not in (3, 4) or not len(images):
+    try:
+        images, labels = (np.asarray(found[f"{axis}_{part}"]) for axis in "xy")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{reference}: x_{part}, y_{part}: cannot be read as arrays: {error}") from None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise BadInput(f"{reference}: x_{part} must be bytes (uint8) [N, C, H, W] or [N, H, W], not {_said(images)}")
-    if labels.is_floating_point() or labels.shape != images.shape[:1] or int(labels.min()) < 0:
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
         raise BadInput(f"{reference}: y_{part} must be whole numbers from 0, [{len(images)}], not {_said(labels)}")
-    return Split((images if images.dim() == 4 else images[:, None]).contiguous(), labels.long(), 255)
+    whole = np.ascontiguousarray(images if images.ndim == 4 else images[:, None])
+    return Split(torch.from_numpy(whole), torch.from_numpy(labels.astype(np.int64)), 255)
 
 
-def _said(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def _said(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"

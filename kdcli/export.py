@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdcli import BadInput, Failed, score
+from kdcli import BadInput, Failed, code, score
 from kdcli.config import Average, Section
 from kdcli.data import Split, open_dataset
 from kdcli.results import cost, log_probabilities
@@ -59,6 +59,7 @@ class Probabilities(nn.Module):
         return logits.softmax(-1).mean(0) if self.how == "arithmetic" else logits.mean(0).softmax(-1)
 
 
+@code.quiet()
 def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Exported:
     """Write a finished run's net as `file` and its model card beside it, after the written net has classified all test
     images as torch does. Raises BadInput for a run or place that cannot be; Failed where the two disagree."""
@@ -124,8 +125,6 @@ def _asked(net: Net, test: Split) -> Tensor:
 def _content(model: Probabilities, run: Run, form: Form) -> bytes:
     """The net as a file, with what it is in the file's metadata. Raises BadInput when torch cannot write such a net."""
     facts, what = run.spec.dataset, settings(run.spec)
-    if run.spec.model and run.spec.model.name:
-        what["model"]["name"] = Path(run.spec.model.name).name
     about = {"run": run.name, "net": _described(run), "average": model.how, "settings": json.dumps(what)}
     about |= {"classes": json.dumps(facts.classes), "shape": json.dumps(facts.shape)}
     if form == "safetensors":

@@ -21,7 +21,6 @@ from kdcli.models import MLP
 from kdcli.runs import State
 from kdcli.teacher import Teacher
 
-
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 

@@ -40,9 +40,9 @@ class Loss(NamedTuple):
 def kd(student_logits: Tensor, teacher_log_p: Tensor, T: float) -> Tensor:
     """T^2 KL(p || q), averaged over the samples: p the teacher's and q the student's distribution, softened by T.
 
-    student_logits [N, C]; teacher_log_p [N, C], log p. KL is the paper's cross-entropy L_KD (section 2) less the entropy
-    of p, which is constant: the gradients are the same, and a perfect match is 0. T^2 undoes the 1/T^2 by which the
-    gradient shrinks.
+    student_logits [N, C]; teacher_log_p [N, C], log p. KL is the paper's cross-entropy L_KD (section 2) less the
+    entropy of p, which is constant: the gradients are the same, and a perfect match is 0. T^2 undoes the 1/T^2 by which
+    the gradient shrinks.
     """
     return T**2 * F.kl_div(soften(student_logits, T), teacher_log_p, reduction="batchmean", log_target=True)
 

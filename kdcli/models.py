@@ -27,6 +27,8 @@ class MLP(nn.Module):
         widths, on = [inputs, *hidden, classes], torch.get_default_device()
         self.layers = nn.ModuleList(skip_init(nn.Linear, n, m, device=on) for n, m in pairwise(widths))
         self.dropout, self.input_dropout = dropout, input_dropout
+        if on.type == "meta":  # a net to count, not to use
+            return
         with torch.no_grad():
             for layer in self.linears():
                 gain = 1.0 if layer is self.layers[-1] else 2.0
@@ -81,14 +83,13 @@ def build(model: Model, shape: Sequence[int], classes: int) -> nn.Module:
     return net
 
 
+@code.quiet()
 def fits(net: nn.Module, model: Model, shape: Sequence[int], classes: int) -> None:
     """Raise BadInput unless a net of a model section gives one logit a class for images of a shape."""
     was_training, device = net.training, next(net.parameters(), torch.empty(0)).device
-    with torch.no_grad(), code.blaming((model.name or "").rpartition(":")[0]):
-        try:
-            out = net.eval()(torch.zeros(2, *shape, device=device))
-        except RuntimeError as error:
-            raise BadInput(f"model: does not take images {list(shape)}: {' '.join(str(error).split())}") from None
+    path = (model.name or "").rpartition(":")[0]
+    with torch.no_grad(), code.blaming(path, f"model: does not take images {list(shape)}"):
+        out = net.eval()(torch.zeros(2, *shape, device=device))
     net.train(was_training)
     found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if found != [2, classes]:
@@ -99,7 +100,8 @@ def multiply_adds(net: nn.Module, shape: Sequence[int]) -> int:
     """What it takes to classify one image, by torch's flop counter: products of layers, as the field counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    device = next(net.parameters(), torch.empty(0)).device
+    was_training, device = net.training, next(net.parameters(), torch.empty(0)).device
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         net.eval()(torch.zeros(1, *shape, device=device))
+    net.train(was_training)
     return int(counter.get_total_flops()) // 2

@@ -1,5 +1,4 @@
-"""report.html: one self-contained page of what `kd run` found, or of one run, and of what the teacher knows beyond the
-labels; beside it the same as Markdown and JSON, and the pictures."""
+"""The report of `kd run` or of one run: a page that is whole in itself, the same as Markdown and JSON, the pictures."""
 
 import base64
 import io
@@ -23,7 +22,6 @@ from kdcli.plan import Job
 from kdcli.results import Document, Evaluation, Summary
 from kdcli.runs import Places, write_aside
 from kdcli.score import BINS
-from kdcli.show import WIDE, Table
 
 OWN_PICTURES = (
     r"(errors|learning-curves|calibration|cost|dark-knowledge|omitted-classes|soft-targets|grid|taught-.*)\.png"
@@ -33,7 +31,7 @@ OWN_PICTURES = (
 class Shaded(NamedTuple):
     """A table and how dark its cells are, from 0 to 1, but for the first of each row; without shades, a plain one."""
 
-    table: Table
+    table: show.Table
     shades: Sequence[Sequence[float]] = ()
 
 
@@ -52,7 +50,7 @@ class Parts(NamedTuple):
     found: Findings
     main: str  # the net that it is about
     figures: list[tuple[str, str]]  # the numbers that matter, and what they are
-    per_class: Table
+    per_class: show.Table
     confusion: Shaded
     hardest: list[tuple[int, list[Answer]]]  # test images, and what each net says
     soft_targets: Shaded | None
@@ -142,15 +140,15 @@ def _figures(found: Findings, evaluated: Evaluation) -> list[tuple[str, str]]:
     return figures
 
 
-def _per_class(found: Findings, scores: Sequence[Evaluation]) -> Table:
+def _per_class(found: Findings, scores: Sequence[Evaluation]) -> show.Table:
     """The errors of each net by class; of many classes, those with the most errors of the last net, a row each."""
     classes, names, tests = found.classes, [net.document.row for net in found.nets], [e.test for e in scores]
     if not found.wide:
         rows = [[name, *map(str, t.per_class_errors), str(t.errors)] for name, t in zip(names, tests, strict=True)]
-        return Table("", ["errors by class", *classes, "all"], rows)
-    worst = sorted(range(len(classes)), key=lambda c: -tests[-1].per_class_errors[c])[:WIDE]
+        return show.Table("", ["errors by class", *classes, "all"], rows)
+    worst = sorted(range(len(classes)), key=lambda c: -tests[-1].per_class_errors[c])[: show.WIDE]
     rows = [[classes[c], *(str(t.per_class_errors[c]) for t in tests)] for c in worst]
-    return Table("", ["the worst classes", *names], [*rows, ["all", *(str(t.errors) for t in tests)]])
+    return show.Table("", ["the worst classes", *names], [*rows, ["all", *(str(t.errors) for t in tests)]])
 
 
 def _matrix(found: Findings, matrix: Tensor, columns: Sequence[str], form: str) -> Shaded:
@@ -158,12 +156,12 @@ def _matrix(found: Findings, matrix: Tensor, columns: Sequence[str], form: str) 
     classes = found.classes
     if found.wide:
         rows = [[classes[i], classes[j], f"{matrix[i, j]:{form}}"] for i, j, _ in largest(matrix)]
-        return Shaded(Table("", columns, rows))
+        return Shaded(show.Table("", columns, rows))
     off = ~torch.eye(len(classes), dtype=torch.bool)
     least, most = matrix[off].min(), matrix[off].max()
     shades = ((matrix - least) / (most - least).clamp_min(1e-9) * off).tolist()
     rows = [[name, *(f"{value:{form}}" for value in row)] for name, row in zip(classes, matrix.tolist(), strict=True)]
-    return Shaded(Table("", ["label", *classes], rows), shades)
+    return Shaded(show.Table("", ["label", *classes], rows), shades)
 
 
 def _hardest(found: Findings) -> list[tuple[int, list[Answer]]]:

@@ -82,14 +82,10 @@ def _colour(row: str) -> str:
     return COLOURS.get(row, COLOURS["student"])
 
 
-def _long(names: Sequence[str]) -> bool:
-    return max(map(len, names)) > 3
-
-
 def _name_below(axes: "Axes", names: Sequence[str]) -> None:
     """The names of classes at 0, 1, … of the x axis; long ones are turned, so that they do not overlap."""
     axes.set_xticks(range(len(names)), [short(name) for name in names])
-    if _long(names):
+    if max(map(len, names)) > 3:
         axes.tick_params("x", labelsize=8)
         for label in axes.get_xticklabels():
             label.set(rotation=60, ha="right", rotation_mode="anchor")
@@ -175,7 +171,7 @@ def _draw_curves(figure: "Figure", found: Findings) -> None:
 
 def _draw_omissions(figure: "Figure", found: Findings) -> None:
     """Errors per class of the students that never saw some classes, before and after the held-out bias; of many
-    classes, those with the most errors."""
+    classes, the unseen and then the others with the most errors."""
     rows: dict[str, list[Document]] = {}
     for d in found.documents:
         if d.bias:
@@ -183,14 +179,16 @@ def _draw_omissions(figure: "Figure", found: Findings) -> None:
     for axes, (row, mine) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
         before = torch.tensor([d.test.per_class_errors for d in mine]).double().mean(0)
         after = torch.tensor([d.bias["heldout"].per_class_errors for d in mine]).double().mean(0)
-        shown = (
-            (before + after).argsort(descending=True, stable=True)[:WIDE] if found.wide else torch.arange(len(before))
-        )
+        shown = torch.arange(len(before))
+        if found.wide:
+            weight = before + after
+            weight[found.dataset.numbers(mine[0].omitted)] += float(weight.max())
+            shown = weight.argsort(descending=True, stable=True)[:WIDE]
         for at, name, means, colour in ((-0.2, "before", before, "#9ecae1"), (0.2, "heldout bias", after, "#3182bd")):
             axes.bar([k + at for k in range(len(shown))], means[shown].tolist(), 0.4, color=colour, label=name)
         names = [found.classes[c] for c in shown.tolist()]
         _name_below(axes, [f"{name}*" if name in mine[0].omitted else name for name in names])
-        axes.set(xlabel="worst classes" if found.wide else "class", ylabel="errors on its test images")
+        axes.set(xlabel="unseen and worst classes" if found.wide else "class", ylabel="errors on its test images")
         axes.set_title(short(row, 60 // len(rows)))
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, title="*: not in the transfer set")
@@ -249,7 +247,7 @@ def _draw_knowledge(figure: "Figure", found: Findings) -> None:
         columns = [("hard label", F.one_hot(test.labels[i], log_p.shape[1]).double())]
         columns += [(f"T = {T:g}", losses.average(known.logits[:, i], T, known.average).exp()) for T in hot]
         for axes, (title, p) in zip(panels, columns, strict=True):
-            again = axes is panels[0] or not _long(names)  # long names stand at the first bars alone
+            again = axes is panels[0] or max(map(len, names)) <= 3  # long names stand at the first bars alone
             _draw_bars(axes, names if again else [""] * len(names), p[shown].tolist(), ".3f")
             if i == images[0]:
                 axes.set_title(title, fontsize=9)
@@ -310,11 +308,11 @@ def _draw_lesson(figure: "Figure", found: Findings, lesson: Lesson) -> None:
     """Transfer images that teach the unseen classes, above test images of these before and after the bias."""
     train, test, names = found.dataset.train, found.dataset.test, short(lesson.names, 40)
     taught = [
-        (train, t.image, (f"label {found.label(train, t.image)}: {t.own:.3f}", f"{t.like}: {t.p:.3f}"))
+        (train, t.image, [f"label {found.label(train, t.image)}: {t.own:.3f}", f"{t.like}: {t.p:.3f}"])
         for t in lesson.transfer
     ]
     changed = [
-        (test, c.image, (f"label {found.label(test, c.image)}", f"before {c.before}", f"after {c.after}"))
+        (test, c.image, [f"label {found.label(test, c.image)}", f"before {c.before}", f"after {c.after}"])
         for c in lesson.changed
     ]
     titles = [

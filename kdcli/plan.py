@@ -150,8 +150,8 @@ def part(jobs: Sequence[Job], command: str, baseline: bool = True) -> list[Job]:
     if command in ("ensemble", "run", "report"):
         needed = {name for job in chosen for name in job.spec.parents}
         have = {job.spec.name for job in chosen}
-        chosen += [job for job in jobs if job.row.kind == "member" and job.spec.name in needed - have]
-    return [job for job in jobs if job in chosen]
+        chosen = [job for job in jobs if job.row.kind == "member" and job.spec.name in needed - have] + chosen
+    return chosen
 
 
 def distinct(jobs: Iterable[Job]) -> list[Spec]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from kdcli import BadInput, losses
+from kdcli import BadInput, code, losses
 from kdcli.config import Section
 from kdcli.export import CPU, onnx_net, test_split
 from kdcli.plan import orphaned
@@ -63,6 +63,7 @@ class Asked(NamedTuple):
         return [View(net=name, T=T, p=net(inputs, T)[0].tolist()) for name, T, net in asked]
 
 
+@code.quiet()
 def predict(
     places: Places,
     name: str,

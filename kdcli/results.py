@@ -10,7 +10,7 @@ import torch
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from kdcli import losses, score
+from kdcli import code, losses, score
 from kdcli.config import BIASES, Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
@@ -377,6 +377,7 @@ def made(jobs: Sequence[Job], places: Places) -> Made:
 # Scores from the weights.
 
 
+@code.quiet()
 def evaluate(runs: Sequence[tuple[Run, str | None]], dataset: Dataset, places: Places) -> list[Evaluation]:
     """Runs, each with the name of the run that it is compared with, scored from their weights on the test images."""
     device = torch.device(places.device)

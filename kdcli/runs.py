@@ -293,7 +293,7 @@ class Run:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Result | Unfinished]:
         """Hold the lock of the directory, which is made if it is not there; gives what result.json says."""
-        for attempt in range(20):
+        while True:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock = (self.path / "lock").open("a")
@@ -303,11 +303,11 @@ class Run:
                 what = self.path if self.root.is_dir() and os.access(self.root, os.W_OK) else f"--runs-dir {self.root}"
                 raise BadInput(f"{what}: cannot be written: {error.strerror}") from None
             with lock:
-                if _hold(lock.fileno()) and _is_still(lock.fileno(), self.path / "lock"):
+                if not _hold(lock.fileno()):
+                    raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
+                if _is_still(lock.fileno(), self.path / "lock"):
                     yield self.read()
                     return
-            time.sleep(0.02 * attempt)  # `kd runs` holds a lock for an instant, to look: that must refuse nobody
-        raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
 
     def end(self, status: Status, error: str) -> None:
         """Say how the run ended, if not completed."""
@@ -333,9 +333,10 @@ class Run:
         for name in STATES:
             try:
                 content = (self.path / name).read_bytes()
-                lines = (self.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
             except FileNotFoundError:
                 continue
+            log = self.path / "metrics.jsonl"
+            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
             if hashlib.sha256(content[32:]).digest() == content[:32]:
                 tensors = load(content[32:])
                 epochs = int(tensors.pop("epoch"))
@@ -365,12 +366,13 @@ class Run:
                 for key, value in epoch.model_dump(exclude_none=True, exclude={"epoch"}).items():
                     writer.add_scalar(key, value, epoch.epoch)
 
+            for epoch in self.metrics():
+                board(epoch)
+
             def both(epoch: Epoch) -> None:
                 self.log(epoch)
                 board(epoch)
 
-            for epoch in self.metrics():
-                board(epoch)
             yield both
 
     def log(self, epoch: Epoch) -> None:
@@ -459,16 +461,20 @@ def _separate(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def _checksum(result: Result) -> str:
-    return hashlib.sha256(result.model_dump_json(exclude={"checksum"}).encode()).hexdigest()
+    return hashlib.sha256(result.model_dump_json(exclude={"checksum"}, exclude_defaults=True).encode()).hexdigest()
 
 
 def _hold(descriptor: int) -> bool:
-    """Take the lock of an open file, unless another has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    """Take the lock of an open file, unless another has it. `kd runs` has it for an instant, to look, and must stand in
+    nobody's way: so it is tried for half a second."""
+    for _ in range(25):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return True
+    return False
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
@@ -680,6 +686,9 @@ def settings(spec: Spec) -> dict[str, Any]:
     """What a run is but for its names, its seed and its parents, nested: what is compared between two runs."""
     kept = spec.model_dump(exclude_none=True, exclude={"experiment", "seed", "parents", "dataset", "data"})
     where = spec.data.model_dump(exclude_none=True, include={"evaluate_on", "heldout", "transfer"})
+    kept.get("distill", {}).pop("teacher", None)  # the parents say which
+    if spec.model and spec.model.name:
+        kept["model"]["name"] = Path(spec.model.name).name
     return kept | {"data": where | {"content": spec.dataset.fingerprint[:12]}}
 
 

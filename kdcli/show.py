@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
@@ -88,14 +89,24 @@ class Table(NamedTuple):
 
     def print(self, console: Console) -> None:
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        words = [len(word) for row in self.rows for word in row[0].split()]
-        for i, column in enumerate(self.columns):
-            width = None if i else min(max(words, default=0), 50)  # a run's name is whole, so that it can be copied
-            table.add_column(Text(column), justify="right" if i else "left", overflow="fold", min_width=width)
+        for i, width in enumerate(self._widths(console.width)):
+            table.add_column(Text(self.columns[i]), justify="right" if i else "left", overflow="fold", width=width)
         for row in self.rows:
             table.add_row(*map(Text, row))
         console.print(self.title, style="bold", highlight=False, markup=False)
         console.print(table)
+
+    def _widths(self, room: int) -> list[int]:
+        """The widths of the columns, the widest narrowed until all fit: words in cells stay whole, so that a run's name
+        can be copied; where even that is too much, those in the first column do not."""
+        columns = list(zip(self.columns, *self.rows, strict=True))
+        widths = [max(map(cell_len, column)) for column in columns]
+        least = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for _, *cells in columns]
+        room -= 2 * len(columns)  # what is between them
+        least[0] = min(least[0], max(room - sum(least[1:]), 5))
+        while sum(widths) > room and (wide := [i for i, width in enumerate(widths) if width > least[i]]):
+            widths[max(wide, key=widths.__getitem__)] -= 1
+        return widths
 
 
 def tables(command: str, documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
@@ -110,10 +121,10 @@ def tables(command: str, documents: Sequence["Document"], classes: Sequence[str]
             parts = _distilled(mine)
         case _:
             parts = _omissions(mine, classes)
-    return [*parts, *_notes(documents)]
+    return [*parts, *notes(documents)]
 
 
-def _notes(documents: Sequence["Document"]) -> list[str]:
+def notes(documents: Sequence["Document"]) -> list[str]:
     """Trainings that learned nothing, and nets of several seeds that learn from the same teacher."""
     taught = {
         called(d): [other.teacher.run for other in documents if other.row == d.row and other.teacher] for d in documents
@@ -387,7 +398,7 @@ def remarks(summary: "Summary") -> list[str]:
     """The verdict, and what the reader of the table must know."""
     lines = _grid_remarks(summary) if summary.grid else _table_remarks(summary)
     points = [[d for d in point.runs if not isinstance(d, str)] for point in summary.points]
-    return [*lines, *dict.fromkeys([*summary.remarks, *(line for point in points for line in _notes(point))])]
+    return [*lines, *dict.fromkeys([*summary.remarks, *(line for point in points for line in notes(point))])]
 
 
 def _grid_remarks(summary: "Summary") -> list[str]:

@@ -1,8 +1,6 @@
 """One spec to one finished run: a function that needs nothing but its arguments, so that any engine can call it."""
 
-import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable
 
@@ -23,6 +21,7 @@ Tell = Callable[[str, int, Epoch], None]  # (run, epochs in all, the epoch that 
 Note = Callable[[str], None]
 
 
+@code.quiet()
 def train(spec: Spec, places: Places, tell: Tell, note: Note) -> Result:
     """Train the net of a spec, or combine an ensemble, and write its run directory; continue where it was interrupted.
 
@@ -37,8 +36,7 @@ def train(spec: Spec, places: Places, tell: Tell, note: Note) -> Result:
     if dataset.facts != spec.dataset:
         raise BadInput(f"{run.name}: the images are no longer those that it was planned with: start again")
     own_code = ((spec.model and spec.model.name) or "").rpartition(":")[0]
-    quiet, blaming = contextlib.redirect_stdout(sys.stderr), code.blaming(own_code)
-    with quiet, run.writing(shown, places.threads, parents), blaming:
+    with run.writing(shown, places.threads, parents), code.blaming(own_code):
         if spec.command == "ensemble":
             result = _combine(run, dataset)
         else:

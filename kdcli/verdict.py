@@ -44,7 +44,8 @@ class Verdict(Section):
             return f"{start}: {amount} ({test}). Other seeds may differ: --seeds 0-4 would tell."
         settle = f" About {self.settle:,} seeds would settle an effect of this size." if self.settle else ""
         if self.interval is None:
-            return f"{start}: {amount} at each of {self.n} seeds (no spread to test; {self.test}: p = {self.p:.2g}).{settle}"
+            alike = f"at each of {self.n} seeds (no spread to test; {self.test}: p = {self.p:.2g})"
+            return f"{start}: {amount} {alike}.{settle}"
         low, high = sorted(sign * end for end in self.interval)
         spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} {word}"
         return f"{start}: {amount} ({spread}; {self.test}: p = {self.p:.2g}).{settle}"
@@ -53,9 +54,9 @@ class Verdict(Section):
 def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
     """The verdict on differences of errors, one a seed.
 
-    Several: a paired t-test on them or, where all are the same, a sign test, since they tell nothing of the spread. One:
-    McNemar's exact test on the images that only one side gets right, `fixed` and `broken`. The interval is of the mean
-    over seeds; it does not cover the sampling of the test set.
+    Several: a paired t-test on them or, where all are the same, a sign test, since they tell nothing of the spread.
+    One: McNemar's exact test on the images that only one side gets right, `fixed` and `broken`. The interval is of the
+    mean over seeds; it does not cover the sampling of the test set.
     """
     from scipy import stats
 

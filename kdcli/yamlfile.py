@@ -1,4 +1,4 @@
-"""Reading an experiment file: where each key stands, what overrides it, the points of a grid, and errors that name file,
+"""Reading an experiment file: where each key stands, what overrides it, the points of a grid, and errors with file,
 line and key.
 
 Precedence, highest first: a flag, then `--set a.b=c`, then the grid and the experiment file, then the defaults.
@@ -8,8 +8,9 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,7 +182,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, _Loader)
         _locate(node, (), str(path), origins, problems)
-        values = yaml.load(text, _Loader)
+        values = _apart(yaml.load(text, _Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -195,6 +196,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
     if not isinstance(values, dict):
         raise BadInput(f"{path}:1: an experiment file is a mapping (name: …, data: …, teacher: …)")
     return values, origins, problems
+
+
+def _apart(value: Any) -> Any:
+    """A copy in which what an anchor and its aliases share is there once for each: an override is for one of them."""
+    if isinstance(value, dict):
+        return {key: _apart(inner) for key, inner in value.items()}
+    return [_apart(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _locate(node: yaml.Node | None, key: Key, file: str, origins: dict[Key, str], problems: list[str]) -> None:
@@ -232,7 +240,7 @@ def _apply(override: Override, values: dict[str, Any], origins: dict[Key, str]) 
                 place[part] = {}
                 origins[key[: i + 1]] = override.origin
             place = place[part]
-        place[last] = override.value
+        place[last] = deepcopy(override.value)  # a later override may reach into it
     except (TypeError, IndexError, KeyError):
         raise BadInput(f"{override.origin}: {override.key}: there is no such key to set") from None
     for old in [k for k in origins if k[: len(key)] == key]:

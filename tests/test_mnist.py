@@ -1,4 +1,4 @@
-"""The five subcommands on real MNIST, their trainings shortened with --set; about two minutes on one core."""
+"""The five subcommands on real MNIST, their trainings shorter than the paper's; about two minutes on one core."""
 
 import subprocess
 import sys
@@ -8,20 +8,28 @@ from typing import Any
 import pytest
 from conftest import Shell
 
-SHORT = [
-    "teacher.model={hidden: [500, 500], dropout: 0.25}",
-    "teacher.train={epochs: 14, batch_size: 200, optimizer: adam, lr: 2e-3, jitter: 1}",
-    "student.model={hidden: [400, 400]}",
-    "student.train={epochs: 10, batch_size: 100, optimizer: adam, lr: 2e-3}",
-    "baseline.train={epochs: 10, batch_size: 100, optimizer: adam, lr: 1e-3}",
-    "distill.T=4",
-]
+pytestmark = pytest.mark.timeout(1800)  # against hanging alone: the fixture trains six nets
+
+SHORT = """\
+name: mnist
+data: {name: mnist, heldout: 5000}
+teacher:
+  model: {hidden: [500, 500], dropout: 0.25}
+  train: {epochs: 14, batch_size: 200, optimizer: adam, lr: 2e-3, jitter: 1}
+student:
+  model: {hidden: [400, 400]}
+  train: {epochs: 10, batch_size: 100, optimizer: adam, lr: 2e-3}
+baseline:
+  train: {epochs: 10, batch_size: 100, optimizer: adam, lr: 1e-3}
+distill: {T: 4, lambda1: 0.9}
+"""
 
 
 @pytest.fixture(scope="module")
 def mnist(mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What each command says, in the order that a user would type them."""
     shell = Shell(tmp_path_factory.mktemp("mnist"))
+    (shell.folder / "short.yaml").write_text(SHORT)
     calls = {
         "teacher": ["train-teacher"],
         "student": ["distill"],
@@ -32,8 +40,7 @@ def mnist(mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
     documents = {}
     for name, (command, *flags) in calls.items():
-        sets = [word for setting in SHORT for word in ("--set", setting)]
-        done = shell(command, "mnist", *sets, *flags, "--threads", "1", "--json", KD_DATA=str(mnist_dir))
+        done = shell(command, "short.yaml", *flags, "--threads", "1", "--json", KD_DATA=str(mnist_dir))
         assert done.code == 0, done.err
         documents[name] = done.json
     return documents
@@ -98,4 +105,4 @@ def test_a_training_imports_no_pictures(mnist_dir: Path, tmp_path: Path) -> None
     )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "torch" in imported
-    assert not imported & {"matplotlib", "pandas", "onnx"}
+    assert "matplotlib" not in imported

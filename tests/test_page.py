@@ -36,6 +36,12 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.fixture
+def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without pictures, which take seconds."""
+    monkeypatch.setattr("kdcli.page.pictures", lambda found: {})
+
+
 @pytest.fixture(scope="module")
 def page(trained: Shell) -> Path:
     return trained.folder / "runs" / "tiny" / "report" / "report.html"
@@ -62,6 +68,7 @@ def test_the_page_begins_with_the_verdict_and_shows_every_part(page: Path, train
         "What the teacher knows beyond the labels",
         "omit 3: a class taught without examples",
         "kd run tiny.yaml --json",
+        "15 equal intervals",
     ):
         assert part in text
     assert {path.name for path in page.parent.iterdir()} == {
@@ -93,14 +100,18 @@ def test_a_real_browser_shows_it_without_an_error(page: Path, tmp_path: Path) ->
     assert not re.findall(r'"url":"https?://(?!localhost)[^"]*tiny', log.read_text() if log.exists() else "")
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_report_trains_nothing(trained: Shell, tmp_path: Path) -> None:
     shutil.copytree(trained.folder / "runs", tmp_path / "runs")
     (tmp_path / "tiny.yaml").write_text(TINY)
     shutil.rmtree(tmp_path / "runs" / "tiny" / "report")
+    before = sorted((tmp_path / "runs").rglob("*"))
     done = kd_here(tmp_path, "report", "tiny.yaml")
     assert done.code == 0, done.err
     assert "next: open runs/tiny/report/report.html, or ship a student: kd export tiny/distill/" in done.err
     assert (tmp_path / "runs" / "tiny" / "report" / "report.html").is_file()
+    made = {path.parent.name for path in (tmp_path / "runs").rglob("*") if path not in before and path.is_file()}
+    assert made == {"report"}
     done = kd_here(tmp_path, "report", "tiny.yaml", "--seeds", "0-1")
     assert done.code == 2
     assert re.search(r"runs are not finished, the first is tiny/.*; train them: kd run tiny.yaml --seeds 0-1", done.err)
@@ -133,6 +144,45 @@ def test_a_run_has_a_report_of_its_own(command: str, trained: Shell, tmp_path: P
     assert (run / "report" / "learning-curves.png").exists() == (command != "ensemble")
 
 
+@pytest.mark.usefixtures("quick_reports")
+def test_a_report_inside_a_run_is_no_obstacle(trained: Shell, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    teacher = next((tmp_path / "runs" / "tiny" / "train-teacher").glob("0-*"))
+    first, again = (kd_here(tmp_path, "report", f"tiny/train-teacher/{teacher.name}", "--json") for _ in range(2))
+    assert first.code == again.code == 0, again.err
+    assert first.json["table"] == again.json["table"]
+    asked = kd_here(tmp_path, "train-teacher", "tiny.yaml", "--json")
+    assert asked.code == 0, asked.err
+    assert "finished before" in asked.err
+    (teacher / "result.json").write_text(f'{{"status": "interrupted", "run": "tiny/train-teacher/{teacher.name}"}}')
+    trained_again = kd_here(tmp_path, "train-teacher", "tiny.yaml", "--json")
+    assert trained_again.code == 0, trained_again.err
+    assert trained_again.json["test"] == asked.json["test"]
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_a_student_is_not_held_against_a_baseline_of_another_recipe(trained: Shell, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    words = ("distill", "tiny.yaml", "--no-baseline", "--epochs", "1", "--json")
+    student = kd_here(tmp_path, *words).json["run"]
+    done = kd_here(tmp_path, "report", student, "--json")
+    assert done.code == 0, done.err
+    assert [row["row"] for row in done.json["table"]] == ["teacher", "student"]
+    assert "verdict" not in done.json
+    (remark,) = done.json["remarks"]
+    assert re.fullmatch(
+        r"Not held against tiny/baseline/0-\w+, which has another recipe: train.epochs is 6, not 1\.", remark
+    )
+    page = Page((tmp_path / "runs" / student / "report" / "report.html").read_text())
+    assert remark in " ".join(page.text.split())
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "baseline")
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "ensemble")
+    (remark,) = kd_here(tmp_path, "report", student, "--json").json["remarks"]
+    assert remark == "There is no baseline of the same seed to hold it against: `kd distill` trains one."
+
+
 def test_a_run_without_its_teacher_has_no_report(trained: Shell, tmp_path: Path) -> None:
     shutil.copytree(trained.folder / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs" / "tiny" / "train-teacher")
@@ -145,6 +195,7 @@ def test_a_run_without_its_teacher_has_no_report(trained: Shell, tmp_path: Path)
     assert "is a run, not an experiment" in done.err
 
 
+@pytest.mark.usefixtures("quick_reports")
 def test_a_trial_replaces_no_report_and_a_report_leaves_no_old_pictures(trained: Shell, tmp_path: Path) -> None:
     shutil.copytree(trained.folder / "runs", tmp_path / "runs")
     shutil.copy(trained.folder / "tiny.yaml", tmp_path)
