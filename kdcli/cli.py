@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
-from kdcli.config import Experiment, Kind, Section
+from kdcli.config import Experiment, Kind, Row, Section
 from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folders, remove, survey
 from kdcli.yamlfile import Override
 
@@ -351,14 +351,14 @@ def evaluate(
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
-    from kdcli.plan import evaluable
+    from kdcli.plan import KINDS, Job, evaluable
     from kdcli.results import Evaluations, evaluate
 
     seeds = work.experiment.seed if call.common.seed is not None else None
     found = evaluable(work.planned, work.places, run or [], seeds, call.display.note, call.retype())
     if call.common.dry_run:
-        names = {run.name for run, _ in found}
-        return call.dry_run(replace(work, jobs=[job for job in work.planned if job.spec.name in names]))
+        rows = [Row(name=KINDS[run.spec.command], kind=KINDS[run.spec.command]) for run, _ in found]
+        return call.dry_run(replace(work, jobs=[Job(row, r.spec) for row, (r, _) in zip(rows, found, strict=True)]))
     name, classes = work.experiment.name, work.dataset.facts.classes
     document = Evaluations(experiment=name, classes=classes, runs=evaluate(found, work.dataset, work.places))
     present(call.common.as_json, document, *show.evaluations(document))
@@ -423,7 +423,7 @@ def _finished(call: Call) -> "tuple[Work, Subject | None]":
     name, path = call.common.experiment, Path(call.common.experiment)
     if {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS}):
         work = call.prepare()
-        if (missing := work.unfinished()) and not call.common.dry_run:
+        if missing := work.unfinished():
             words = f"kd run {shlex.join(call.words())}"
             raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0]}; train them: {words}")
         return work, None

@@ -104,7 +104,8 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     MNIST is looked for in `data_dir`, else in $KD_DATA, else in data/, and downloaded there when absent, unless
     `download` is false. Raises BadInput when it cannot be had, is damaged, or is too small for the held-out images.
     """
-    train, test, facts = _read(data.name, data.function, data_dir, download)
+    content = code.digest(data.function) if data.function else None
+    train, test, facts = _read(data.name, data.function, content, data_dir, download)
     held = data.heldout or min(max(len(train) // 10, len(facts.classes)), len(train) // 3)
     if held > len(train) // 3:
         raise BadKeys(("data.heldout", f"must be at most {len(train) // 3}, a third of the training images"))
@@ -114,9 +115,11 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     return replace(whole, train=_without(train, whole.heldout), test=train.at(whole.heldout))
 
 
-@lru_cache(maxsize=1)
-def _read(name: str | None, function: str | None, data_dir: Path | None, download: bool) -> tuple[Split, Split, Facts]:
-    """The training and test images of a source, and what they are."""
+@lru_cache(maxsize=2)
+def _read(
+    name: str | None, function: str | None, content: str | None, data_dir: Path | None, download: bool
+) -> tuple[Split, Split, Facts]:
+    """The training and test images of a source, and what they are; read anew when the `content` of its file changes."""
     classes, where = [str(c) for c in range(10)], data_dir or Path(os.environ.get("KD_DATA") or "data")
     if function:
         train, test, classes = _from_function(function)

@@ -8,9 +8,10 @@ directories.
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
@@ -72,41 +73,30 @@ def obtain(jobs: Sequence[Job], places: Places, of_workers: Places, at_once: int
 def run_all(specs: Sequence[Spec], places: Places, at_once: int, tell: Tell, note: Note) -> None:
     """Train specs, each after those among them that it is made from. One that fails takes no other down but those that
     need it: when all have ended, raises what went wrong, BadInput where the input was wrong for each, else Failed."""
-    schedule = _Schedule(list(specs))
-    if at_once > 1:
-        _in_processes(schedule, places, at_once, tell, note)
-    else:
-        while spec := schedule.next():
-            schedule.end(attempt(spec, places, tell, note))
-    if schedule.problems:
-        kind = BadInput if all(ended.bad_input for ended in schedule.problems) else Failed
-        raise kind(*dict.fromkeys(line for ended in schedule.problems for line in ended.problem))
+    waiting = {spec.name: spec for spec in specs}
+    order = TopologicalSorter({s.name: [p for p in s.parents if p in waiting] for s in specs})
+    order.prepare()
+    problems = list[Ended]()
+    work = _in_processes(waiting, order, places, at_once, tell, note) if at_once > 1 else None
+    for ended in work or _here(waiting, order, places, tell, note):
+        if ended.problem:
+            problems.append(ended)  # never done: what is made from it never gets ready
+        else:
+            order.done(ended.run)
+    if problems:
+        failed = ", ".join(ended.run for ended in problems)
+        given_up = [f"{name}: not trained: it is made from what failed ({failed})" for name in waiting]
+        kind = BadInput if all(ended.bad_input for ended in problems) else Failed
+        raise kind(*dict.fromkeys([*(line for ended in problems for line in ended.problem), *given_up]))
 
 
-class _Schedule:
-    """What is still to be trained, in order."""
-
-    def __init__(self, waiting: list[Spec]) -> None:
-        self.waiting, self.pending = waiting, {spec.name for spec in waiting}
-        self.problems: list[Ended] = []
-
-    def next(self) -> Spec | None:
-        """The first run that waits for no other; None while there is none."""
-        for spec in self.waiting:
-            if self.pending.isdisjoint(spec.parents):
-                self.waiting.remove(spec)
-                return spec
-        return None
-
-    def end(self, ended: Ended) -> None:
-        """Note how a run ended; those that are made from one that failed are given up."""
-        self.pending.discard(ended.run)
-        if not ended.problem:
-            return
-        self.problems.append(ended)
-        for spec in [spec for spec in self.waiting if ended.run in spec.parents]:
-            self.waiting.remove(spec)
-            self.end(Ended(spec.name, (f"{spec.name}: not trained: it is made from {ended.run}",), ended.bad_input))
+def _here(
+    waiting: dict[str, Spec], order: "TopologicalSorter[str]", places: Places, tell: Tell, note: Note
+) -> Iterator[Ended]:
+    """Train one run after another, taking each out of `waiting`."""
+    ready = list[str]()
+    while ready := [*ready, *order.get_ready()]:
+        yield attempt(waiting.pop(ready.pop(0)), places, tell, note)
 
 
 @dataclass
@@ -147,16 +137,17 @@ class _Worker:
         return message
 
 
-def _in_processes(schedule: _Schedule, places: Places, at_once: int, tell: Tell, note: Note) -> None:
-    idle, busy = list[_Worker](), dict[Connection, _Worker]()
+def _in_processes(
+    waiting: dict[str, Spec], order: "TopologicalSorter[str]", places: Places, at_once: int, tell: Tell, note: Note
+) -> Iterator[Ended]:
+    """Train up to so many runs at once, taking each out of `waiting`."""
+    ready, idle, busy = list[str](), list[_Worker](), dict[Connection, _Worker]()
     try:
-        while True:
-            while len(busy) < at_once and (spec := schedule.next()):
+        while (ready := [*ready, *order.get_ready()]) or busy:
+            while ready and len(busy) < at_once:
                 worker = idle.pop() if idle else _Worker.start(places)
                 busy[worker.connection] = worker
-                worker.give(spec)
-            if not busy:
-                return
+                worker.give(waiting.pop(ready.pop(0)))
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 worker = busy[connection]
@@ -167,9 +158,8 @@ def _in_processes(schedule: _Schedule, places: Places, at_once: int, tell: Tell,
                     note(message)
                 else:
                     del busy[connection]
-                    if worker.process.poll() is None:
-                        idle.append(worker)
-                    schedule.end(message)
+                    idle += [worker] if worker.process.poll() is None else []
+                    yield message
     finally:
         for worker in (*idle, *busy.values()):
             worker.process.terminate()

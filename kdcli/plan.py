@@ -25,6 +25,7 @@ COMMANDS: dict[Kind, Command] = {
     "student": "distill",
     "omission": "omit-classes",
 }
+KINDS: dict[Command, Kind] = {command: kind for kind, command in COMMANDS.items() if kind != "member"}
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,19 @@ class _Planner:
 
     def _jobs(self, row: Row, seed: int) -> list[Job]:
         """The job of a row with a seed; of a row of members, one each."""
-        described: str | None = self._taught_by(self.experiment.distill.teacher, seed)
-        described = self.named.name if self.named else described
         match row.kind:
             case "teacher":
-                specs, described = [self._teacher(seed)], None
+                specs = [self._teacher(seed)]
             case "member":
-                specs, described = self._members(seed, row.of_baselines), None
+                specs = self._members(seed, row.of_baselines)
             case "ensemble":
-                specs, described = [self._ensemble(seed, row.of_baselines)], None
+                specs = [self._ensemble(seed, row.of_baselines)]
             case "baseline":
                 specs = [self._baseline(seed)]
             case _:
-                if row.learns_from != self.experiment.distill.teacher:
-                    described = self._taught_by("ensemble", seed)
-                specs = [self._student(row, seed, described)]
-        return [Job(row, spec, self.point, described) for spec in specs]
+                specs = [self._student(row, seed)]
+        taught = [self._taught_by(row, s.seed) if s.command in STUDENTS else None for s in specs]
+        return [Job(row, spec, self.point, teacher) for spec, teacher in zip(specs, taught, strict=True)]
 
     def _spec(self, command: Command, seed: int, **more: Any) -> Spec:
         e, data = self.experiment, self.experiment.data
@@ -107,9 +105,12 @@ class _Planner:
         names = [member.name for member in self._members(seed, of_baselines)]
         return self._spec("ensemble", seed, average=ensemble.average, parents=names)
 
-    def _taught_by(self, kind: str, seed: int) -> str:
-        """The teacher of the same seed, or the one ensemble: that of the first seed."""
-        if kind == "ensemble":
+    def _taught_by(self, row: Row, seed: int) -> str:
+        """The teacher of the same seed, the one ensemble, that of the first seed, or the run that was named."""
+        described = self.experiment.distill.teacher
+        if self.named and (row.learns_from or described) == described:
+            return self.named.name
+        if (row.learns_from or described) == "ensemble":
             return self._ensemble(self.experiment.seed[0], of_baselines=False).name
         return self._teacher(seed).name
 
@@ -118,8 +119,8 @@ class _Planner:
         train, count = e.baseline.train or e.student.train, e.data.transfer
         return self._spec("baseline", seed, model=e.student.model, train=train, transfer=count)
 
-    def _student(self, row: Row, seed: int, teacher: str | None) -> Spec:
-        e = self.experiment
+    def _student(self, row: Row, seed: int) -> Spec:
+        e, teacher = self.experiment, self._taught_by(row, seed)
         more: dict[str, Any] = {"distill": e.distill.model_copy(update={"teacher": "teacher"}), "parents": [teacher]}
         more |= {"model": e.student.model, "train": e.student.train, "transfer": e.data.transfer}
         if row.kind == "omission":
@@ -399,7 +400,7 @@ def evaluable(
         raise BadInput(f"{places.runs_dir / experiment}: no finished runs{of}; train some: kd run {retype}")
     for run in runs:
         usable(run, planned[0].spec, "evaluated")
-    described = {job.spec.seed: job.teacher for job in planned if job.row.kind == "baseline"}
+    described = {job.spec.seed: job.teacher for job in planned if job.spec.command == "baseline"}
 
     def beside(spec: Spec) -> str | None:
         if spec.command == "baseline":  # is held against the teacher that the experiment describes

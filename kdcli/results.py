@@ -14,7 +14,7 @@ from kdcli import code, losses, score
 from kdcli.config import BIASES, Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
-from kdcli.plan import COMMANDS, Job, orphaned
+from kdcli.plan import KINDS, Job, orphaned
 from kdcli.runs import (
     Brief,
     Correction,
@@ -256,7 +256,7 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
     run.result("reported")
     spec, rows, jobs, remarks = run.spec, list[Row](), list[Job](), list[str]()
     of_baselines = spec.command == "ensemble" and members(run)[0].spec.command == "baseline"
-    kind = next(kind for kind, command in COMMANDS.items() if command == spec.command)
+    kind = KINDS[spec.command]
     name = Omission(omit=spec.omitted).label if spec.omitted else "ensemble of baselines" if of_baselines else kind
     own = Row(name=name, kind=kind, of_baselines=of_baselines)
     teacher = open_run(run.root, spec.parents[0]) if spec.parents and spec.command != "ensemble" else None

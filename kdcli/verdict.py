@@ -102,10 +102,10 @@ def spread(errors: Sequence[int]) -> Spread:
 
 
 def mean_interval(errors: Sequence[float]) -> list[float] | None:
-    """The 95 % t-interval of the mean over seeds; None for fewer than two."""
+    """The 95 % t-interval of the mean over seeds; None for fewer than two, or where all are the same."""
     from scipy import stats
 
-    if len(errors) < 2:
+    if len(set(errors)) < 2:
         return None
     half = float(stats.t.ppf(1 - ALPHA / 2, len(errors) - 1)) * statistics.stdev(errors) / len(errors) ** 0.5
     return [statistics.mean(errors) - half, statistics.mean(errors) + half]

@@ -74,7 +74,8 @@ def prepare(
     named = find_teacher(places, teacher)
 
     def planned(points: Sequence[Loaded]) -> list[Job]:
-        return plan([point.experiment for point in points], dataset, named)
+        data = open_dataset(points[0].experiment.data, places.data_dir, download)
+        return plan([point.experiment for point in points], data, named)
 
     whole = planned(points)
     work = Work(points, dataset, whole, part(whole, asked.command, baseline), places)
@@ -103,14 +104,15 @@ def _refuse_idle(
         return
     try:
         others = yamlfile.points(asked.name, [o for o in asked.overrides if o is not override])
+        if [point.experiment for point in others] == [point.experiment for point in work.points]:
+            return
+        before = planned(others)
     except BadInput:  # the experiment cannot do without it
         return
-    if [point.experiment for point in others] == [point.experiment for point in work.points]:
-        return
-    before = planned(others)
     if _does(before, asked.command) != _does(work.planned, asked.command):
         return
-    rows = [row for row, names in _by_row(work.planned).items() if names != _by_row(before).get(row)]
+    one, other = _by_row(before), _by_row(work.planned)
+    rows = [row for row in {**one, **other} if one.get(row) != other.get(row)]
     where = f"it changes: {', '.join(rows)}" if rows else "it changes no run of this experiment"
     own = _trained_apart(work.experiment, key) if key.startswith("student.train") else []
     hint = f"; set for nets with a train of their own: {', '.join(own)}" if own else ""

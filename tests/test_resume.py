@@ -229,7 +229,7 @@ def test_kill_9_at_any_instant_loses_nothing(experiment: str, tmp_path: Path, un
     def epochs() -> int:
         return sum(len(path.read_bytes().splitlines()) for path in tmp_path.rglob("metrics.jsonl"))
 
-    for least in sorted(draws.randrange(EPOCHS * 3 // 4) for _ in range(5)):
+    for least in sorted(draws.randrange(EPOCHS * 3 // 4) for _ in range(8)):
         with start(shell, experiment=experiment) as process:
             wait_until(lambda process=process, least=least: process.returncode is not None or epochs() >= least)  # type: ignore[misc]
             time.sleep(draws.uniform(0, 0.05))

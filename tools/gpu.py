@@ -7,9 +7,10 @@ The loop is `fit` itself; the arms differ in how it asks the net, `kdcli.device.
     compiled  torch.compile(mode="reduce-overhead") under autocast: what kd does from `device.COMPILED_FROM` steps on
 
 First the milliseconds a step, by the device's own events, the seconds that compiling takes and the steps that pay for
-it; then the errors on the digits, on the CPU and with each arm, which shows whether bfloat16 hurts, soft targets at
-T = 20 above all; then, where MNIST is in data/ or $KD_DATA, some epochs of mnist.yaml's teacher and of its student.
-A figure that fails says so, and the others go on. It needs neither scikit-learn nor torchvision, but for the data.
+it; then whether a seed repeats and a resumed training goes on bit for bit; then the errors on the digits, on the CPU
+and with each arm, which shows whether bfloat16 hurts, soft targets at T = 20 above all; then, where MNIST is in data/
+or $KD_DATA, some epochs of mnist.yaml's teacher and of its student. A figure that fails says so, and the others go on.
+Only the data need scikit-learn and torchvision.
 """
 
 import argparse
@@ -35,8 +36,9 @@ from kdcli import fit as training
 from kdcli.config import Data, Distill, Network, Train
 from kdcli.data import MNIST_FILES, Split, open_dataset
 from kdcli.device import COMPILED_FROM, forward_of, place, seeded
-from kdcli.fit import Fitted, fit
+from kdcli.fit import NOTHING, Fitted, fit
 from kdcli.models import build
+from kdcli.runs import State
 from kdcli.score import count_errors
 from kdcli.teacher import Teacher, predict
 
@@ -50,11 +52,12 @@ ARMS: dict[str, Callable[[nn.Module, torch.device, int], Callable[[Tensor], Tens
 class Sizes(NamedTuple):
     """How much is done for a figure."""
 
-    steps: int = 300  # of a timed epoch
+    steps: int = 200  # of a timed epoch
     rounds: int = 5
     seeds: int = 3
     digits: int = 20  # epochs
     mnist: int = 5
+    width: int = 64  # of the small convolutional net
 
 
 class Case(NamedTuple):
@@ -66,6 +69,8 @@ class Case(NamedTuple):
     shape: tuple[int, int, int] = (1, 28, 28)
     distill: Distill | None = None
     channels_last: bool = True
+    arms: Sequence[str] = tuple(ARMS)
+    repeats: bool = False  # is looked at
 
 
 class Steps(NamedTuple):
@@ -76,30 +81,34 @@ class Steps(NamedTuple):
     megabytes: float  # most memory taken from the device
 
 
-def conv_net() -> nn.Module:
-    """A small convolutional net with BatchNorm for 3 x 32 x 32."""
+def conv_net(width: int) -> nn.Module:
+    """A net with BatchNorm for 3 x 32 x 32: three convolutions, of `width`, 2 and 4 times as many channels."""
     layers: list[nn.Module] = []
-    for n, m in pairwise((3, 64, 128, 256)):
+    for n, m in pairwise((3, width, 2 * width, 4 * width)):
         layers += [nn.Conv2d(n, m, 3, padding=1, bias=False), nn.BatchNorm2d(m), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
 
 
-def cases() -> list[Case]:
+def cases(width: int) -> list[Case]:
     mnist = yamlfile.load("mnist").experiment
 
     def mlp(name: str, network: Network, distill: Distill | None = None) -> Case:
         return Case(name, lambda: build(network.model, (1, 28, 28), 10), network.train, distill=distill)
 
-    of_conv_net = Train(epochs=1, lr=0.1, jitter=2, weight_decay=5e-4)
-    teacher, colour = mnist.teacher, (3, 32, 32)
+    def conv(width: int) -> Case:
+        train = Train(epochs=1, lr=0.1, jitter=2, weight_decay=5e-4)
+        return Case(f"convolutional net, {width} channels", partial(conv_net, width), train, (3, 32, 32))
+
+    teacher, small, wide = mnist.teacher, conv(width), conv(4 * width)
     plain = teacher.model_copy(update={"train": teacher.train.model_copy(update={"ema": None})})
     return [
         mlp("student, hard labels", mnist.student),
         mlp("student, distilled", mnist.student, mnist.distill),
-        mlp("teacher, jittered", teacher),
-        mlp("teacher, jittered, no average", plain),
-        Case("convolutional net", conv_net, of_conv_net, colour),
-        Case("convolutional net, not channels_last", conv_net, of_conv_net, colour, channels_last=False),
+        mlp("teacher, jittered", teacher)._replace(repeats=True),
+        mlp("teacher, no average", plain),
+        small._replace(repeats=True),
+        wide,
+        wide._replace(name=f"{wide.name}, not channels_last", channels_last=False, arms=("float32", "bfloat16")),
     ]
 
 
@@ -141,17 +150,21 @@ def forget() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def timed(case: Case, device: torch.device, sizes: Sizes) -> Steps:
+def epochs_of(case: Case, device: torch.device, steps: int, epochs: int, start: State = NOTHING) -> Iterator[Fitted]:
     """Epochs of `fit`, the last batch of each a smaller one, as it mostly is."""
-    forget()
-    train = case.train.model_copy(update={"epochs": 1_000, "warmup": 0.0})
-    images = random_images(sizes.steps * train.batch_size - train.batch_size // 4, case.shape).to(device)
+    train = case.train.model_copy(update={"epochs": epochs, "warmup": 0.0})
+    images = random_images(steps * train.batch_size - train.batch_size // 4, case.shape).to(device)
     with seeded(0, "init"):
         net = case.make().to(device)
     if case.channels_last:
         net = place(net, device)
     teacher = answers(torch.randn(len(images), 10, device=device)) if case.distill else None
-    epochs = fit(net, images, train, 0, teacher=teacher, distill=case.distill)
+    return fit(net, images, train, 0, teacher=teacher, distill=case.distill, start=start)
+
+
+def timed(case: Case, device: torch.device, sizes: Sizes) -> Steps:
+    forget()
+    epochs = epochs_of(case, device, sizes.steps, 1_000)
     first, *later = [milliseconds(device, lambda: next(epochs)) for _ in range(sizes.rounds + 1)]
     peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
     ms = statistics.median(later)
@@ -160,15 +173,29 @@ def timed(case: Case, device: torch.device, sizes: Sizes) -> Steps:
 
 def step_times(case: Case, device: torch.device, sizes: Sizes) -> None:
     found = {}
-    for name in ARMS:
+    for name in case.arms:
         with arm(name):
             found[name] = timed(case, device, sizes)
-    gain = found["bfloat16"].ms - found["compiled"].ms
-    compiling = found["compiled"].start - found["bfloat16"].start
     ms = " / ".join(f"{steps.ms:.3f}" for steps in found.values())
     memory = " / ".join(f"{steps.megabytes:.0f}" for steps in found.values())
-    pays = f"{1e3 * compiling / gain:,.0f}" if gain > 0 else "never"
-    row(case.name, str(case.train.batch_size), ms, f"{compiling:.1f}", pays, memory)
+    seconds, pays = "", ""
+    if "compiled" in found:
+        gain = found["bfloat16"].ms - found["compiled"].ms
+        compiling = found["compiled"].start - found["bfloat16"].start
+        seconds, pays = f"{compiling:.1f}", f"{1e3 * compiling / gain:,.0f}" if gain > 0 else "never"
+    row(case.name, str(case.train.batch_size), ms, seconds, pays, memory)
+
+
+def repeats(case: Case, device: torch.device) -> None:
+    """Whether the losses of four epochs are the same a second time, and continued after two of them."""
+    for name in ARMS:
+        forget()
+        with arm(name):
+            once, again = ([end.loss for end in epochs_of(case, device, 8, 4)] for _ in range(2))
+            half = next(end for end in epochs_of(case, device, 8, 4) if end.epoch == 2)
+            start = State(2, {key: tensor.clone() for key, tensor in half.state().items()})
+            resumed = [end.loss for end in epochs_of(case, device, 8, 4, start)]
+        row(case.name, name, *("yes" if same else "no" for same in (once == again, once[2:] == resumed)))
 
 
 def row(*cells: str) -> None:
@@ -270,8 +297,12 @@ def figures(device: torch.device, sizes: Sizes) -> None:
         f"Steps ({' / '.join(ARMS)}; the last batch is a smaller one)",
         *("net", "batch", "ms a step", "s of compiling", "steps that pay for it", "MB"),
     )
-    for case in cases():
+    for case in cases(sizes.width):
         attempt(case.name, partial(step_times, case, device, sizes))
+    heading("The same losses, bit for bit", "net", "arm", "from the same seed", "continued")
+    for case in cases(sizes.width):
+        if case.repeats:
+            attempt(case.name, partial(repeats, case, device))
     heading(f"Digits, {sizes.digits} epochs, {sizes.seeds} seeds", "net", "where", "errors of 500", "T² KL")
     attempt("digits", partial(digits_errors, device, sizes))
     raw = Path(os.environ.get("KD_DATA") or "data") / "MNIST" / "raw"
@@ -291,13 +322,14 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu.py: this machine has no usable CUDA device")
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # each compiling is a first one
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{name}; {versions}; COMPILED_FROM = {COMPILED_FROM:,} steps")
     began = time.perf_counter()
-    figures(device, Sizes(4, 2, 1, 2, 1) if arguments.quick else Sizes())
+    figures(device, Sizes(4, 2, 1, 2, 1, 4) if arguments.quick else Sizes())
     print(f"\n{time.perf_counter() - began:.0f} s in all.")
 
 
