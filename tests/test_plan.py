@@ -78,7 +78,10 @@ def test_who_is_made_from_whom(digits: list[Job]) -> None:
         assert [job.spec.parents for job in digits if job.row.name == row] == [[teacher] for teacher in teachers]
     for_all = {tuple(job.spec.parents) for job in digits if job.row.name == "student of ensemble"}
     assert for_all == {(ensembles[0],)}  # one ensemble, that of the first seed
-    assert {job.teacher for job in digits if job.row.kind in ("teacher", "member", "ensemble")} == {None}
+    hard = [job for job in digits if job.row.kind in ("teacher", "ensemble") or job.row.name == "member"]
+    assert {job.teacher for job in hard} == {None}
+    beside = {job.spec.seed: job.teacher for job in digits if job.spec.command == "baseline"}
+    assert beside == {job.spec.seed: job.spec.name for job in digits if job.spec.command == "train-teacher"}
     assert [job.teacher for job in digits if job.row.name == "baseline"] == teachers
     assert [job.teacher for job in digits if job.row.name == "student"] == teachers
     assert {job.teacher for job in digits if job.row.name == "student of ensemble"} == {ensembles[0]}
