@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
 from kdcli.config import Experiment, Kind, Row, Section
@@ -42,23 +43,19 @@ def _complete_group(incomplete: str) -> list[str]:
     return [group for group in groups if group.startswith(incomplete)] or _complete_run(incomplete)
 
 
-T = Annotated[float | None, typer.Option("--T", help="Temperature of the soft targets (distill.T).")]
-Lambda1 = Annotated[float | None, typer.Option("--lambda1", help="Weight of the soft targets (distill.lambda1).")]
+T = Annotated[float | None, Option("--T", help="Temperature of the soft targets (distill.T).")]
+Lambda1 = Annotated[float | None, Option("--lambda1", help="Weight of the soft targets (distill.lambda1).")]
 Lambda2 = Annotated[
-    float | None,
-    typer.Option("--lambda2", help="Weight of the hard labels; left out, here and in the file: 1 - lambda1."),
+    float | None, Option("--lambda2", help="Weight of the hard labels; left out, here and in the file: 1 - lambda1.")
 ]
 TeacherRun = Annotated[
-    str | None,
-    typer.Option("--teacher", metavar="RUN", help="Learn from this run instead.", autocompletion=_complete_run),
+    str | None, Option("--teacher", metavar="RUN", help="Learn from this run instead.", autocompletion=_complete_run)
 ]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Epochs of each training of this command.")]
-RunsDir = Annotated[Path, typer.Option(help="Where the run directories lie.")]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Epochs = Annotated[int | None, Option("--epochs", help="Epochs of each training of this command.")]
+RunsDir = Annotated[Path, Option(help="Where the run directories lie.")]
+DataDir = Annotated[Path | None, Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
+Debug = Annotated[bool, Option("--debug", help="Show tracebacks.")]
 
 
 @dataclass(frozen=True)
@@ -67,25 +64,21 @@ class Common:
 
     experiment: Annotated[
         str,
-        typer.Argument(
-            help="An experiment's name (mnist, digits) or its YAML file.", autocompletion=_complete_experiment
-        ),
+        Argument(help="An experiment's name (mnist, digits) or its YAML file.", autocompletion=_complete_experiment),
     ] = "mnist"
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key: teacher.train.epochs=5.")
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any key: teacher.train.epochs=5.")
     ] = None
-    seed: Annotated[str | None, typer.Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
-    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: all cores for a run alone, else one.")] = (
-        None
-    )
+    seed: Annotated[str | None, Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
+    threads: Annotated[int | None, Option(help="CPU threads; left out: all cores for a run alone, else one.")] = None
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs trained at once, each on one thread; left out: one a core.")
+        int | None, Option(min=1, help="Runs trained at once, each on one thread; left out: one a core.")
     ] = None
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     data_dir: DataDir = None
     runs_dir: RunsDir = Path("runs")
     as_json: AsJson = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
     debug: Debug = False
 
 
@@ -275,8 +268,8 @@ def train_teacher(call: Call, epochs: Epochs = None) -> None:
 @command("ensemble")
 def ensemble(
     call: Call,
-    members: Annotated[int | None, typer.Option(help="Number of members (ensemble.members).")] = None,
-    average: Annotated[str | None, typer.Option(help="arithmetic or geometric (ensemble.average).")] = None,
+    members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None,
+    average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None,
     epochs: Epochs = None,
 ) -> None:
     """Train several teachers and average their predictions."""
@@ -308,7 +301,7 @@ def distill(
     lambda1: Lambda1 = None,
     lambda2: Lambda2 = None,
     teacher: TeacherRun = None,
-    baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Compare with hard labels alone.")] = True,
+    baseline: Annotated[bool, Option("--baseline/--no-baseline", help="Compare with hard labels alone.")] = True,
     epochs: Epochs = None,
 ) -> None:
     """Train the student on the teacher's soft targets, beside the same student on hard labels alone."""
@@ -319,8 +312,8 @@ def distill(
 @command("omit-classes")
 def omit_classes(
     call: Call,
-    omit: Annotated[str | None, typer.Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
-    keep: Annotated[str | None, typer.Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
+    omit: Annotated[str | None, Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
+    keep: Annotated[str | None, Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
     T: T = None,
     lambda1: Lambda1 = None,
     lambda2: Lambda2 = None,
@@ -345,8 +338,7 @@ def omit_classes(
 def evaluate(
     call: Call,
     run: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN", help="A run to evaluate; repeat it.", autocompletion=_complete_run),
+        list[str] | None, Option(metavar="RUN", help="A run to evaluate; repeat it.", autocompletion=_complete_run)
     ] = None,
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
@@ -367,8 +359,7 @@ def evaluate(
 
 @command("run")
 def run(
-    call: Call,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False,
+    call: Call, check: Annotated[bool, Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False
 ) -> None:
     """Do everything the file describes, and end with one table and a report."""
     if check and not call.experiment().expect:
@@ -389,11 +380,9 @@ def report(
     call: Call,
     more: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="EXPERIMENT|RUN...", help="Runs, or more experiments.", autocompletion=_complete_experiment
-        ),
+        Argument(metavar="EXPERIMENT|RUN...", help="Runs, or more experiments.", autocompletion=_complete_experiment),
     ] = None,
-    open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    open_: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
     pictures."""
@@ -409,7 +398,7 @@ def report(
             one.dry_run(work)
             continue
         if subject:
-            _, page = one.report(work, subject, work.places.runs_dir / subject.title / "report")
+            _, page = one.report(work, subject, work.places.runs_dir / subject.file / "report")
         else:
             _, page = one.report_experiment(work)
         if open_:
@@ -438,18 +427,16 @@ def _finished(call: Call) -> "tuple[Work, Subject | None]":
 def compare_runs(
     names: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.", autocompletion=_complete_group
-        ),
+        Argument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.", autocompletion=_complete_group),
     ],
     data_dir: DataDir = None,
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
-    as_markdown: Annotated[bool, typer.Option("--md", help="Print Markdown on stdout.")] = False,
+    as_markdown: Annotated[bool, Option("--md", help="Print Markdown on stdout.")] = False,
     match: Annotated[
-        str, typer.Option(metavar="TEXT", help="Of the others only those with this in their name or settings: T=4.")
+        str, Option(metavar="TEXT", help="Of the others only those with this in their name or settings: T=4.")
     ] = "",
-    sort: Annotated[Literal["given", "errors"], typer.Option(help="Order of the others.")] = "given",
+    sort: Annotated[Literal["given", "errors"], Option(help="Order of the others.")] = "given",
     debug: Debug = False,
 ) -> None:
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
@@ -469,12 +456,12 @@ def compare_runs(
 def export_(
     run: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="RUN", help="A finished run: a student, a teacher, an ensemble.", autocompletion=_complete_run
         ),
     ],
-    form: Annotated[Literal["onnx", "torch", "safetensors"], typer.Option("--format", help="Of the file.")] = "onnx",
-    out: Annotated[Path | None, typer.Option(help="The file to write; left out: named after the run.")] = None,
+    form: Annotated[Literal["onnx", "torch", "safetensors"], Option("--format", help="Of the file.")] = "onnx",
+    out: Annotated[Path | None, Option(help="The file to write; left out: named after the run.")] = None,
     data_dir: DataDir = None,
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
@@ -499,15 +486,15 @@ def export_(
 def predict_(
     net: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.", autocompletion=_complete_run
         ),
     ],
-    images: Annotated[list[Path] | None, typer.Argument(metavar="IMAGE...", help="PNG or JPEG files.")] = None,
-    test_images: Annotated[list[int] | None, typer.Option("--test-image", metavar="N", help="Repeat it.")] = None,
-    temperatures: Annotated[str, typer.Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
-    top: Annotated[int, typer.Option(min=1, help="Show so many classes.")] = 3,
-    invert: Annotated[bool, typer.Option("--invert", help="For dark ink on a light ground.")] = False,
+    images: Annotated[list[Path] | None, Argument(metavar="IMAGE...", help="PNG or JPEG files.")] = None,
+    test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="Repeat it.")] = None,
+    temperatures: Annotated[str, Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
+    top: Annotated[int, Option(min=1, help="Show so many classes.")] = 3,
+    invert: Annotated[bool, Option("--invert", help="For dark ink on a light ground.")] = False,
     data_dir: DataDir = None,
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
@@ -545,8 +532,8 @@ ORDERS: dict[str, Callable[[Listed], Any]] = {
 @runs_app.callback()
 def runs(
     context: typer.Context,
-    match: Annotated[str, typer.Option(metavar="TEXT", help="Only runs with this in their name or status.")] = "",
-    sort: Annotated[Literal["name", "errors", "age", "size"], typer.Option(help="What to sort by.")] = "name",
+    match: Annotated[str, Option(metavar="TEXT", help="Only runs with this in their name or status.")] = "",
+    sort: Annotated[Literal["name", "errors", "age", "size"], Option(help="What to sort by.")] = "name",
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
     debug: Debug = False,
@@ -567,15 +554,10 @@ def runs(
 @runs_app.command("rm")
 def runs_rm(
     names: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN...",
-            help="Runs, by name or by path.",
-            autocompletion=_complete_run,
-        ),
+        list[str], Argument(metavar="RUN...", help="Runs, by name or by path.", autocompletion=_complete_run)
     ],
-    force: Annotated[bool, typer.Option("--force", help="Even if other runs were made from them.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    force: Annotated[bool, Option("--force", help="Even if other runs were made from them.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     runs_dir: RunsDir = Path("runs"),
     debug: Debug = False,
 ) -> None:
@@ -605,7 +587,7 @@ def runs_rm(
 
 @app.callback(invoke_without_command=True)
 def top(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+    context: typer.Context, version: Annotated[bool, Option("--version", help="Print the version.")] = False
 ) -> None:
     """Knowledge distillation experiments from one YAML file."""
     if version:

@@ -1,4 +1,4 @@
-"""`kd export` writes a finished run's net for others to run, and proves the file on all test images first."""
+"""`kd export` writes a finished run's net for others to run, and proves it on all test images first."""
 
 import contextlib
 import copy
@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kdcli import BadInput, Failed, code, score
@@ -61,51 +63,35 @@ class Probabilities(nn.Module):
 
 @code.quiet()
 def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Exported:
-    """Write a finished run's net as `file` and its model card beside it, after the written net has classified all test
+    """Write a finished run's net as `file` and its model card beside it, after what is written has classified all test
     images as torch does. Raises BadInput for a run or place that cannot be; Failed where the two disagree."""
     run.result("exported")
-    file, card = _free(file or Path(f"{run.name.replace('/', '-')}{SUFFIXES[form]}"), SUFFIXES[form])
-    test, model = test_split(run, data_dir), Probabilities(nets(run, CPU), run.spec.average).eval()
-    content, aside = _content(model, run, form), file.with_name(f"unproved-{file.name}")
-    try:
-        write_aside(aside, content)
-    except OSError as error:
-        raise BadInput(f"--out {file}: cannot be written: {error.strerror}") from None
-    try:
-        wanted, found = (_asked(net, test) for net in (model, _opened(aside, form, model)))
-        difference = float((wanted - found).abs().max())
-        torch_errors, errors = (score.count_errors(p, test.labels).errors for p in (wanted, found))
-        if not difference <= TOLERANCE or errors != torch_errors:  # NaN is no agreement
-            raise Failed(f"{file}: differs from torch by {difference:.2g}, {errors} errors: not written")
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-    exported = Exported(
-        run=run.name,
-        format=form,
-        file=str(file),
-        bytes=len(content),
-        max_difference=difference,
-        errors=errors,
-        torch_errors=torch_errors,
-        total=len(test),
-        card=str(card),
-        net=_described(run),
-    )
-    quality = score.quality(log_probabilities(run, len(test)), test.labels)
-    write_aside(card, _card(run, exported, quality).encode())
-    return exported
-
-
-def _free(file: Path, suffix: str) -> tuple[Path, Path]:
-    """The file to write and its card. Raises BadInput where they cannot be."""
-    if file.suffix != suffix or not file.parent.is_dir():
-        raise BadInput(f"--out {file}: must be a file in a folder that exists, with a name that ends in {suffix}")
+    file = file or Path(run.name.replace("/", "-") + SUFFIXES[form])
     card = file.with_name(f"{file.name}.md")
+    if file.suffix != SUFFIXES[form] or not file.parent.is_dir():
+        where = f"a file in a folder that exists, with a name that ends in {SUFFIXES[form]}"
+        raise BadInput(f"--out {file}: must be {where}")
     for taken in (file, card):
         if os.path.lexists(taken):
             raise BadInput(f"{taken}: is there already: remove it, or choose another --out")
-    return file, card
+    test, model = test_split(run, data_dir), Probabilities(nets(run, CPU), run.spec.average).eval()
+    net = ", ".join(_described(member) for member in members(run))
+    content = _content(run, net, model, form)
+    wanted, found = (_asked(asked, test) for asked in (model, _opened(file, content, form, model)))
+    difference = float((wanted - found).abs().max())
+    torch_errors, errors = (score.count_errors(p, test.labels).errors for p in (wanted, found))
+    if not difference <= TOLERANCE or errors != torch_errors:  # NaN is no agreement
+        raise Failed(f"{file}: differs from torch by {difference:.2g}, {errors} errors: not written")
+    proof: dict[str, Any] = {"max_difference": difference, "errors": errors, "torch_errors": torch_errors}
+    what = {"run": run.name, "format": form, "file": str(file), "card": str(card), "net": net}
+    exported = Exported(**what, bytes=len(content), **proof, total=len(test))
+    text = _card(run, exported, test)
+    try:
+        write_aside(file, content)
+        write_aside(card, text.encode())
+    except OSError as error:
+        raise BadInput(f"--out {file}: cannot be written: {error.strerror}") from None
+    return exported
 
 
 def test_split(run: Run, data_dir: Path | None) -> Split:
@@ -116,26 +102,31 @@ def test_split(run: Run, data_dir: Path | None) -> Split:
     return dataset.test
 
 
+def _described(run: Run) -> str:
+    """The function that makes the net of a run, or the widths of a perceptron's layers: `784-800-800-10`."""
+    facts, (model, _) = run.spec.dataset, run.spec.trained
+    if model.name:
+        return f"{Path(model.name).name} ({cost(run).parameters:,} parameters)"
+    return "-".join(map(str, [math.prod(facts.shape), *(model.hidden or []), len(facts.classes)]))
+
+
 @torch.inference_mode()
 def _asked(net: Net, test: Split) -> Tensor:
-    """Probabilities [N, classes] of all test images."""
     return torch.cat([net(test.inputs(index)) for index in torch.arange(len(test)).split(100)])
 
 
-def _content(model: Probabilities, run: Run, form: Form) -> bytes:
+def _content(run: Run, net: str, model: Probabilities, form: Form) -> bytes:
     """The net as a file, with what it is in the file's metadata. Raises BadInput when torch cannot write such a net."""
-    facts, what = run.spec.dataset, settings(run.spec)
-    about = {"run": run.name, "net": _described(run), "average": model.how, "settings": json.dumps(what)}
+    facts = run.spec.dataset
+    about = {"run": run.name, "net": net, "average": run.spec.average, "settings": json.dumps(settings(run.spec))}
     about |= {"classes": json.dumps(facts.classes), "shape": json.dumps(facts.shape)}
     if form == "safetensors":
-        from safetensors.torch import save
-
         return save({name: tensor.clone() for name, tensor in model.state_dict().items()}, about)
     if form == "onnx":
         _ = [_library(name) for name in ("onnx", "onnxscript", "onnxruntime")]
+    said, quiet = io.StringIO(), warnings.catch_warnings(action="ignore")
     logging.disable(logging.CRITICAL)  # of what torch tells its developers, a failure's reason is enough
     try:
-        said, quiet = io.StringIO(), warnings.catch_warnings(action="ignore")
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), quiet:
             return _traced(model, facts.shape, form, about)
     except Exception as error:
@@ -156,57 +147,33 @@ def _traced(model: Probabilities, shape: Sequence[int], form: Form, about: dict[
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine
     if form == "torch":
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer, extra_files=about)
+        torch.export.save(program, buffer := io.BytesIO(), extra_files=about)
         return buffer.getvalue()
-    inputs, outputs = ["inputs"], ["probabilities"]
-    made = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
+    made = torch.onnx.export(program, input_names=["inputs"], output_names=["probabilities"])
     assert made
     made.model.metadata_props.update(about)
-    content: bytes = made.model_proto.SerializeToString()
-    return content
+    return bytes(made.model_proto.SerializeToString())
 
 
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise BadInput(f"{name} is not installed: pip install 'kdcli[onnx]'") from None
-
-
-def _described(run: Run) -> str:
-    """The widths of a perceptron's layers, `784-800-800-10`, or the function that makes a net; of each member."""
-    facts, found = run.spec.dataset, []
-    for member in members(run):
-        model, _ = member.spec.trained
-        widths = [math.prod(facts.shape), *(model.hidden or []), len(facts.classes)]
-        function = f"{Path(model.name).name} ({cost(member).parameters:,} parameters)" if model.name else ""
-        found.append(function or "-".join(map(str, widths)))
-    return ", ".join(found)
-
-
-def _opened(file: Path, form: Form, model: Probabilities) -> Net:
+def _opened(file: Path, content: bytes, form: Form, model: Probabilities) -> Net:
     """The net in an exported file, as another program would run it."""
     if form == "onnx":
-        return onnx_net(file)[0]
+        return onnx_net(file, content)[0]
     if form == "torch":
-        program: Net = torch.export.load(file).module()
-        return program
-    from safetensors.torch import load
-
+        return torch.export.load(io.BytesIO(content)).module()
     fresh = copy.deepcopy(model)
-    fresh.load_state_dict(load(file.read_bytes()))
+    fresh.load_state_dict(load(content))
     return fresh
 
 
-def onnx_net(file: Path) -> tuple[Net, list[str], list[int]]:
-    """The net in a file that `kd export` wrote, the names of its classes, the shape [C, H, W] of its images. Raises
-    BadInput when it is none."""
-    if not file.is_file():
+def onnx_net(file: Path, content: bytes | None = None) -> tuple[Net, list[str], list[int]]:
+    """The net in a file that `kd export` wrote, or is to write with this content; the names of its classes; the shape
+    [C, H, W] of its images. Raises BadInput when it is none."""
+    if content is None and not file.is_file():
         raise BadInput(f"{file}: there is no such file")
     runtime = _library("onnxruntime")
     try:
-        session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(content or file.read_bytes(), providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
         classes, shape = [str(c) for c in json.loads(about["classes"])], json.loads(about["shape"])
         sizes = {node.name: node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())}
@@ -217,38 +184,17 @@ def onnx_net(file: Path) -> tuple[Net, list[str], list[int]]:
     return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), classes, shape
 
 
-def _card(run: Run, exported: Exported, quality: score.Quality) -> str:
-    """The model card: what the net is, from what it was made, and what it can."""
-    spec, result, price, shape, d = run.spec, run.result(), cost(run), run.spec.dataset.shape, run.spec.distill
-    perceptron = all(member.spec.trained[0].hidden is not None for member in members(run))
-    pixels = {1: "grey, 0 black (the ground) to 1 white", 3: "red, green and blue, 0 to 1"}.get(shape[0], "0 to 1")
-    data = spec.data.name or Path(spec.data.function or "").name
-    classes = f"the classes {_some(spec.dataset.classes)}"
-    output = f"`probabilities`, float32 [batch, {len(spec.dataset.classes)}], of {classes}: the softmax is built in"
-    weights = f"weights alone, by member and layer: apply the layers, then the softmax, over {classes}"
-    rows = {
-        "file": f"{Path(exported.file).name}, {exported.format}, {exported.bytes:,} bytes",
-        "net": exported.net + (", ReLU between the layers" if perceptron else ""),
-        "input": f"`inputs`, float32 [batch, {', '.join(map(str, shape))}]: {pixels}",
-        "output": weights if exported.format == "safetensors" else output,
-        "data": data + (f", {result.samples:,} training images" if result.samples else ""),
-        "made by": f"kd {spec.command}, seed {spec.seed}",
-        "made from": ", ".join(spec.parents) or "hard labels alone",
-        "average": f"{spec.average}, of the members' outputs" if spec.command == "ensemble" else "",
-        "soft targets": f"T = {d.T:g}, lambda1 = {d.lambda1:g}, lambda2 = {d.lambda2:g}" if d else "",
-        "never seen": f"{_some(spec.omitted)}; the biases are as trained, not corrected" if spec.omitted else "",
-        "errors": f"{exported.errors} of {exported.total:,} {result.evaluated_on}",
-        "proof": f"torch counts {exported.torch_errors}; probabilities differ by up to {exported.max_difference:.1e}",
-        "calibration": f"NLL {quality.nll:.4f}, Brier {quality.brier:.4f}, ECE {quality.ece:.4f}",
-        "cost": f"{price.parameters:,} parameters, {price.multiply_adds:,} multiply-adds an image",
-        "training": f"{result.seconds:.0f} s on {result.device}",
-        "one seed": "other seeds of the same recipe differ by some errors: `kd compare` tells by how many",
-    }
-    lines = [f"| {key} | {value} |" for key, value in rows.items() if value]
-    return "\n".join([f"# {run.name}", "", "| | |", "| --- | --- |", *lines]) + "\n"
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise BadInput(f"{name} is not installed: pip install 'kdcli[onnx]'") from None
 
 
-def _some(classes: Sequence[str]) -> str:
-    """The names of classes; of many, the first few and their number."""
-    shown = ", ".join(classes) if len(classes) <= 12 else f"{', '.join(classes[:3])}, … ({len(classes)} in all)"
-    return shown.replace("|", r"\|")
+def _card(run: Run, exported: Exported, test: Split) -> str:
+    template = jinja2.Template(
+        Path(__file__).with_name("card.md").read_text(), trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    quality = score.quality(log_probabilities(run, len(test)), test.labels)
+    price, nets = cost(run), members(run)
+    return template.render(run=run, exported=exported, quality=quality, cost=price, members=nets) + "\n"

@@ -1,7 +1,7 @@
 """The runs of an experiment, described once: dry-run, training, resuming, tables and report all read this list."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdcli import BadInput, BadKeys, code, models
-from kdcli.config import Experiment, Kind, Model, Omission, Row, Section, Train
+from kdcli.config import Experiment, Kind, Model, Row, Section
 from kdcli.data import Dataset
 from kdcli.device import seeded
 from kdcli.runs import STUDENTS, TEACHERS, Command, Places, Run, Spec, differences, list_runs, open_run, settings
@@ -165,48 +165,27 @@ def distinct(jobs: Iterable[Job]) -> list[Spec]:
 
 def check(experiment: Experiment, dataset: Dataset) -> None:
     """Raise BadKeys for what cannot be done with this dataset: all of it at once."""
-    found = [*_of_trainings(experiment, dataset), *_of_omissions(experiment, dataset)]
-    for role in ("teacher", "student"):
-        found += _of_models(role, getattr(experiment, role).model, dataset)
-    for i, model in enumerate((experiment.ensemble and experiment.ensemble.models) or []):
-        found += [(f"ensemble.models.{i}", message) for _, message in _of_models("", model, dataset)]
-    if not found:
-        found += _of_sizes(experiment, dataset)
-    if found:
+    found = [*_of_nets(experiment, dataset), *_of_omissions(experiment, dataset.facts.classes)]
+    if found := found or list(_of_sizes(experiment, dataset)):
         raise BadKeys(*found)
 
 
-def _of_trainings(experiment: Experiment, dataset: Dataset) -> list[tuple[str, str]]:
-    e, (_, height, width) = experiment, dataset.facts.shape
-    trains: dict[str, tuple[Train | None, Model]] = {
-        "teacher": (e.teacher.train, e.teacher.model),
-        "student": (e.student.train, e.student.model),
-        "baseline": (e.baseline.train, e.student.model),
-    }
-    trains |= {f"omit_classes.{i}": (entry.train, e.student.model) for i, entry in enumerate(e.omit_classes)}
-    found = []
+def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    student, (_, height, width) = e.student.model, dataset.facts.shape
+    trains = {"teacher": (e.teacher.train, e.teacher.model), "student": (e.student.train, student)}
+    own = {"baseline": e.baseline.train} | {f"omit_classes.{i}": entry.train for i, entry in enumerate(e.omit_classes)}
+    trains |= {section: (train, student) for section, train in own.items() if train}
     for section, (train, model) in trains.items():
-        if train and 2 * train.jitter >= min(height, width):
-            found.append((f"{section}.train.jitter", f"is too far for images of {height} x {width} pixels"))
-        if train and train.max_norm and model.name:
-            found.append((f"{section}.train.max_norm", "is for multi-layer perceptrons (hidden: …): remove it"))
-    return found
-
-
-def _of_omissions(experiment: Experiment, dataset: Dataset) -> list[tuple[str, str]]:
-    classes, found = dataset.facts.classes, []
-    seen: dict[tuple[str, ...], Omission] = {}
-    for i, entry in enumerate(experiment.omit_classes):
-        key, omitted = "omit" if entry.omit else "keep", entry.omitted(classes)
-        unknown = [c for c in entry.named if c not in classes]
-        if unknown:
-            found.append((f"omit_classes.{i}.{key}", f"there is no class {unknown[0]}{nearest(unknown[0], classes)}"))
-        elif len(omitted) in (0, len(classes)):
-            found.append((f"omit_classes.{i}.{key}", f"must leave one class out and one in, not {entry.named}"))
-        elif tuple(omitted) in seen:
-            found.append(("omit_classes", f"names the same classes twice: {seen[tuple(omitted)].label}, {entry.label}"))
-        seen.setdefault(tuple(omitted), entry)
-    return found
+        if 2 * train.jitter >= min(height, width):
+            yield f"{section}.train.jitter", f"is too far for images of {height} x {width} pixels"
+        if train.max_norm and model.name:
+            yield f"{section}.train.max_norm", "is for multi-layer perceptrons (hidden: …): remove it"
+    nets = {"teacher.model": e.teacher.model, "student.model": student}
+    nets |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
+    for key, model in nets.items():
+        shape, classes = tuple(dataset.facts.shape), len(dataset.facts.classes)
+        if model.name and (message := _net_problem(model.model_dump_json(exclude_unset=True), shape, classes)):
+            yield f"{key}.name", message
 
 
 @cache
@@ -216,32 +195,36 @@ def _net_problem(model: str, shape: tuple[int, ...], classes: int) -> str:
     try:
         models.fits(sample_net(section, shape, classes), section, shape, classes)
     except BadInput as error:
-        return str(error)
+        return str(error).removeprefix("model: ")
     return ""
 
 
-def _of_models(role: str, model: Model, dataset: Dataset) -> list[tuple[str, str]]:
-    if not model.name:  # a perceptron takes anything
-        return []
-    facts = dataset.facts
-    message = _net_problem(model.model_dump_json(exclude_unset=True), tuple(facts.shape), len(facts.classes))
-    return [(f"{role}.model.name", message.removeprefix("model: "))] if message else []
+def _of_omissions(experiment: Experiment, classes: list[str]) -> Iterator[tuple[str, str]]:
+    seen: dict[tuple[str, ...], str] = {}
+    for i, entry in enumerate(experiment.omit_classes):
+        key, omitted = f"omit_classes.{i}.{'omit' if entry.omit else 'keep'}", tuple(entry.omitted(classes))
+        if unknown := [c for c in entry.named if c not in classes]:
+            yield key, f"there is no class {unknown[0]}{nearest(unknown[0], classes)}"
+        elif len(omitted) in (0, len(classes)):
+            yield key, f"must leave one class out and one in, not {entry.named}"
+        elif omitted in seen:
+            yield "omit_classes", f"names the same classes twice: {seen[omitted]}, {entry.label}"
+        seen.setdefault(omitted, entry.label)
 
 
-def _of_sizes(experiment: Experiment, dataset: Dataset) -> list[tuple[str, str]]:
+def _of_sizes(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     """Held-out images and transfer sets that leave a class without any."""
-    e, key = experiment, "data.heldout"
+    key = "data.heldout"
     try:
         if e.omit_classes:
             _ = dataset.heldout
+        key = "data.transfer"
         for omitted in [[], *(entry.omitted(dataset.facts.classes) for entry in e.omit_classes)]:
-            key = "data.transfer"
             dataset.transfer_set(omitted, e.data.transfer)
     except BadInput as error:
-        return [(key, str(error))]
+        yield key, str(error)
     if e.data.transfer and e.data.transfer > len(dataset.train):
-        return [("data.transfer", f"must be at most {len(dataset.train)}; left out it is all images")]
-    return []
+        yield "data.transfer", f"must be at most {len(dataset.train)}; left out it is all images"
 
 
 def sample_net(model: Model, shape: Sequence[int], classes: int) -> torch.nn.Module:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from kdcli import code, losses, score
@@ -15,18 +15,7 @@ from kdcli.config import BIASES, Experiment, Kind, Omission, Row, Section, bias_
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
 from kdcli.plan import KINDS, Job, orphaned
-from kdcli.runs import (
-    Brief,
-    Correction,
-    Counted,
-    Places,
-    Result,
-    Run,
-    differences,
-    environment,
-    list_runs,
-    open_run,
-)
+from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, differences, environment, list_runs, open_run
 from kdcli.score import Latency
 from kdcli.teacher import kept_logits, members, nets, predict
 from kdcli.verdict import Spread, Verdict, paired, spread
@@ -67,18 +56,9 @@ class Cost(Section):
     latency_ms: dict[str, Latency] = {}  # by batch size
 
 
-class Evaluation(Section):
-    """A run scored from its weights on the test images."""
+class Evaluation(Result):
+    """A run scored from its weights on the test images: `score.quality`, its teacher beside it, and the cost."""
 
-    command: str
-    experiment: str
-    run: str
-    seed: int
-    status: str
-    device: str
-    seconds: float
-    evaluated_on: str
-    test: Counted
     confusion: list[list[int]]
     nll: float
     brier: float
@@ -137,22 +117,31 @@ class Made(Section):
     seconds: float
 
 
-class Summary(Section):
+class Subject(Section):
+    """What a summary is about: an experiment with the points of its grid, or a single run."""
+
+    experiment: str
+    file: str  # its name without .yaml, or the run's
+    seeds: list[int]
+    settings: dict[str, Any]
+    grid: list[str] = []
+    remarks: list[str] = []  # what the reader must know besides
+    rows: list[Row] = Field([], exclude=True)
+    at: list[dict[str, str]] = Field([{}], exclude=True)  # the values of the grid's keys at each point
+    expect: dict[str, float] = Field({}, exclude=True)
+    paper: dict[str, list[float]] = Field({}, exclude=True)
+
+
+class Summary(Subject):
     """The document of `kd run`: a table, or one for each point of the grid."""
 
     command: str = "run"
-    experiment: str
-    file: str
-    seeds: list[int]
     evaluated_on: str
     total: int
     classes: list[str]
-    grid: list[str] = []
     judged: str = "student"  # the row that a grid is about
     points: list[Table]
-    remarks: list[str] = []  # what the reader must know besides
     made: Made
-    settings: dict[str, Any]
     pictures: list[str] = []  # of a record
 
     @property
@@ -183,7 +172,8 @@ def documents(jobs: Sequence[Job], places: Places, labels: Tensor) -> list[Docum
     for job in jobs:
         more: dict[str, Any] = {"row": job.row.name, "kind": job.row.kind}
         if job.spec.parents and job.teacher and job.row.kind != "baseline":
-            more["teacher"] = brief(places.open(job.teacher).result())
+            teacher = places.open(job.teacher).result()
+            more["teacher"] = Brief(run=teacher.run, errors=teacher.test.errors)
         beside = baselines.get((job.point, job.spec.seed))
         if job.row.kind == "student" and beside:
             pair = [Run(places.runs_dir, job.spec), places.open(beside)]
@@ -191,10 +181,6 @@ def documents(jobs: Sequence[Job], places: Places, labels: Tensor) -> list[Docum
             more["baseline"] = Against(run=beside, errors=found[beside].test.errors, fixed=fixed, broken=broken)
         made.append(Document.model_construct(**dict(found[job.spec.name]) | more))
     return made
-
-
-def brief(result: Result) -> Brief:
-    return Brief(run=result.run, errors=result.test.errors)
 
 
 def discordant(labels: Tensor, student: Run, baseline: Run) -> tuple[int, int]:
@@ -220,31 +206,16 @@ def verdict(distilled: Sequence[Document]) -> Verdict | None:
 # The table.
 
 
-class Subject(Section):
-    """What a summary is about: an experiment with the points of its grid, or a single run."""
-
-    experiment: str
-    title: str
-    seeds: list[int]
-    rows: list[Row]
-    settings: dict[str, Any]
-    grid: list[str] = []
-    points: list[dict[str, str]] = [{}]
-    expect: dict[str, float] = {}
-    paper: dict[str, list[float]] = {}
-    remarks: list[str] = []
-
-
 def about(experiment: Experiment, title: str, points: list[dict[str, str]]) -> Subject:
     """An experiment as the subject of a summary; `points`: the values of the grid's keys at each."""
     return Subject(
         experiment=experiment.name,
-        title=title,
+        file=title,
         seeds=experiment.seed,
-        rows=experiment.rows,
         settings=experiment.model_dump(exclude_defaults=True, exclude={"paper", "expect"}),
         grid=list(experiment.grid),
-        points=points,
+        rows=experiment.rows,
+        at=points,
         expect=experiment.expect,
         paper=experiment.paper,
     )
@@ -254,7 +225,7 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
     """A finished run as the subject of a summary, and the jobs to show: its teacher, a baseline of the same seed and
     recipe if there is one, and itself. Raises BadInput when it is not finished, or its teacher is gone."""
     run.result("reported")
-    spec, rows, jobs, remarks = run.spec, list[Row](), list[Job](), list[str]()
+    spec, jobs, remarks = run.spec, list[Job](), list[str]()
     of_baselines = spec.command == "ensemble" and members(run)[0].spec.command == "baseline"
     kind = KINDS[spec.command]
     name = Omission(omit=spec.omitted).label if spec.omitted else "ensemble of baselines" if of_baselines else kind
@@ -267,12 +238,14 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
         baseline, remarks = _baseline_of(run, note)
         jobs += [Job(Row(name="baseline", kind="baseline"), b.spec, teacher=spec.parents[0]) for b in baseline]
     jobs.append(Job(own, spec, teacher=teacher.name if teacher else None))
-    rows = [job.row for job in jobs]
-    settings = spec.model_dump(exclude_defaults=True, exclude={"dataset"})
-    subject = Subject(
-        experiment=spec.experiment, title=run.name, seeds=[spec.seed], rows=rows, settings=settings, remarks=remarks
-    )
-    return subject, jobs
+    return Subject(
+        experiment=spec.experiment,
+        file=run.name,
+        seeds=[spec.seed],
+        settings=spec.model_dump(exclude_defaults=True, exclude={"dataset"}),
+        remarks=remarks,
+        rows=[job.row for job in jobs],
+    ), jobs
 
 
 def _baseline_of(run: Run, note: Callable[[str], None]) -> tuple[list[Run], list[str]]:
@@ -302,24 +275,13 @@ def summarise(
     only_ensembles = bool(subject.grid) and all(key.startswith("ensemble.") for key in subject.grid)
     judged = of_ensemble[0] if only_ensembles and of_ensemble else "student"
     tables = []
-    for i, at in enumerate(subject.points):
+    for i, at in enumerate(subject.at):
         mine = [d for job, d in zip(jobs, found, strict=True) if job.point == i and job.row.kind != "member"]
         rows = _Rows(subject, mine, {e.run: e for e in evaluations}, dataset.facts.classes).rows()
         tables.append(Table(at=at, table=rows, runs=mine, verdict=verdict([d for d in mine if d.row == judged])))
-    return Summary(
-        experiment=subject.experiment,
-        file=subject.title,
-        seeds=subject.seeds,
-        evaluated_on=f"{found[0].test.total:,} {found[0].evaluated_on}",
-        total=found[0].test.total,
-        classes=dataset.facts.classes,
-        grid=subject.grid,
-        judged=judged,
-        points=tables,
-        remarks=subject.remarks,
-        made=made,
-        settings=subject.settings,
-    )
+    total, on, classes = found[0].test.total, f"{found[0].test.total:,} {found[0].evaluated_on}", dataset.facts.classes
+    scored: dict[str, Any] = {"evaluated_on": on, "total": total, "classes": classes}
+    return Summary(**dict(subject), **scored, judged=judged, points=tables, made=made)
 
 
 @dataclass(frozen=True)
@@ -413,17 +375,9 @@ def _evaluation(
             accuracy_kept=right[0] / right[1] if right[1] else None,
             multiply_adds_kept=price.multiply_adds / cost(of_teacher).multiply_adds,
         )
-    kept = {key: getattr(result, key) for key in ("command", "experiment", "run", "seed", "status", "seconds")}
-    return Evaluation(
-        **kept,
-        device=result.device,
-        evaluated_on=result.evaluated_on,
-        test=score.count_errors(own, test.labels),
-        **score.quality(own, test.labels)._asdict(),
-        teacher=follows,
-        measured_on=f"{places.device.partition(':')[0]}, {torch.get_num_threads()} thread(s)",
-        cost=price,
-    )
+    scored = {"test": score.count_errors(own, test.labels), **score.quality(own, test.labels)._asdict()}
+    where = f"{places.device.partition(':')[0]}, {torch.get_num_threads()} thread(s)"
+    return Evaluation(**dict(result) | scored, teacher=follows, measured_on=where, cost=price)
 
 
 def cost(run: Run, test: Split | None = None) -> Cost:

@@ -286,8 +286,8 @@ def measure(case: Case, optimizer: Optimizer, rounds: int) -> Figures:
 # What kd does itself, and the library's way.
 
 
-def stock_dropout(_: MLP, x: Tensor, p: float) -> Tensor:
-    return F.dropout(x, p)
+def stock_dropout(net: MLP, x: Tensor, p: float) -> Tensor:
+    return F.dropout(x, p, net.training)
 
 
 def random_affine(images: Split, _: Tensor, index: Tensor, __: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Every figure of a GPU in one call, in under six minutes: `make gpu`, or `python tools/gpu.py`.
 
-The loop is `fit` itself; the arms differ in how it asks the net, `kdcli.device.forward_of`:
+The loop is `fit` itself; the arms differ in how it asks the net, in what takes the place of `device.forward_of`:
 
     float32   kernel by kernel, TF32 allowed in matrix products
-    bfloat16  the same under autocast: what kd does where a training is short
-    compiled  torch.compile(mode="reduce-overhead") under autocast: what kd does from `device.COMPILED_FROM` steps on
+    bfloat16  the same under autocast
+    compiled  torch.compile(mode="reduce-overhead") under autocast
 
 First the milliseconds a step, by the device's own events, the seconds that compiling takes and the steps that pay for
 it; then whether a seed repeats and a resumed training goes on bit for bit; then the errors on the digits, on the CPU
@@ -20,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -35,17 +36,26 @@ from kdcli import failure, yamlfile
 from kdcli import fit as training
 from kdcli.config import Data, Distill, Network, Train
 from kdcli.data import MNIST_FILES, Split, open_dataset
-from kdcli.device import COMPILED_FROM, forward_of, place, seeded
+from kdcli.device import forward_of, place, seeded
 from kdcli.fit import NOTHING, Fitted, fit
 from kdcli.models import build
 from kdcli.runs import State
 from kdcli.score import count_errors
 from kdcli.teacher import Teacher, predict
 
-ARMS: dict[str, Callable[[nn.Module, torch.device, int], Callable[[Tensor], Tensor]]] = {
-    "float32": lambda net, _, __: net,
+Forward = Callable[[nn.Module, torch.device, int], Callable[[Tensor], Tensor]]
+
+
+def compiled(net: nn.Module, device: torch.device, _: int) -> Callable[[Tensor], Tensor]:
+    fast = torch.compile(net, mode="reduce-overhead") if device.type == "cuda" else net
+    assert isinstance(fast, nn.Module)
+    return forward_of(fast, device, 0)
+
+
+ARMS: dict[str, Forward] = {
+    "float32": lambda net, *_: net,
     "bfloat16": lambda net, device, _: forward_of(net, device, 0),
-    "compiled": lambda net, device, _: forward_of(net, device, COMPILED_FROM),
+    "compiled": compiled,
 }
 
 
@@ -322,12 +332,12 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu.py: this machine has no usable CUDA device")
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # each compiling is a first one
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"{name}; {versions}; COMPILED_FROM = {COMPILED_FROM:,} steps")
+    print(f"{name}; torch {torch.__version__}, Python {platform.python_version()}")
     began = time.perf_counter()
     figures(device, Sizes(4, 2, 1, 2, 1, 4) if arguments.quick else Sizes())
     print(f"\n{time.perf_counter() - began:.0f} s in all.")

@@ -2,7 +2,7 @@
 
     python tools/torture.py [KILLS]
 
-So many kills for each of two teachers: a perceptron, and a convolutional net of somebody's own with BatchNorm and
+So many kills for the teachers of two experiments: a perceptron, and a net of somebody's own with BatchNorm and
 nn.Dropout. A training saves its state after every epoch, so that many kills fall into a save. One that ends is compared
 with one that was never interrupted, and another is begun; so is the last.
 """
@@ -20,34 +20,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from conftest import Shell
-from test_resume import finish, outcome, start
+from test_resume import WHOLE, finish, outcome, start
 
 EPOCHS = 150
-MLP = "{hidden: [64], dropout: 0.5}"
-OWN = '{name: "own_nets.py:make"}'
 
 
-def shell_of(folder: Path, model: str) -> Shell:
-    """A folder in which the tiny experiment's teacher is this model."""
-    shell, experiment = Shell(folder), folder / "tiny.yaml"
-    text = experiment.read_text()
-    assert text.count(MLP) == text.count(", max_norm: 3") == 1
-    if model != MLP:
-        text = text.replace(MLP, model).replace(", max_norm: 3", "")  # which is for perceptrons
-    experiment.write_text(text)
-    return shell
-
-
-def torture(folder: Path, model: str, kills: int) -> str:
-    """Kill trainings of a model until there were so many; says how many fell where."""
+def torture(folder: Path, experiment: str, kills: int) -> str:
+    """Kill trainings of an experiment's teacher until there were so many; says how many fell where."""
     draws, found, compared = random.Random(0), Counter[str](), 0
-    whole, shell = shell_of(folder / "whole", model), shell_of(folder / "killed", model)
+    whole, shell = Shell(folder / "whole"), Shell(folder / "killed")
     began = time.monotonic()
-    finish(whole, EPOCHS)
+    finish(whole, EPOCHS, experiment)
     wanted, longest = outcome(whole.folder), time.monotonic() - began
     while found.total() < kills:
-        with start(shell, EPOCHS) as process:
-            time.sleep(draws.uniform(0.4, 1) * longest)
+        with start(shell, EPOCHS, experiment) as process:
+            time.sleep(draws.uniform(0, 1) * longest)
             process.kill()
             process.communicate()
         results = [json.loads(path.read_text()) for path in shell.folder.rglob("result.json")]
@@ -57,7 +44,7 @@ def torture(folder: Path, model: str, kills: int) -> str:
         epochs = sum(len(path.read_bytes().splitlines()) for path in shell.folder.rglob("metrics.jsonl"))
         writing = list(shell.folder.rglob("*.tmp"))
         found["while a file was written" if writing else "in training" if epochs else "before its first epoch"] += 1
-    finish(shell, EPOCHS)
+    finish(shell, EPOCHS, experiment)
     compared += compare(shell, wanted)
     fell = ", ".join(f"{count} {where}" for where, count in found.items())
     return f"{kills} kills ({fell}): {compared} endings, the same bits"
@@ -73,7 +60,7 @@ def compare(shell: Shell, wanted: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    for model in (MLP, OWN):
+    for experiment in WHOLE:
         with tempfile.TemporaryDirectory() as folder:
             kills = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-            print(f"{model}: {torture(Path(folder), model, kills)}", flush=True)
+            print(f"{experiment}: {torture(Path(folder), experiment, kills)}", flush=True)
