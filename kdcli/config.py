@@ -50,15 +50,9 @@ class Data(Section):
     """The images and their classes."""
 
     name: Literal["mnist", "digits"] | None = Field(None, description="a dataset that kd knows")
-    function: Function | None = Field(
-        None, description="FILE.py:FUNCTION that returns x_train [N, C, H, W] of bytes, y_train, x_test, y_test"
-    )
-    heldout: int | None = Field(
-        None, ge=1, description="training images that choose the bias of omit-classes; left out: a tenth of them"
-    )
-    evaluate_on: Literal["test", "heldout"] = Field(
-        "test", description="heldout: train without those images and count errors on them"
-    )
+    function: Function | None = Field(None, description="FILE.py:FUNCTION that returns the images and labels")
+    heldout: int | None = Field(None, ge=1, description="images that choose the bias of omit-classes; else a tenth")
+    evaluate_on: Literal["test", "heldout"] = Field("test", description="heldout: count errors on those, untrained on")
     transfer: int | None = Field(None, ge=1, description="students see so many training images; left out: all")
 
     @model_validator(mode="after")
@@ -74,15 +68,14 @@ def _dropout(p: Any) -> Any:
     return p
 
 
+Width = Annotated[int, Field(ge=1, le=100_000)]
 Dropout = Annotated[float, BeforeValidator(_dropout)]
 
 
 class Model(Section):
     """A multi-layer perceptron with ReLU hidden layers, or a net of somebody's own."""
 
-    hidden: list[Annotated[int, Field(ge=1, le=100_000)]] | None = Field(
-        None, max_length=20, description="widths of the hidden layers"
-    )
+    hidden: list[Width] | None = Field(None, max_length=20, description="widths of the hidden layers")
     dropout: Dropout = Field(0.0, description="probability of dropping a hidden unit")
     input_dropout: Dropout = Field(0.0, description="probability of dropping a pixel")
     name: Function | None = Field(None, description="FILE.py:FUNCTION, called with classes, channels and args")
@@ -106,14 +99,10 @@ class Train(Section):
     lr: float = Field(gt=0, le=1e38)
     momentum: float | None = Field(None, ge=0, lt=1, description="of sgd; left out: 0.9")
     weight_decay: float = Field(0.0, ge=0, le=1e6)
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="linear and cosine fall to zero at the last step"
-    )
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="the last two fall to zero")
     warmup: float = Field(0.0, ge=0, description="epochs over which the learning rate rises from zero")
     jitter: int = Field(0, ge=0, le=7, description="pixels by which an image shifts at most, anew every epoch")
-    max_norm: float | None = Field(
-        None, ge=1e-3, le=1e38, description="bound on the norm of the weights into each hidden unit"
-    )
+    max_norm: float | None = Field(None, ge=1e-3, le=1e38, description="bound on the norm into each hidden unit")
     ema: float | None = Field(None, gt=0, lt=1, description="decay, at most, of the weights' exponential average")
 
     @model_validator(mode="before")
@@ -144,9 +133,7 @@ class Ensemble(Section):
 
     members: int = Field(ge=2, le=1_000)
     average: Average = "arithmetic"
-    models: list[Model] | None = Field(
-        None, min_length=1, description="member i has models[i % n]; left out: the teacher's"
-    )
+    models: list[Model] | None = Field(None, min_length=1, description="member i has models[i % n]; else the teacher's")
 
     @model_validator(mode="after")
     def _all_models_are_used(self) -> Self:
@@ -189,9 +176,12 @@ class Distill(Section):
         return self
 
 
-ClassName = Annotated[
-    str, BeforeValidator(lambda c: str(c) if isinstance(c, int) and not isinstance(c, bool) else c)
-]  # digits are written as numbers
+def _name(given: Any) -> Any:
+    """Digits are written as numbers."""
+    return str(given) if isinstance(given, int) and not isinstance(given, bool) else given
+
+
+ClassName = Annotated[str, BeforeValidator(_name)]
 
 
 def in_order(classes: Sequence[str]) -> list[str]:
@@ -249,15 +239,18 @@ def _paper(given: Any) -> list[float]:
     return [float(n) for n in numbers]
 
 
+Paper = Annotated[Any, BeforeValidator(_paper)]
+Values = Annotated[list[Any], Field(min_length=1)]
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seeds = Annotated[list[Seed], BeforeValidator(lambda s: s if isinstance(s, list) else [s]), Field(min_length=1)]
+
+
 class Experiment(Section):
     """One experiment; `seed` may be a number or a list of different ones."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="of the runs' folder")
-    seed: Annotated[
-        list[Annotated[int, Field(ge=0, lt=2**31)]],
-        BeforeValidator(lambda seed: seed if isinstance(seed, list) else [seed]),
-        Field(min_length=1),
-    ] = [0]
+    seed: Seeds = [0]
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; left out: all cores")
     data: Data
     teacher: Network
@@ -267,12 +260,8 @@ class Experiment(Section):
     distill: Distill
     omit_classes: list[Omission] = []
     expect: dict[str, Count] = Field({}, description="row of the final table: mean errors that it may have at most")
-    paper: dict[str, Annotated[Any, BeforeValidator(_paper)]] = Field(
-        {}, description="row: errors, or [errors, errors on the classes never seen]"
-    )
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        {}, description="dotted key: its values, which kd run walks"
-    )
+    paper: dict[str, Paper] = Field({}, description="row: errors, or [errors, errors on the classes never seen]")
+    grid: dict[str, Values] = Field({}, description="dotted key: its values, which kd run walks")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -324,11 +313,6 @@ class Experiment(Section):
             for row in shown
             for name in (row.name, *(bias_row(row.name, b) for b in BIASES if row.kind == "omission"))
         ]
-
-    @property
-    def heldout_matters(self) -> bool:
-        """Whether held-out images play a part in any run."""
-        return bool(self.omit_classes) or self.data.evaluate_on == "heldout"
 
 
 def bias_row(row: str, bias: str) -> str:

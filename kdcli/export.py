@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,26 +65,28 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
     """Write a finished run's net as `file` and its model card beside it, after what is written has classified all test
     images as torch does. Raises BadInput for a run or place that cannot be; Failed where the two disagree."""
     run.result("exported")
-    file = file or Path(run.name.replace("/", "-") + SUFFIXES[form])
+    suffix = SUFFIXES[form]
+    file = file or Path(run.name.replace("/", "-") + suffix)
     card = file.with_name(f"{file.name}.md")
-    if file.suffix != SUFFIXES[form] or not file.parent.is_dir():
-        where = f"a file in a folder that exists, with a name that ends in {SUFFIXES[form]}"
-        raise BadInput(f"--out {file}: must be {where}")
-    for taken in (file, card):
-        if os.path.lexists(taken):
-            raise BadInput(f"{taken}: is there already: remove it, or choose another --out")
+    if file.suffix != suffix or not file.parent.is_dir():
+        raise BadInput(f"--out {file}: must be a file in a folder that exists, with a name that ends in {suffix}")
+    if taken := [path for path in (file, card) if path.exists() or path.is_symlink()]:
+        raise BadInput(f"{taken[0]}: is there already: remove it, or choose another --out")
     test, model = test_split(run, data_dir), Probabilities(nets(run, CPU), run.spec.average).eval()
     net = ", ".join(_described(member) for member in members(run))
     content = _content(run, net, model, form)
-    wanted, found = (_asked(asked, test) for asked in (model, _opened(file, content, form, model)))
+    asked = (model, _opened(file, content, form, model))
+    wanted, found = (torch.cat([net(test.inputs(i)) for i in torch.arange(len(test)).split(100)]) for net in asked)
     difference = float((wanted - found).abs().max())
     torch_errors, errors = (score.count_errors(p, test.labels).errors for p in (wanted, found))
     if not difference <= TOLERANCE or errors != torch_errors:  # NaN is no agreement
         raise Failed(f"{file}: differs from torch by {difference:.2g}, {errors} errors: not written")
-    proof: dict[str, Any] = {"max_difference": difference, "errors": errors, "torch_errors": torch_errors}
-    what = {"run": run.name, "format": form, "file": str(file), "card": str(card), "net": net}
-    exported = Exported(**what, bytes=len(content), **proof, total=len(test))
-    text = _card(run, exported, test)
+    proof = dict[str, Any](max_difference=difference, errors=errors, torch_errors=torch_errors, total=len(test))
+    exported = Exported(run=run.name, format=form, file=str(file), bytes=len(content), card=str(card), net=net, **proof)
+    quality = score.quality(log_probabilities(run, len(test)), test.labels)
+    text = Path(__file__).with_name("card.md").read_text()
+    template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    text = template.render(run=run, exported=exported, quality=quality, cost=cost(run), members=members(run))
     try:
         write_aside(file, content)
         write_aside(card, text.encode())
@@ -108,11 +109,6 @@ def _described(run: Run) -> str:
     if model.name:
         return f"{Path(model.name).name} ({cost(run).parameters:,} parameters)"
     return "-".join(map(str, [math.prod(facts.shape), *(model.hidden or []), len(facts.classes)]))
-
-
-@torch.inference_mode()
-def _asked(net: Net, test: Split) -> Tensor:
-    return torch.cat([net(test.inputs(index)) for index in torch.arange(len(test)).split(100)])
 
 
 def _content(run: Run, net: str, model: Probabilities, form: Form) -> bytes:
@@ -141,22 +137,18 @@ def _content(run: Run, net: str, model: Probabilities, form: Form) -> bytes:
 
 
 def _traced(model: Probabilities, shape: Sequence[int], form: Form, about: dict[str, str]) -> bytes:
-    """The net as torch's own exporters write it, for batches of any size."""
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (torch.zeros(2, *shape),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine
     if form == "torch":
         torch.export.save(program, buffer := io.BytesIO(), extra_files=about)
         return buffer.getvalue()
-    made = torch.onnx.export(program, input_names=["inputs"], output_names=["probabilities"])
-    assert made
+    made: Any = torch.onnx.export(program, input_names=["inputs"], output_names=["probabilities"])
     made.model.metadata_props.update(about)
     return bytes(made.model_proto.SerializeToString())
 
 
 def _opened(file: Path, content: bytes, form: Form, model: Probabilities) -> Net:
-    """The net in an exported file, as another program would run it."""
     if form == "onnx":
         return onnx_net(file, content)[0]
     if form == "torch":
@@ -175,10 +167,7 @@ def onnx_net(file: Path, content: bytes | None = None) -> tuple[Net, list[str], 
     try:
         session = runtime.InferenceSession(content or file.read_bytes(), providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
-        classes, shape = [str(c) for c in json.loads(about["classes"])], json.loads(about["shape"])
-        sizes = {node.name: node.shape[1:] for node in (*session.get_inputs(), *session.get_outputs())}
-        if sizes != {"inputs": shape, "probabilities": [len(classes)]}:
-            raise ValueError
+        classes, shape = json.loads(about["classes"]), json.loads(about["shape"])
     except Exception:  # the runtime has a dozen kinds of its own
         raise BadInput(f"{file}: is not a net that kd exported") from None
     return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), classes, shape
@@ -189,12 +178,3 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise BadInput(f"{name} is not installed: pip install 'kdcli[onnx]'") from None
-
-
-def _card(run: Run, exported: Exported, test: Split) -> str:
-    template = jinja2.Template(
-        Path(__file__).with_name("card.md").read_text(), trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    quality = score.quality(log_probabilities(run, len(test)), test.labels)
-    price, nets = cost(run), members(run)
-    return template.render(run=run, exported=exported, quality=quality, cost=price, members=nets) + "\n"

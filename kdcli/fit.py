@@ -102,7 +102,7 @@ class _Loop:
         self.rate = LambdaLR(
             self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, start.epochs * steps - 1
         )
-        self.forward = forward_of(net, images.labels.device, train.epochs * steps)
+        self.forward = forward_of(net, images.labels.device)
         self.padded = images.padded(train.jitter) if train.jitter else None
 
     def step(self, index: Tensor, shift: Tensor) -> tuple[Loss, Tensor]:

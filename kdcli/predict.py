@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +14,7 @@ from kdcli.config import Section
 from kdcli.export import CPU, onnx_net, test_split
 from kdcli.plan import orphaned
 from kdcli.runs import Places, Run
-from kdcli.teacher import nets
-
-Softened = Callable[[Tensor, float], Tensor]  # (images [B, C, H, W] in [0, 1], T) -> probabilities [B, classes]
+from kdcli.teacher import Teacher, live
 
 
 class View(Section):
@@ -46,23 +43,6 @@ class Predictions(Section):
     images: list[Prediction]
 
 
-class Asked(NamedTuple):
-    """A net, the names of its classes, the shape [C, H, W] of its images; its run and its teacher, if it has them."""
-
-    net: Softened
-    classes: list[str]
-    shape: list[int]
-    run: Run | None = None
-    teacher: Softened | None = None
-
-    def views(self, inputs: Tensor, temperatures: Sequence[float]) -> list[View]:
-        """What is said of an image [1, C, H, W] at T = 1, and at each temperature by the teacher, if there is one."""
-        own, other = ("student", "teacher") if self.teacher else ("net", "net")
-        hot = [T for T in dict.fromkeys(temperatures) if self.teacher or T != 1]
-        asked = [(own, 1.0, self.net), *((other, T, self.teacher or self.net) for T in hot)]
-        return [View(net=name, T=T, p=net(inputs, T)[0].tolist()) for name, T, net in asked]
-
-
 @code.quiet()
 def predict(
     places: Places,
@@ -75,50 +55,59 @@ def predict(
 ) -> Predictions:
     """What a run, or an exported ONNX file, says of image files and of test images by number; beside it what its
     teacher says, at each temperature. Raises BadInput for what is no image, no run, or out of range."""
-    asked = _exported(name, temperatures) if name.lower().endswith(".onnx") else _run(places, name, note)
-    channels, images = asked.shape[0], []
-    if invert and channels != 1:
-        raise BadInput(f"--invert: is for nets of grey images, and those of {name} have {channels} channels")
+    asked = _Asked(places, name, temperatures, note)
+    grey, images = asked.shape[0] == 1, []
+    if invert and not grey:
+        raise BadInput(f"--invert: is for nets of grey images, and those of {name} have {asked.shape[0]} channels")
     for file in files:
         inputs = read_image(file, asked.shape, invert)
-        light, views = channels == 1 and float(inputs.mean()) > 0.5, asked.views(inputs, temperatures)
-        images.append(Prediction(image=str(file), views=views, mostly_ink=light))
-    if test_images and not asked.run:
-        raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
-    if test_images and asked.run:
+        light = grey and float(inputs.mean()) > 0.5
+        images.append(Prediction(image=str(file), views=asked.views(inputs), mostly_ink=light))
+    if test_images:
+        if not asked.run:
+            raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
         test = test_split(asked.run, places.data_dir)
         for i in test_images:
             if not 0 <= i < len(test):
                 raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
-            views, label = asked.views(test.inputs(torch.tensor([i])), temperatures), asked.classes[int(test.labels[i])]
+            views, label = asked.views(test.inputs(torch.tensor([i]))), asked.classes[int(test.labels[i])]
             images.append(Prediction(image=f"test image {i}", label=label, views=views))
     return Predictions(run=asked.run.name if asked.run else name, classes=asked.classes, images=images)
 
 
-def _exported(file: str, temperatures: Sequence[float]) -> Asked:
-    if list(temperatures) != [1]:
-        raise BadInput("--T: an exported file has T = 1 built in: name the run instead")
-    net, classes, shape = onnx_net(Path(file))
-    return Asked(lambda x, _: net(x), classes, shape)
+class _Asked:
+    """The net of a finished run, with the teacher that a student has, or the net in an exported file."""
 
+    def __init__(self, places: Places, name: str, temperatures: Sequence[float], note: Callable[[str], None]) -> None:
+        self.run: Run | None = None
+        suffix = Path(name).suffix.lower()
+        if suffix in (".safetensors", ".pt2"):
+            raise BadInput(f"{name}: kd predict reads runs and .onnx files: name the run, or export it as onnx")
+        if suffix == ".onnx":
+            if list(temperatures) != [1]:
+                raise BadInput("--T: an exported file has T = 1 built in: name the run instead")
+            net, self.classes, self.shape = onnx_net(Path(name))
+            self.nets = [("net", 1.0, Teacher(lambda _, x: net(x)[None].log()))]
+            return
+        self.run = run = places.open(name)
+        run.result("asked")
+        self.classes, self.shape = run.spec.dataset.classes, run.spec.dataset.shape
+        parent = run.spec.parents[0] if run.spec.parents and run.spec.command != "ensemble" else ""
+        teacher = places.open(parent) if (places.runs_dir / parent).is_dir() and parent else None
+        if parent and (teacher is None or orphaned(teacher)):
+            note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
+            teacher = None
+        own = live(run, CPU)
+        if teacher:
+            of_teacher = live(teacher, CPU)
+            self.nets = [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
+        else:
+            self.nets = [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
 
-def _run(places: Places, name: str, note: Callable[[str], None]) -> Asked:
-    """A finished run and its teacher; it is noted when that is gone."""
-    if Path(name).suffix in (".safetensors", ".pt2"):
-        raise BadInput(f"{name}: kd predict reads runs and .onnx files: name the run, or export it as onnx")
-    run, teacher = places.open(name), None
-    run.result("asked")
-    parent = run.spec.parents[0] if run.spec.parents and run.spec.command != "ensemble" else ""
-    if parent and (places.runs_dir / parent).is_dir() and not orphaned(places.open(parent)):
-        teacher = _softened(places.open(parent))
-    elif parent:
-        note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
-    return Asked(_softened(run), run.spec.dataset.classes, run.spec.dataset.shape, run, teacher)
-
-
-def _softened(run: Run) -> Softened:
-    members, how = nets(run, CPU), run.spec.average
-    return lambda x, T: losses.average(torch.stack([net(x) for net in members]), T, how).exp()
+    def views(self, inputs: Tensor) -> list[View]:
+        """What is said of an image [1, C, H, W]."""
+        logits = [(name, T, net.logits(torch.tensor([0]), inputs), net.average) for name, T, net in self.nets]
+        return [View(net=name, T=T, p=losses.average(z, T, how).exp()[0].tolist()) for name, T, z, how in logits]
 
 
 def read_image(file: Path, shape: Sequence[int], invert: bool) -> Tensor:
@@ -128,37 +117,34 @@ def read_image(file: Path, shape: Sequence[int], invert: bool) -> Tensor:
     channels, height, width = shape
     if channels not in (1, 3):
         raise BadInput(f"{file}: image files are read with 1 or 3 channels, and this net takes {channels}")
-    pixels, size = _pixels(file), (0, 0)
+    image, size = _opened(file), (0, 0)
     if channels == 1:  # a sheet with the shape of the net's images, of a strip not as huge as it is long
-        pixels.thumbnail((2_000, 2_000), Image.Resampling.BOX)
-        size = round(pixels.height * width / height), round(pixels.width * height / width)
-    size = max(size[0], pixels.width), max(size[1], pixels.height)
-    sheet = Image.new("RGBA", size, (255 if invert else 0,) * 3 + (255,))
-    sheet.alpha_composite(pixels, ((sheet.width - pixels.width) // 2, (sheet.height - pixels.height) // 2))
-    if channels == 3:
-        seen = ImageOps.fit(sheet.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.asarray(seen, np.float32) / 255).permute(2, 0, 1)[None].contiguous()
-    grey = sheet.convert("L").resize((width, height), Image.Resampling.BOX)
-    values = torch.from_numpy(np.asarray(grey, np.float32) / 255)[None, None]
-    if float(values.max() - values.min()) < 1 / 16:
+        image.thumbnail((2_000, 2_000), Image.Resampling.BOX)
+        size = round(image.height * width / height), round(image.width * height / width)
+    size = max(size[0], image.width), max(size[1], image.height)
+    mode, how = ("L", Image.Resampling.BOX) if channels == 1 else ("RGB", Image.Resampling.BILINEAR)
+    sheet = Image.new(mode, size, 255 if invert else 0)
+    sheet.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2), image)
+    values = np.asarray(ImageOps.fit(sheet, (width, height), how), np.float32) / 255
+    inputs = torch.from_numpy(values).view(1, height, width, channels).permute(0, 3, 1, 2).contiguous()
+    if channels == 1 and float(inputs.max() - inputs.min()) < 1 / 16:
         raise BadInput(f"{file}: is blank")
-    return 1 - values if invert else values
+    return 1 - inputs if invert else inputs
 
 
-def _pixels(file: Path) -> Image.Image:
+def _opened(file: Path) -> Image.Image:
     """An image file as RGBA, held as the camera was."""
+    bomb = Image.DecompressionBombWarning
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I;16"):
-                    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGBA")
-                if image.mode in ("I", "F"):
-                    raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
-                return image.convert("RGBA")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        with warnings.catch_warnings(action="error", category=bomb), Image.open(file) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGBA")
+            if image.mode in ("I", "F"):
+                raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
+            return image.convert("RGBA")
+    except (bomb, Image.DecompressionBombError):
         raise BadInput(f"{file}: is too large: {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
     except (OSError, SyntaxError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "is not an image that can be read"
+        reason = getattr(error, "strerror", None) or "is not an image that can be read"
         raise BadInput(f"{file}: {reason}") from None

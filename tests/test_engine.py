@@ -116,6 +116,10 @@ def results(folder: Path, command: str = "train-teacher") -> list[dict[str, Any]
     return sorted(found, key=lambda result: str(result["run"]))
 
 
+def statuses(folder: Path) -> list[str]:
+    return [run["status"] for run in kd_here(folder, "runs", "--json").json["runs"]]
+
+
 # Several at once.
 
 
@@ -174,8 +178,7 @@ def test_ctrl_c_ends_all_processes(kd: Shell) -> None:
         assert process.returncode == 130
     assert all(map(is_gone, workers))
     assert "Traceback" not in errors
-    listed = kd_here(kd.folder, "runs", "--json").json["runs"]
-    assert [one["status"] for one in listed] == ["interrupted"] * 2
+    assert statuses(kd.folder) == ["interrupted"] * 2
 
 
 def test_workers_end_with_the_process_that_started_them(kd: Shell) -> None:
@@ -184,8 +187,7 @@ def test_workers_end_with_the_process_that_started_them(kd: Shell) -> None:
         workers = at_work(process, 2)
         process.kill()
         wait_until(lambda: all(map(is_gone, workers)))
-    listed = kd_here(kd.folder, "runs", "--json").json["runs"]
-    assert [one["status"] for one in listed] == ["interrupted"] * 2
+        wait_until(lambda: statuses(kd.folder) == ["interrupted"] * 2)  # a zombie may hold its lock for an instant
 
 
 def test_a_run_is_trained_anywhere_with_nothing_but_its_arguments(folder: Path, tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ def test_a_net_that_fails_is_told_with_its_line_and_takes_no_other_down(folder: 
     told = done.err.splitlines()
     assert f"{folder / 'nets.py'}:{FAULT}: KeyError: 'head'" in told
     (given_up,) = [line for line in told if "not trained" in line]
-    assert re.fullmatch(rf"own/ensemble/0-\w+: not trained: it is made from {failed}", given_up)
+    assert re.fullmatch(rf"own/ensemble/0-\w+: not trained: it is made from .*{failed}.*", given_up)
     assert "Traceback" not in done.err
     assert [(result["run"], result["status"]) for result in results(folder)] == [
         (failed, "failed"),
@@ -234,7 +236,7 @@ def test_a_run_without_memory_takes_no_other_down(kd: Shell) -> None:
     assert done.code == 1
     assert "Traceback" not in done.err
     assert re.search(r"kd: failed: tiny/train-teacher/1-\w+: .*memory", done.err)
-    assert done.err.count("not trained: it is made from tiny/train-teacher/") == 2
+    assert done.err.count(": not trained: it is made from ") == 2
     statuses = [(result["seed"], result["status"]) for result in results(kd.folder) if "seed" in result]
     assert statuses == [(0, "completed"), (2, "completed")]
     assert [result["status"] for result in results(kd.folder)].count("failed") == 2

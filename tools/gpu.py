@@ -3,7 +3,7 @@
 The loop is `fit` itself; the arms differ in how it asks the net, in what takes the place of `device.forward_of`:
 
     float32   kernel by kernel, TF32 allowed in matrix products
-    bfloat16  the same under autocast
+    bfloat16  the same under autocast, as kd asks convolutions
     compiled  torch.compile(mode="reduce-overhead") under autocast
 
 First the milliseconds a step, by the device's own events, the seconds that compiling takes and the steps that pay for
@@ -36,25 +36,31 @@ from kdcli import failure, yamlfile
 from kdcli import fit as training
 from kdcli.config import Data, Distill, Network, Train
 from kdcli.data import MNIST_FILES, Split, open_dataset
-from kdcli.device import forward_of, place, seeded
+from kdcli.device import place, seeded
 from kdcli.fit import NOTHING, Fitted, fit
 from kdcli.models import build
 from kdcli.runs import State
 from kdcli.score import count_errors
 from kdcli.teacher import Teacher, predict
 
-Forward = Callable[[nn.Module, torch.device, int], Callable[[Tensor], Tensor]]
+Forward = Callable[[Tensor], Tensor]
 
 
-def compiled(net: nn.Module, device: torch.device, _: int) -> Callable[[Tensor], Tensor]:
-    fast = torch.compile(net, mode="reduce-overhead") if device.type == "cuda" else net
-    assert isinstance(fast, nn.Module)
-    return forward_of(fast, device, 0)
+def halved(net: Forward, device: torch.device) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            return net(x)
+
+    return forward
 
 
-ARMS: dict[str, Forward] = {
-    "float32": lambda net, *_: net,
-    "bfloat16": lambda net, device, _: forward_of(net, device, 0),
+def compiled(net: nn.Module, device: torch.device) -> Forward:
+    return halved(torch.compile(net, mode="reduce-overhead") if device.type == "cuda" else net, device)
+
+
+ARMS: dict[str, Callable[[nn.Module, torch.device], Forward]] = {
+    "float32": lambda net, _: net,
+    "bfloat16": halved,
     "compiled": compiled,
 }
 
