@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
 from kdcli.config import Experiment, Kind, Row, Section
-from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folders, remove, survey
+from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
 
 if TYPE_CHECKING:  # they need torch, which help and wrong usage do without
@@ -562,7 +562,8 @@ def runs_rm(
     debug: Debug = False,
 ) -> None:
     """Remove runs, unless others were made from them."""
-    folders, listed = find_folders(runs_dir, names), survey(runs_dir)
+    folders = list(dict.fromkeys(find_folder(runs_dir, name) for name in names))
+    listed = survey(runs_dir)
     chosen = ["/".join(folder.parts[-3:]) for folder in folders]
     orphans = dependents(listed, chosen)
     if orphans and not force:

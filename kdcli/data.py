@@ -44,23 +44,21 @@ class Split:
 
     def inputs(self, index: Tensor | None = None) -> Tensor:
         """Float images [B, C, H, W] in [0, 1] of the samples at `index` [B], or of all."""
-        return _scaled(self.images if index is None else self.images.index_select(0, index), self.white)
+        return self._scaled(self.images if index is None else self.images.index_select(0, index))
 
     def padded(self, jitter: int) -> Tensor:
         """The images at all shifts by up to `jitter` pixels each way, the border filled with zeros: a view
         [N, 2 jitter + 1, 2 jitter + 1, C, H, W] of the padded images."""
         height, width = self.images.shape[2:]
-        padded = F.pad(self.images, (jitter,) * 4)
-        return padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
+        return F.pad(self.images, (jitter,) * 4).unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
 
     def shifted(self, padded: Tensor, index: Tensor, shift: Tensor) -> Tensor:
         """Float images [B, C, H, W] of the samples at `index` [B]; `shift` [2, B], down and right, counts from 0 to
         2 jitter. Read through the view of `padded`: RandomAffine takes 2.5 x a step (make bench)."""
-        return _scaled(padded[index, shift[0], shift[1]], self.white)
+        return self._scaled(padded[index, shift[0], shift[1]])
 
-
-def _scaled(images: Tensor, white: int) -> Tensor:
-    return images.to(torch.float32).mul_(1 / white)
+    def _scaled(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32).mul_(1 / self.white)
 
 
 @dataclass(frozen=True)
@@ -120,59 +118,45 @@ def _read(
     name: str | None, function: str | None, content: str | None, data_dir: Path | None, download: bool
 ) -> tuple[Split, Split, Facts]:
     """The training and test images of a source, and what they are; read anew when the `content` of its file changes."""
-    classes, where = [str(c) for c in range(10)], data_dir or Path(os.environ.get("KD_DATA") or "data")
+    folder, classes = data_dir or Path(os.environ.get("KD_DATA") or "data"), [str(c) for c in range(10)]
     if function:
         train, test, classes = _from_function(function)
     else:
-        train, test = _digits() if name == "digits" else _mnist(where, download)
-    print_ = _fingerprint(train, test, classes)
-    if name == "mnist" and not print_.startswith(MNIST):
+        train, test = _digits() if name == "digits" else _mnist(folder, download)
+    header = json.dumps([classes, list(train.images.shape), list(test.images.shape), train.white])
+    found = hashlib.sha256(header.encode())
+    for tensor in (train.images, train.labels, test.images, test.labels):
+        found.update(tensor.numpy().data)
+    if name == "mnist" and not found.hexdigest().startswith(MNIST):
         raise BadInput(
-            f"{where / 'MNIST' / 'raw'}: these IDX files are not MNIST's, which `name: mnist` means: "
+            f"{folder / 'MNIST' / 'raw'}: these IDX files are not MNIST's, which `name: mnist` means: "
             "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
         )
-    return (
-        train,
-        test,
-        Facts(fingerprint=print_, classes=classes, shape=list(train.images.shape[1:]), white=train.white),
-    )
-
-
-def _fingerprint(train: Split, test: Split, classes: list[str]) -> str:
-    """A checksum of everything that a result can depend on."""
-    header = json.dumps([classes, list(train.images.shape), list(test.images.shape), train.white])
-    digest = hashlib.sha256(header.encode())
-    for tensor in (train.images, train.labels, test.images, test.labels):
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
+    shape = list(train.images.shape[1:])
+    return train, test, Facts(fingerprint=found.hexdigest(), classes=classes, shape=shape, white=train.white)
 
 
 def _without(split: Split, index: Tensor) -> Split:
-    rest = torch.ones(len(split), dtype=torch.bool)
-    rest[index] = False
-    return split.at(rest.nonzero()[:, 0])
+    return split.at(torch.ones(len(split), dtype=torch.bool).index_fill(0, index, False))
 
 
 def stratified(labels: Tensor, count: int, classes: Sequence[str]) -> Tensor:
     """Positions, ascending, of `count` samples with the classes in their shares; always the same ones. Raises BadInput
     when a class would be left without one on either side."""
     counts = torch.bincount(labels, minlength=len(classes))
-    present = counts[counts > 0]
+    present, of = counts[counts > 0], f"{count} of {len(labels)} images"
     if int(present.min()) < 2:
-        small = classes[int((counts == present.min()).nonzero()[0])]
+        small = classes[counts.tolist().index(1)]
         raise BadInput(f"class {small} has one image: to draw a share of every class takes two of each")
     if not len(present) <= count <= len(labels) - len(present):
-        raise BadInput(
-            f"{count} of {len(labels)} images: must leave one of each of {len(present)} classes, on either side"
-        )
+        raise BadInput(f"{of}: must leave one of each of {len(present)} classes, on either side")
     from sklearn.model_selection import train_test_split
 
     _, positions = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels.numpy(), random_state=0)
     chosen = torch.from_numpy(np.sort(positions))
     share = torch.bincount(labels[chosen], minlength=len(classes))
-    if bool(missing := ((counts > 0) & ((share == 0) | (share == counts))).nonzero().flatten().tolist()):
-        few = classes[missing[0]]
-        raise BadInput(f"{count} of {len(labels)} images: class {few} is too small to have a share on either side")
+    if missing := ((counts > 0) & ((share == 0) | (share == counts))).nonzero()[:, 0].tolist():
+        raise BadInput(f"{of}: class {classes[missing[0]]} is too small to have a share on either side")
     return chosen
 
 
@@ -190,42 +174,40 @@ def _digits() -> tuple[Split, Split]:
 def _mnist(folder: Path, download: bool) -> tuple[Split, Split]:
     from torchvision.datasets import mnist
 
-    raw = folder / "MNIST" / "raw"
+    raw, tensors = folder / "MNIST" / "raw", []
     files = [raw / f"{name}-ubyte" for name in MNIST_FILES]
     if not all(file.is_file() for file in files):
-        _download_mnist(folder, download)
-    tensors = []
+        _download_mnist(folder, raw, download)
     for file in files:
-        read = mnist.read_image_file if "images" in file.name else mnist.read_label_file
         try:
+            read = mnist.read_image_file if "images" in file.name else mnist.read_label_file
             tensors.append(read(str(file)))
         except OSError as error:
             raise BadInput(f"{file}: cannot be read: {error.strerror or error}") from None
-        except (AssertionError, ValueError, KeyError, RuntimeError, IndexError, TypeError, OverflowError):
+        except Exception:  # torchvision asserts, or lets through what numpy raises
             raise BadInput(f"{file}: is damaged or no IDX file: delete it to have it downloaded again") from None
-    train_images, train_labels, test_images, test_labels = tensors
-    for images, labels in ((train_images, train_labels), (test_images, test_labels)):
-        if len(images) != len(labels) or images.shape[1:] != train_images.shape[1:]:
-            raise BadInput(f"{raw}: its files do not belong together: {len(images)} images, {len(labels)} labels")
-    return Split(train_images[:, None], train_labels, 255), Split(test_images[:, None], test_labels, 255)
+    train, test = (Split(images[:, None], labels, 255) for images, labels in (tensors[:2], tensors[2:]))
+    for split in (train, test):
+        if len(split.images) != len(split) or split.images.shape[1:] != train.images.shape[1:]:
+            what = f"{len(split.images)} images, {len(split)} labels"
+            raise BadInput(f"{raw}: its files do not belong together: {what}")
+    return train, test
 
 
-def _download_mnist(folder: Path, download: bool) -> None:
+def _download_mnist(folder: Path, raw: Path, download: bool) -> None:
     """Fetch MNIST with torchvision, which verifies what it downloads."""
-    elsewhere = (
-        f"put its four files in {folder / 'MNIST' / 'raw'}, name their folder with --data-dir or KD_DATA, or run the "
-        "digits experiment, which needs no download"
-    )
+    instead = f"put its four files in {raw}, name their folder with --data-dir or KD_DATA"
+    instead += ", or run the digits experiment, which needs no download"
     if not download:
-        raise BadInput(f"{folder}: MNIST is not there, and --dry-run downloads nothing: {elsewhere}")
-    try:
-        from torchvision.datasets import MNIST
+        raise BadInput(f"{folder}: MNIST is not there, and --dry-run downloads nothing: {instead}")
+    from torchvision.datasets import MNIST
 
-        with contextlib.redirect_stdout(sys.stderr):
+    try:
+        with code.quiet():
             MNIST(str(folder), download=True)
     except Exception as error:  # torchvision lets through whatever the network, the disk or gzip raised
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"{folder}: MNIST is not there and could not be downloaded ({reason}): {elsewhere}") from None
+        raise BadInput(f"{folder}: MNIST is not there and could not be downloaded ({reason}): {instead}") from None
 
 
 def _from_function(reference: str) -> tuple[Split, Split, list[str]]:
@@ -235,33 +217,31 @@ def _from_function(reference: str) -> tuple[Split, Split, list[str]]:
     keys = ("x_train", "y_train", "x_test", "y_test")
     if not isinstance(found, Mapping) or not set(keys) <= found.keys():
         raise BadInput(f"{reference}: must return a dictionary of {', '.join(keys)} and, if they have names, classes")
-    train = _split(reference, found, "train")
-    test, names = _split(reference, found, "test"), found.get("classes")
-    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence | np.ndarray)):
+    train, test = (_split(reference, part, found[f"x_{part}"], found[f"y_{part}"]) for part in ("train", "test"))
+    names = found.get("classes")
+    if names is None:
+        names = range(int(train.labels.max()) + 1)
+    elif isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
         raise BadInput(f"{reference}: classes must be a list of names, not {type(names).__name__}")
-    classes = [str(c) for c in (range(int(train.labels.max()) + 1) if names is None else names)]
+    classes = [str(c) for c in names]
     if twice := [c for c in classes if classes.count(c) > 1]:
         raise BadInput(f"{reference}: classes names {twice[0]} twice")
-    present = torch.bincount(train.labels, minlength=len(classes)) > 0
-    if len(classes) < 2 or len(present) > len(classes) or not present.all():
+    if len(classes) < 2 or train.labels.unique().tolist() != list(range(len(classes))):
         raise BadInput(f"{reference}: y_train must hold every one of two or more classes, 0 to {len(classes) - 1}")
     if int(test.labels.max()) >= len(classes) or test.images.shape[1:] != train.images.shape[1:]:
         raise BadInput(f"{reference}: x_test and y_test must have the classes and the image size of training")
     return train, test, classes
 
 
-def _split(reference: str, found: Mapping[str, Any], part: str) -> Split:
+def _split(reference: str, part: str, x: Any, y: Any) -> Split:
     try:
-        images, labels = (np.asarray(found[f"{axis}_{part}"]) for axis in "xy")
+        images, labels = np.asarray(x), np.asarray(y)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{reference}: x_{part}, y_{part}: cannot be read as arrays: {error}") from None
+    is_x, is_y = (f"{array.dtype} {list(array.shape)}" for array in (images, labels))
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-        raise BadInput(f"{reference}: x_{part} must be bytes (uint8) [N, C, H, W] or [N, H, W], not {_said(images)}")
+        raise BadInput(f"{reference}: x_{part} must be bytes (uint8) [N, C, H, W] or [N, H, W], not {is_x}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
-        raise BadInput(f"{reference}: y_{part} must be whole numbers from 0, [{len(images)}], not {_said(labels)}")
+        raise BadInput(f"{reference}: y_{part} must be whole numbers from 0, [{len(images)}], not {is_y}")
     whole = np.ascontiguousarray(images if images.ndim == 4 else images[:, None])
     return Split(torch.from_numpy(whole), torch.from_numpy(labels.astype(np.int64)), 255)
-
-
-def _said(array: np.ndarray) -> str:
-    return f"{array.dtype} {list(array.shape)}"

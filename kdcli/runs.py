@@ -505,25 +505,29 @@ def write_aside(path: Path, content: bytes, keep: Path | None = None) -> None:
 
 
 def open_run(root: Path, name: str, flag: str = "") -> Run:
-    """The run called `<experiment>/<command>/<id>`, or so far as only one is, or in the directory at that path. Raises
+    """The run of a name (see `find_folder`). Raises BadInput, with the flag that named it if one did."""
+    return _open(find_folder(root, name, flag))
+
+
+def find_folder(root: Path, name: str, flag: str = "") -> Path:
+    """The directory of the run called `<experiment>/<command>/<id>`, or so far as only one is, or at that path. Raises
     BadInput, with the flag that named it if one did."""
     said = f"{flag} {name}".strip() or repr(name)
-    path = root / name if os.path.isdir(root / name) else Path(name)  # false too of an unusable name
+    root, path = Path(os.path.abspath(root)), Path(os.path.abspath(root / name))
     folder, _, start = name.rpartition("/")
-    if start and not os.path.isdir(path) and os.path.isdir(root / folder):
+    if start and not os.path.isdir(path) and os.path.isdir(root / folder):  # false too of an unusable name
         begun = sorted(run for run in (root / folder).iterdir() if run.is_dir() and run.name.startswith(start))
         if len(begun) > 1:
             raise BadInput(f"{said}: is the beginning of {len(begun)} runs:", *(f"  {folder}/{b.name}" for b in begun))
         path = begun[0] if begun else path
-    path = Path(os.path.abspath(path))
+    path = path if os.path.isdir(path) else Path(os.path.abspath(name))
     if not os.path.isdir(path) or path.parent.name not in (*TEACHERS, *STUDENTS):
         group = os.path.isdir(path) and path.name in (*TEACHERS, *STUDENTS)
         what = "is a group of runs: name one of them" if group else "there is no such run"
         raise BadInput(f"{said}: {what}; `kd runs` lists what there is")
-    run = _open(path)
-    if run.root != Path(os.path.abspath(root)):
-        raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {run.root}")
-    return run
+    if path.parents[2] != root or path.is_symlink():
+        raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {path.parents[2]}")
+    return path
 
 
 def _open(path: Path) -> Run:
@@ -612,18 +616,6 @@ def dependents(listed: Sequence[Listed], names: Sequence[str]) -> list[str]:
     while more := {one.run for one in listed if reached & set(one.parents)} - reached:
         reached |= more
     return sorted(reached - set(names))
-
-
-def find_folders(root: Path, names: Sequence[str]) -> list[Path]:
-    """The run directories of these names or paths, readable or not. Raises BadInput when one is none of `root`'s."""
-    root, folders = Path(os.path.abspath(root)), []
-    for name in names:
-        path = Path(os.path.abspath(root / name if os.path.isdir(root / name) else name))
-        parts = path.relative_to(root).parts if path.is_relative_to(root) else ()
-        if len(parts) != 3 or parts[1] not in (*TEACHERS, *STUDENTS) or not os.path.isdir(path) or path.is_symlink():
-            raise BadInput(f"{name}: is not the whole name of a run in {root}; `kd runs` lists what there is")
-        folders.append(path)
-    return list(dict.fromkeys(folders))
 
 
 def remove(folders: Sequence[Path]) -> None:

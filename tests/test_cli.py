@@ -187,8 +187,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "runs --sort date",
         "'--sort': 'date' is not one of 'name', 'errors', 'age', 'size' (see kd runs --help)",
     ),
-    "removing what is no run": ("runs rm tiny/report", "tiny/report: is not the whole name of a run in"),
-    "removing what lies elsewhere": ("runs rm ../..", "../..: is not the whole name of a run in"),
+    "removing what is no run": ("runs rm tiny/report", "tiny/report: there is no such run"),
+    "removing what lies elsewhere": ("runs rm ../..", "../..: there is no such run"),
     "removing with nobody to ask": (
         "runs rm tiny/distill/STUDENT",
         "asks before it removes, and nobody is there to answer: add --yes",

@@ -476,8 +476,9 @@ def test_a_survey_says_how_far_each_run_is(tmp_path: Path) -> None:
 
 def test_removal_takes_all_or_nothing(tmp_path: Path) -> None:
     one, other = finished(tmp_path), interrupted(tmp_path, STUDENT)
-    folders = runs.find_folders(tmp_path, [one.name, str(other.path), one.name])
-    assert folders == [one.path, other.path]
+    folders = [runs.find_folder(tmp_path, name) for name in (one.name, one.name[:-3], str(other.path))]
+    assert folders == [one.path, one.path, other.path]
+    folders = folders[1:]
     with (other.path / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as the kd that trains it does
         with pytest.raises(BadInput, match="is being written by a kd: stop that first; nothing was removed"):
@@ -494,8 +495,8 @@ def test_only_whole_runs_are_removed(name: str, tmp_path: Path) -> None:
     if name == "linked":
         name = "exp/train-teacher/0-linked"
         (tmp_path / "runs" / name).symlink_to(run.path)
-    with pytest.raises(BadInput, match="is not the whole name of a run in"):
-        runs.find_folders(tmp_path / "runs", [name])
+    with pytest.raises(BadInput, match="there is no such run|lies outside the runs folder|is a group of runs"):
+        runs.find_folder(tmp_path / "runs", name)
 
 
 def test_differences_name_the_key_and_both_values() -> None:
