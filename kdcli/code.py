@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import inspect
 import sys
 import traceback
@@ -27,12 +26,10 @@ def digest(reference: str) -> str:
 @lru_cache
 def _module(path: str, content: str) -> ModuleType:
     """The module in a file, run once for each content of it."""
-    spec = importlib.util.spec_from_file_location(f"kd_{content[:12]}", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a class defined in it looks for itself
-    spec.loader.exec_module(module)
+    module = ModuleType(f"kd_{content[:12]}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where a class defined in it looks for itself
+    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), module.__dict__)
     return module
 
 

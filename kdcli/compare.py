@@ -6,7 +6,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from kdcli import BadInput
 from kdcli.config import Section
@@ -30,20 +30,17 @@ class Group(Spread):
     described: Settings = Field(exclude=True)  # what they are but for their seeds
 
 
-class Comparison(Section):
-    """A group against the first: the settings that differ, by dotted key, as [the first's, its own], and the verdict
-    over the seeds that both have, or why there is none."""
+class Difference(Section):
+    """A group against the first: the settings that differ, by dotted key, as [the first's, its own]."""
 
     group: str
     changed: dict[str, list[Any]]
-    seeds: list[int]
-    found: Verdict | None = None
-    why_not: str | None = None
+    seeds: list[int] = []  # that both have
+    why_not: str | None = None  # there is no verdict
 
-    @model_serializer(mode="wrap")
-    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        whole: dict[str, Any] = handler(self)
-        return whole | (whole.pop("found", None) or {})
+
+class Comparison(Verdict, Difference):
+    """The same with the verdict over the seeds that both have."""
 
 
 class Comparisons(Section):
@@ -53,7 +50,7 @@ class Comparisons(Section):
     evaluated_on: str
     total: int
     groups: list[Group]
-    comparisons: list[Comparison]
+    comparisons: list[Comparison | Difference]
 
 
 def compare(
@@ -67,20 +64,19 @@ def compare(
     named = sorted(run for groups in found for run in {run for group in groups for run in group.runs})
     if twice := [run for run in named if named.count(run) > 1]:
         raise BadInput(f"{typed}: names {twice[0]} twice")
-    reference, *others = [_named(group, groups) for groups in found for group in groups]
-    texts = ["\n".join([g.name, *g.runs, *(f"{k}={v}" for k, v in _flat(g.described))]) for g in others]
+    first, *others = [group for groups in found for group in groups]
+    texts = ["\n".join([g.name, *g.runs, *(f"{k}={v}" for k, v in _dotted(g.described))]) for g in others]
     others = [group for group, text in zip(others, texts, strict=True) if match.lower() in text.lower()]
-    if by_errors:
-        others.sort(key=lambda group: group.mean)
     if not 1 <= len(others) < len(ascii_uppercase):
         what = f"groups of finished runs{f' (with {match})' if match else ''}"
         raise BadInput(f"{typed}: kd compare needs 2 to 26 {what}, not {len(others) + 1}")
-    groups = [g.model_copy(update={"group": x}) for x, g in zip(ascii_uppercase, [reference, *others], strict=False)]
-    first, *runs = [open_run(root, group.runs[0]) for group in groups]
+    groups = [first, *sorted(others, key=lambda group: group.mean if by_errors else 0)]
+    groups = [g.model_copy(update={"group": letter}) for letter, g in zip(ascii_uppercase, groups, strict=False)]
+    reference, *runs = [open_run(root, group.runs[0]) for group in groups]
     for run in runs:
-        if unlike := differences(data_settings(first.spec), data_settings(run.spec), "data."):
+        if unlike := differences(data_settings(reference.spec), data_settings(run.spec), "data."):
             raise BadInput(f"{typed}: cannot be compared: {unlike[0]}")
-    result, compared = first.result(), [_compared(root, groups[0], group, data_dir) for group in groups[1:]]
+    result, compared = reference.result(), [_compared(root, groups[0], group, data_dir) for group in groups[1:]]
     return Comparisons(evaluated_on=result.evaluated_on, total=result.test.total, groups=groups, comparisons=compared)
 
 
@@ -103,77 +99,67 @@ def _groups(root: Path, name: str, note: Note) -> list[Group]:
         names, seeds = [run.name for run in alike], [run.spec.seed for run in alike]
         errors = spread([run.result("compared").test.errors for run in alike])
         groups.setdefault(frozenset(names), Group(runs=names, seeds=seeds, described=way, **dict(errors)))
-    return [group for runs, group in groups.items() if not any(runs < other for other in groups)]
+    widest = [group for runs, group in groups.items() if not any(runs < other for other in groups)]
+    return [group.model_copy(update={"name": _name(group, widest)}) for group in widest]
+
+
+def _name(group: Group, groups: Sequence[Group]) -> str:
+    """A group's only run, or the folder of its runs with the settings that set it apart from the others."""
+    if len(group.runs) == 1:
+        return group.runs[0]
+    alike = [other.described for other in groups if len(other.runs) > 1]
+    unlike = {key: own for other in alike for key, (_, own) in _changed(other, group.described)}
+    return " ".join([group.runs[0].rpartition("/")[0], *(f"{key}={own}" for key, own in unlike.items())])
 
 
 def _ways(run: Run) -> list[Settings]:
-    """What a run is but for its seed; of a student in two ways: its teacher's seed against its own, and as it is."""
-    described = _settings(run)
-    teacher = described.get("teacher", {})
-    if "seed" not in teacher:
-        return [described]
-    offset = teacher["seed"] - run.spec.seed
-    return [described | {"teacher": teacher | {"seed": f"own {offset:+d}" if offset else "own"}}, described]
-
-
-def _settings(run: Run) -> Settings:
-    """The settings of a run, those of its teacher, with the teacher's seed, and of an ensemble those of all members: of
-    each key the value that all have, else the list of theirs."""
-    found, parents, ensemble = {"command": run.spec.command} | settings(run.spec), [], run.spec.command == "ensemble"
-    for i, name in enumerate(run.spec.parents):
+    """What a run is but for its seed; a student in two ways: with its teacher's seed against its own, and as it is. Of
+    the members of an ensemble, of each key the value that all have, else the list of theirs."""
+    found, parents = {"command": run.spec.command} | settings(run.spec), []
+    for name in run.spec.parents:
         try:
             parent = open_run(run.root, name)
-            seed = parent.spec.seed - (run.spec.seed + i if ensemble else 0)  # of members s, s + 1, … it is 0
-            parents.append(_settings(parent) | {"seed": seed})
+            offset = parent.spec.seed - run.spec.seed
+            seeds = f"own {offset:+d}" if offset else "own", parent.spec.seed
+            parents.append([_ways(parent)[0] | {"seed": seed} for seed in seeds])
         except BadInput:  # it is gone
-            parents.append({"run": name})
-    if not ensemble:
-        return found | ({"teacher": parents[0]} if parents else {})
-    flat = [dict(_flat(parent)) for parent in parents]
+            parents.append([{"run": name}])
+    if run.spec.command != "ensemble":
+        return [found | {"teacher": teacher} for teacher in parents[0]] if parents else [found]
+    flat = [{key: value for key, value in _dotted(ways[0]) if key != "seed"} for ways in parents]
     columns = {key: [member.get(key) for member in flat] for key in dict.fromkeys(key for m in flat for key in m)}
     merged = {key: values[0] if values.count(values[0]) == len(values) else values for key, values in columns.items()}
-    return found | {"members": {"number": len(parents)} | merged}
+    return [found | {"members": {"number": len(parents)} | merged}]
 
 
-def _changed(reference: Settings, own: Settings, prefix: str = "") -> dict[str, list[Any]]:
+def _changed(reference: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
     """The settings that differ, by dotted key, as [reference's, own]; of teachers of two kinds, or one, their kind."""
-    changed: dict[str, list[Any]] = {}
     for key in dict.fromkeys([*reference, *own]):
         a, b = reference.get(key), own.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and a.get("command") == b.get("command"):
-            changed |= _changed(a, b, f"{prefix}{key}.")
+            yield from _changed(a, b, f"{prefix}{key}.")
         elif a != b:
-            changed[prefix + key] = [v.get("command", v) if isinstance(v, dict) else v for v in (a, b)]
-    return changed
+            yield prefix + key, [v.get("command", v) if isinstance(v, dict) else v for v in (a, b)]
 
 
-def _flat(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted key."""
+def _dotted(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in found.items():
-        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
-def _named(group: Group, groups: Sequence[Group]) -> Group:
-    """The group with its name: its only run's, or their folder with the settings that set it apart from the others."""
-    alike = [other.described for other in groups if len(other.runs) > 1]
-    unlike = {key: own for other in alike for key, (_, own) in _changed(other, group.described).items()}
-    name = " ".join([group.runs[0].rpartition("/")[0], *(f"{key}={own}" for key, own in unlike.items())])
-    return group.model_copy(update={"name": name if len(group.runs) > 1 else group.runs[0]})
-
-
-def _compared(root: Path, reference: Group, group: Group, data_dir: Path | None) -> Comparison:
+def _compared(root: Path, first: Group, own: Group, data_dir: Path | None) -> Difference:
     """The verdict on a group against the first: over the seeds that they share, or of two single runs."""
-    changed = _changed(reference.described, group.described)
-    pairs = [(i, group.seeds.index(seed)) for i, seed in enumerate(reference.seeds) if seed in group.seeds]
-    pairs = [(i, j) for i, j in pairs if reference.runs[i] != group.runs[j]]  # a run in both tells nothing
-    if len(reference.runs) == len(group.runs) == 1:
-        pairs, changed = [(0, 0)], _changed({"seed": reference.seeds[0]}, {"seed": group.seeds[0]}) | changed
+    changed = dict(_changed(first.described, own.described))
+    pairs = [(i, own.seeds.index(seed)) for i, seed in enumerate(first.seeds) if seed in own.seeds]
+    pairs = [(i, j) for i, j in pairs if first.runs[i] != own.runs[j]]  # a run in both tells nothing
+    if len(first.runs) == len(own.runs) == 1:
+        pairs, changed = [(0, 0)], dict(_changed({"seed": first.seeds[0]}, {"seed": own.seeds[0]})) | changed
     if not pairs:
         why_not = "The groups share no seed: nothing to pair, so no verdict."
-        return Comparison(group=group.group, changed=changed, seeds=[], why_not=why_not)
+        return Difference(group=own.group, changed=changed, why_not=why_not)
     only = (0, 0)
     if len(pairs) == 1:
-        a, b = (open_run(root, g.runs[k]) for g, k in zip((reference, group), pairs[0], strict=True))
+        a, b = (open_run(root, group.runs[i]) for group, i in zip((first, own), pairs[0], strict=True))
         only = discordant(test_split(a, data_dir).labels, student=b, baseline=a)
-    fewer, seeds = [reference.errors[i] - group.errors[j] for i, j in pairs], [reference.seeds[i] for i, _ in pairs]
-    return Comparison(group=group.group, changed=changed, seeds=seeds, found=paired(fewer, *only))
+    fewer, seeds = [first.errors[i] - own.errors[j] for i, j in pairs], [first.seeds[i] for i, _ in pairs]
+    return Comparison(group=own.group, changed=changed, seeds=seeds, **dict(paired(fewer, *only)))

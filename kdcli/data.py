@@ -1,10 +1,8 @@
 """Datasets: images as bytes, their labels, the classes' names; a batch is an index into them."""
 
-import contextlib
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli import BadInput, BadKeys, code
+from kdcli import BadInput, BadKeys, code, failure
 from kdcli.config import Data
 from kdcli.runs import Facts
 
@@ -44,7 +42,8 @@ class Split:
 
     def inputs(self, index: Tensor | None = None) -> Tensor:
         """Float images [B, C, H, W] in [0, 1] of the samples at `index` [B], or of all."""
-        return self._scaled(self.images if index is None else self.images.index_select(0, index))
+        images = self.images if index is None else self.images.index_select(0, index)
+        return images.to(torch.float32).mul_(1 / self.white)
 
     def padded(self, jitter: int) -> Tensor:
         """The images at all shifts by up to `jitter` pixels each way, the border filled with zeros: a view
@@ -55,16 +54,12 @@ class Split:
     def shifted(self, padded: Tensor, index: Tensor, shift: Tensor) -> Tensor:
         """Float images [B, C, H, W] of the samples at `index` [B]; `shift` [2, B], down and right, counts from 0 to
         2 jitter. Read through the view of `padded`: RandomAffine takes 2.5 x a step (make bench)."""
-        return self._scaled(padded[index, shift[0], shift[1]])
-
-    def _scaled(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32).mul_(1 / self.white)
+        return padded[index, shift[0], shift[1]].to(torch.float32).mul_(1 / self.white)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """train: what is trained on. test: what errors are counted on. `held`: how many images omit-classes keeps out of
-    the transfer set to choose its bias on."""
+    """`test`: what errors are counted on; `held`: how many images of `train` omit-classes chooses its bias on."""
 
     train: Split
     test: Split
@@ -97,13 +92,11 @@ class Dataset:
 
 
 def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True) -> Dataset:
-    """The dataset of an experiment's `data` section, whatever its transfer set.
-
-    MNIST is looked for in `data_dir`, else in $KD_DATA, else in data/, and downloaded there when absent, unless
-    `download` is false. Raises BadInput when it cannot be had, is damaged, or is too small for the held-out images.
-    """
-    content = code.digest(data.function) if data.function else None
-    train, test, facts = _read(data.name, data.function, content, data_dir, download)
+    """The dataset of an experiment's `data` section, whatever its transfer set. MNIST is looked for in `data_dir`, else
+    in $KD_DATA, else in data/, and downloaded there when absent, unless `download` is false. Raises BadInput when it
+    cannot be had, is damaged, or is too small for the held-out images."""
+    content = code.digest(data.function) if data.function else ""
+    train, test, facts = _read(data.function or f"{data.name}", content, data_dir, download)
     held = data.heldout or min(max(len(train) // 10, len(facts.classes)), len(train) // 3)
     if held > len(train) // 3:
         raise BadKeys(("data.heldout", f"must be at most {len(train) // 3}, a third of the training images"))
@@ -114,26 +107,22 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
 
 
 @lru_cache(maxsize=2)
-def _read(
-    name: str | None, function: str | None, content: str | None, data_dir: Path | None, download: bool
-) -> tuple[Split, Split, Facts]:
-    """The training and test images of a source, and what they are; read anew when the `content` of its file changes."""
-    folder, classes = data_dir or Path(os.environ.get("KD_DATA") or "data"), [str(c) for c in range(10)]
-    if function:
-        train, test, classes = _from_function(function)
+def _read(source: str, content: str, data_dir: Path | None, download: bool) -> tuple[Split, Split, Facts]:
+    """The training and test images of a name or a function, whose file has this content, and what they are."""
+    raw = Path(data_dir or os.environ.get("KD_DATA") or "data", "MNIST", "raw")
+    if content:
+        train, test, classes = _from_function(source)
     else:
-        train, test = _digits() if name == "digits" else _mnist(folder, download)
-    header = json.dumps([classes, list(train.images.shape), list(test.images.shape), train.white])
-    found = hashlib.sha256(header.encode())
+        train, test = _digits() if source == "digits" else _mnist(raw, download)
+        classes = [str(c) for c in range(10)]
+    shape, white = train.images.shape, train.white
+    digest = hashlib.sha256(json.dumps([classes, shape, test.images.shape, white]).encode())
     for tensor in (train.images, train.labels, test.images, test.labels):
-        found.update(tensor.numpy().data)
-    if name == "mnist" and not found.hexdigest().startswith(MNIST):
-        raise BadInput(
-            f"{folder / 'MNIST' / 'raw'}: these IDX files are not MNIST's, which `name: mnist` means: "
-            "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
-        )
-    shape = list(train.images.shape[1:])
-    return train, test, Facts(fingerprint=found.hexdigest(), classes=classes, shape=shape, white=train.white)
+        digest.update(tensor.numpy().data)
+    if source == "mnist" and not digest.hexdigest().startswith(MNIST):
+        instead = "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
+        raise BadInput(f"{raw}: these IDX files are not MNIST's, which `name: mnist` means: {instead}")
+    return train, test, Facts(fingerprint=digest.hexdigest(), classes=classes, shape=list(shape[1:]), white=white)
 
 
 def _without(split: Split, index: Tensor) -> Split:
@@ -145,9 +134,8 @@ def stratified(labels: Tensor, count: int, classes: Sequence[str]) -> Tensor:
     when a class would be left without one on either side."""
     counts = torch.bincount(labels, minlength=len(classes))
     present, of = counts[counts > 0], f"{count} of {len(labels)} images"
-    if int(present.min()) < 2:
-        small = classes[counts.tolist().index(1)]
-        raise BadInput(f"class {small} has one image: to draw a share of every class takes two of each")
+    if alone := [name for name, n in zip(classes, counts.tolist(), strict=True) if n == 1]:
+        raise BadInput(f"class {alone[0]} has one image: to draw a share of every class takes two of each")
     if not len(present) <= count <= len(labels) - len(present):
         raise BadInput(f"{of}: must leave one of each of {len(present)} classes, on either side")
     from sklearn.model_selection import train_test_split
@@ -171,16 +159,14 @@ def _digits() -> tuple[Split, Split]:
     return _without(all_, test), all_.at(test)
 
 
-def _mnist(folder: Path, download: bool) -> tuple[Split, Split]:
+def _mnist(raw: Path, download: bool) -> tuple[Split, Split]:
     from torchvision.datasets import mnist
 
-    raw, tensors = folder / "MNIST" / "raw", []
-    files = [raw / f"{name}-ubyte" for name in MNIST_FILES]
+    files, tensors = [raw / f"{name}-ubyte" for name in MNIST_FILES], []
     if not all(file.is_file() for file in files):
-        _download_mnist(folder, raw, download)
-    for file in files:
+        _download_mnist(raw, download)
+    for file, read in zip(files, [mnist.read_image_file, mnist.read_label_file] * 2, strict=True):
         try:
-            read = mnist.read_image_file if "images" in file.name else mnist.read_label_file
             tensors.append(read(str(file)))
         except OSError as error:
             raise BadInput(f"{file}: cannot be read: {error.strerror or error}") from None
@@ -189,41 +175,35 @@ def _mnist(folder: Path, download: bool) -> tuple[Split, Split]:
     train, test = (Split(images[:, None], labels, 255) for images, labels in (tensors[:2], tensors[2:]))
     for split in (train, test):
         if len(split.images) != len(split) or split.images.shape[1:] != train.images.shape[1:]:
-            what = f"{len(split.images)} images, {len(split)} labels"
-            raise BadInput(f"{raw}: its files do not belong together: {what}")
+            raise BadInput(f"{raw}: its files do not belong together: {len(split.images)} images, {len(split)} labels")
     return train, test
 
 
-def _download_mnist(folder: Path, raw: Path, download: bool) -> None:
-    """Fetch MNIST with torchvision, which verifies what it downloads."""
-    instead = f"put its four files in {raw}, name their folder with --data-dir or KD_DATA"
-    instead += ", or run the digits experiment, which needs no download"
-    if not download:
-        raise BadInput(f"{folder}: MNIST is not there, and --dry-run downloads nothing: {instead}")
+def _download_mnist(raw: Path, download: bool) -> None:
     from torchvision.datasets import MNIST
 
+    absent = f"{raw.parents[1]}: MNIST is not there"
+    instead = f"put its four files in {raw}, name their folder with --data-dir or KD_DATA, or run the "
+    instead += "digits experiment, which needs no download"
+    if not download:
+        raise BadInput(f"{absent}, and --dry-run downloads nothing: {instead}")
     try:
         with code.quiet():
-            MNIST(str(folder), download=True)
+            MNIST(str(raw.parents[1]), download=True)  # which verifies what it downloads
     except Exception as error:  # torchvision lets through whatever the network, the disk or gzip raised
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"{folder}: MNIST is not there and could not be downloaded ({reason}): {instead}") from None
+        raise BadInput(f"{absent} and could not be downloaded ({failure(error)[:200]}): {instead}") from None
 
 
 def _from_function(reference: str) -> tuple[Split, Split, list[str]]:
-    """What somebody's own function returns: a mapping of x_train, y_train, x_test, y_test and, if the classes have
-    names, classes. Raises BadInput that names the array that is wrong."""
+    """What somebody's own function returns. Raises BadInput that names the array that is wrong."""
     found = code.call(reference)
     keys = ("x_train", "y_train", "x_test", "y_test")
     if not isinstance(found, Mapping) or not set(keys) <= found.keys():
         raise BadInput(f"{reference}: must return a dictionary of {', '.join(keys)} and, if they have names, classes")
-    train, test = (_split(reference, part, found[f"x_{part}"], found[f"y_{part}"]) for part in ("train", "test"))
-    names = found.get("classes")
-    if names is None:
-        names = range(int(train.labels.max()) + 1)
-    elif isinstance(names, str) or not isinstance(names, Sequence | np.ndarray):
+    train, test, names = _split(reference, found, "train"), _split(reference, found, "test"), found.get("classes")
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence | np.ndarray)):
         raise BadInput(f"{reference}: classes must be a list of names, not {type(names).__name__}")
-    classes = [str(c) for c in names]
+    classes = [str(c) for c in (range(int(train.labels.max()) + 1) if names is None else names)]
     if twice := [c for c in classes if classes.count(c) > 1]:
         raise BadInput(f"{reference}: classes names {twice[0]} twice")
     if len(classes) < 2 or train.labels.unique().tolist() != list(range(len(classes))):
@@ -233,11 +213,9 @@ def _from_function(reference: str) -> tuple[Split, Split, list[str]]:
     return train, test, classes
 
 
-def _split(reference: str, part: str, x: Any, y: Any) -> Split:
-    try:
-        images, labels = np.asarray(x), np.asarray(y)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{reference}: x_{part}, y_{part}: cannot be read as arrays: {error}") from None
+def _split(reference: str, found: Mapping[str, Any], part: str) -> Split:
+    with code.blaming(reference.rpartition(":")[0], f"{reference}: x_{part}, y_{part}: cannot be read as arrays"):
+        images, labels = (np.asarray(found[f"{axis}_{part}"]) for axis in "xy")
     is_x, is_y = (f"{array.dtype} {list(array.shape)}" for array in (images, labels))
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise BadInput(f"{reference}: x_{part} must be bytes (uint8) [N, C, H, W] or [N, H, W], not {is_x}")

@@ -6,7 +6,7 @@ import importlib
 import io
 import json
 import logging
-import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,7 +70,7 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
     card = file.with_name(f"{file.name}.md")
     if file.suffix != suffix or not file.parent.is_dir():
         raise BadInput(f"--out {file}: must be a file in a folder that exists, with a name that ends in {suffix}")
-    if taken := [path for path in (file, card) if path.exists() or path.is_symlink()]:
+    if taken := [path for path in (file, card) if os.path.lexists(path)]:
         raise BadInput(f"{taken[0]}: is there already: remove it, or choose another --out")
     test, model = test_split(run, data_dir), Probabilities(nets(run, CPU), run.spec.average).eval()
     net = ", ".join(_described(member) for member in members(run))
@@ -108,7 +108,7 @@ def _described(run: Run) -> str:
     facts, (model, _) = run.spec.dataset, run.spec.trained
     if model.name:
         return f"{Path(model.name).name} ({cost(run).parameters:,} parameters)"
-    return "-".join(map(str, [math.prod(facts.shape), *(model.hidden or []), len(facts.classes)]))
+    return "-".join(map(str, [torch.Size(facts.shape).numel(), *(model.hidden or []), len(facts.classes)]))
 
 
 def _content(run: Run, net: str, model: Probabilities, form: Form) -> bytes:

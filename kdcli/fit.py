@@ -135,9 +135,12 @@ class _Loop:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         kept: dict[int, dict[str, Tensor]] = {}
+        weights = self.optimizer.param_groups[0]["params"]
         for name, tensor in part("optimizer/").items():
             i, _, key = name.partition("/")
-            kept.setdefault(int(i), {})[key] = tensor
+            weight = weights[int(i)]  # whose layout the fused step asks of what it keeps
+            alike = tensor.shape == weight.shape
+            kept.setdefault(int(i), {})[key] = torch.empty_like(weight).copy_(tensor) if alike else tensor
         groups = self.optimizer.state_dict()["param_groups"]
         try:
             self.net.load_state_dict(part("net/"))

@@ -63,15 +63,14 @@ def predict(
         inputs = read_image(file, asked.shape, invert)
         light = grey and float(inputs.mean()) > 0.5
         images.append(Prediction(image=str(file), views=asked.views(inputs), mostly_ink=light))
-    if test_images:
+    for i in test_images:
         if not asked.run:
             raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
         test = test_split(asked.run, places.data_dir)
-        for i in test_images:
-            if not 0 <= i < len(test):
-                raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
-            views, label = asked.views(test.inputs(torch.tensor([i]))), asked.classes[int(test.labels[i])]
-            images.append(Prediction(image=f"test image {i}", label=label, views=views))
+        if not 0 <= i < len(test):
+            raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
+        views, label = asked.views(test.inputs(torch.tensor([i]))), asked.classes[int(test.labels[i])]
+        images.append(Prediction(image=f"test image {i}", label=label, views=views))
     return Predictions(run=asked.run.name if asked.run else name, classes=asked.classes, images=images)
 
 
@@ -91,23 +90,21 @@ class _Asked:
             return
         self.run = run = places.open(name)
         run.result("asked")
-        self.classes, self.shape = run.spec.dataset.classes, run.spec.dataset.shape
-        parent = run.spec.parents[0] if run.spec.parents and run.spec.command != "ensemble" else ""
-        teacher = places.open(parent) if (places.runs_dir / parent).is_dir() and parent else None
-        if parent and (teacher is None or orphaned(teacher)):
-            note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
-            teacher = None
-        own = live(run, CPU)
-        if teacher:
-            of_teacher = live(teacher, CPU)
-            self.nets = [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
-        else:
-            self.nets = [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
+        self.classes, self.shape, own = run.spec.dataset.classes, run.spec.dataset.shape, live(run, CPU)
+        self.nets = [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
+        if run.spec.distill:
+            parent = run.spec.parents[0]
+            teacher = places.open(parent) if (places.runs_dir / parent).is_dir() else None
+            if teacher and not orphaned(teacher):
+                of_teacher = live(teacher, CPU)
+                self.nets = [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
+            else:
+                note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
 
     def views(self, inputs: Tensor) -> list[View]:
         """What is said of an image [1, C, H, W]."""
-        logits = [(name, T, net.logits(torch.tensor([0]), inputs), net.average) for name, T, net in self.nets]
-        return [View(net=name, T=T, p=losses.average(z, T, how).exp()[0].tolist()) for name, T, z, how in logits]
+        log_p = [losses.average(net.logits(torch.tensor([0]), inputs), T, net.average)[0] for _, T, net in self.nets]
+        return [View(net=name, T=T, p=p.exp().tolist()) for (name, T, _), p in zip(self.nets, log_p, strict=True)]
 
 
 def read_image(file: Path, shape: Sequence[int], invert: bool) -> Tensor:
@@ -122,11 +119,12 @@ def read_image(file: Path, shape: Sequence[int], invert: bool) -> Tensor:
         image.thumbnail((2_000, 2_000), Image.Resampling.BOX)
         size = round(image.height * width / height), round(image.width * height / width)
     size = max(size[0], image.width), max(size[1], image.height)
-    mode, how = ("L", Image.Resampling.BOX) if channels == 1 else ("RGB", Image.Resampling.BILINEAR)
-    sheet = Image.new(mode, size, 255 if invert else 0)
+    sheet = Image.new("L" if channels == 1 else "RGB", size, 255 if invert else 0)
     sheet.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2), image)
-    values = np.asarray(ImageOps.fit(sheet, (width, height), how), np.float32) / 255
-    inputs = torch.from_numpy(values).view(1, height, width, channels).permute(0, 3, 1, 2).contiguous()
+    to, how = (width, height), Image.Resampling
+    seen = sheet.resize(to, how.BOX) if channels == 1 else ImageOps.fit(sheet, to, how.BILINEAR)
+    values = torch.from_numpy(np.asarray(seen, np.float32) / 255)
+    inputs = values.view(1, height, width, channels).permute(0, 3, 1, 2).contiguous()
     if channels == 1 and float(inputs.max() - inputs.min()) < 1 / 16:
         raise BadInput(f"{file}: is blank")
     return 1 - inputs if invert else inputs
@@ -134,16 +132,16 @@ def read_image(file: Path, shape: Sequence[int], invert: bool) -> Tensor:
 
 def _opened(file: Path) -> Image.Image:
     """An image file as RGBA, held as the camera was."""
-    bomb = Image.DecompressionBombWarning
+    too_large = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
     try:
-        with warnings.catch_warnings(action="error", category=bomb), Image.open(file) as image:
+        with too_large, Image.open(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):
                 return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGBA")
             if image.mode in ("I", "F"):
                 raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
             return image.convert("RGBA")
-    except (bomb, Image.DecompressionBombError):
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadInput(f"{file}: is too large: {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
     except (OSError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or "is not an image that can be read"

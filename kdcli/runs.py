@@ -215,6 +215,11 @@ class Run:
     def remedy(self) -> str:
         return f"delete {self.path} and train it again"
 
+    def head(self) -> dict[str, Any]:
+        """What every result begins with."""
+        spec = self.spec
+        return {"command": spec.command, "experiment": spec.experiment, "run": self.name, "seed": spec.seed}
+
     def read(self) -> Result | Unfinished:
         """What result.json says; an absent one says that the run is missing. Raises BadInput when it is damaged."""
         path = self.path / "result.json"

@@ -29,8 +29,7 @@ def errors_of_guessing(labels: Tensor) -> int:
 
 class Quality(NamedTuple):
     """Of log-probabilities: the confusion matrix (rows: label, columns: prediction); NLL in nats a sample; the Brier
-    score, the squared distance to the one-hot label, summed over classes (Brier 1950), from 0 to 2; ece: see
-    `calibration_error`."""
+    score (1950), squared distance to the one-hot label, summed over classes, 0 to 2; ece: see `calibration_error`."""
 
     confusion: list[list[int]]
     nll: float
@@ -50,65 +49,54 @@ def quality(log_p: Tensor, labels: Tensor) -> Quality:
     )
 
 
-def calibration_error(log_p: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """The expected calibration error (Guo et al., arXiv:1706.04599, eq. 3): mean |accuracy - confidence| over
-    `bins` equal intervals of the top class's probability, weighted by their samples."""
-    log_confidence, predicted = log_p.double().max(1)
-    confidence, correct = log_confidence.exp(), (predicted == labels).double()
-    bin_ = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64, device=log_p.device).index_add_(0, bin_, correct - confidence)
-    return float(gaps.abs().sum() / len(labels))
+def calibration_error(log_p: Tensor, labels: Tensor) -> float:
+    """The expected calibration error (Guo et al., arXiv:1706.04599, eq. 3): mean |accuracy - confidence| over equal
+    intervals of the top class's probability, weighted by their samples."""
+    confidence, predicted = log_p.double().exp().max(1)
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS)
+    return float(torch.bincount(bins, (predicted == labels).double() - confidence).abs().sum() / len(labels))
 
 
 def follows(log_p: Tensor, teacher_log_p: Tensor) -> tuple[float, float]:
     """How a student follows its teacher: the share of samples with the same prediction, and the mean
     KL(teacher || student) at T = 1, in nats; both log-probabilities [N, C]."""
     same = (log_p.argmax(1) == teacher_log_p.argmax(1)).double().mean()
-    kl = F.kl_div(log_p, teacher_log_p, reduction="batchmean", log_target=True)
-    return float(same), float(kl)
+    return float(same), float(F.kl_div(log_p, teacher_log_p, reduction="batchmean", log_target=True))
 
 
 def shift_bias(logits: Tensor, omitted: Sequence[int], shift: float) -> Tensor:
     """Logits [N, C] after adding `shift` to the biases of the omitted classes, and of those alone."""
-    shifted = logits.double().clone()
-    shifted[:, list(omitted)] += shift
-    return shifted
+    bias = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
+    bias[list(omitted)] = shift
+    return logits + bias
 
 
 def fewest_errors_shift(logits: Tensor, labels: Tensor, omitted: Sequence[int]) -> float:
-    """The shift of the omitted classes' biases with the fewest errors on labelled samples (section 3), exactly.
-
-    A sample goes to its best omitted class once the shift exceeds its margin, best kept minus best omitted logit.
-    So the errors change at margins only: they are sorted and swept. Among the best intervals the longest wins, and
-    its middle is taken; 0 stays when nothing beats it.
-    """
-    logits = logits.double()
-    out = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    out[list(omitted)] = True
-    kept_logit, kept_class = logits.masked_fill(out, -torch.inf).max(1)
-    omitted_logit, omitted_class = logits.masked_fill(~out, -torch.inf).max(1)
+    """The shift of the omitted classes' biases with the fewest errors on labelled samples (section 3), exactly. One
+    goes to its best omitted class once the shift exceeds its margin, best kept minus best omitted logit. So the errors
+    change at margins only: they are sorted and swept. Among the best intervals the longest wins, and its middle is
+    taken; 0 stays when nothing beats it."""
+    kept = [c for c in range(logits.shape[1]) if c not in omitted]
+    kept_logit, kept_class = shift_bias(logits, omitted, -torch.inf).max(1)
+    omitted_logit, omitted_class = shift_bias(logits, kept, -torch.inf).max(1)
     margin, order = (kept_logit - omitted_logit).sort()
     gain = (omitted_class == labels)[order].int() - (kept_class == labels)[order].int()
     correct = torch.cat([gain.new_zeros(1), gain.cumsum(0)])  # after passing i margins, against passing none
     edges = torch.cat([margin[:1] - 2, margin, margin[-1:] + 2])
     length = edges.diff()
-    unshifted = correct[int((margin < 0).sum())]
     best = correct[length > 0].max()
-    if unshifted == best:
+    if correct[int((margin < 0).sum())] == best:  # unshifted
         return 0.0
     i = int(torch.where(correct == best, length, -1.0).argmax())
     return float((edges[i] + edges[i + 1]) / 2)
 
 
 def prior_shift(logits: Tensor, omitted: Sequence[int], share: float) -> float:
-    """The shift at which the omitted classes' mean probability at T = 1 equals their known `share`, no labels needed.
-
-    logits: [N, C] of unlabelled samples in which all classes occur in their shares. Found by bisection.
-    """
+    """The shift at which the omitted classes' mean probability at T = 1 equals their known `share`, found by bisection;
+    logits [N, C] of unlabelled samples in which all classes occur in their shares."""
     from scipy.optimize import bisect
 
-    kept = [c for c in range(logits.shape[1]) if c not in omitted]
-    logits = logits.double()
+    logits, kept = logits.double(), [c for c in range(logits.shape[1]) if c not in omitted]
     odds = logits[:, list(omitted)].logsumexp(1) - logits[:, kept].logsumexp(1)
     low, high = float(-odds.max()) - 50, float(-odds.min()) + 50
     return float(bisect(lambda shift: float(torch.sigmoid(odds + shift).mean()) - share, low, high, xtol=1e-9))
@@ -124,18 +112,14 @@ class Latency(Section):
 
 def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float = 0.05) -> Latency:
     """The time of `forward` on one batch, over at least 20 calls and about `seconds` after a warm-up."""
-    cuda = inputs.device.type == "cuda"
+    wait: Callable[[], object] = torch.cuda.synchronize if inputs.is_cuda else lambda: None
     times: list[float] = []
     with torch.inference_mode():
-        for _ in range(3):
-            forward(inputs)
-        while len(times) < 20 or sum(times) < seconds:
-            if cuda:
-                torch.cuda.synchronize()
+        while len(times) < 23 or sum(times[3:]) < seconds:
+            wait()
             start = time.perf_counter()
             forward(inputs)
-            if cuda:
-                torch.cuda.synchronize()
+            wait()
             times.append(time.perf_counter() - start)
-    p50, p95 = (q * 1e3 for q in statistics.quantiles(times, n=20)[9::9])
+    p50, p95 = (q * 1e3 for q in statistics.quantiles(times[3:], n=20)[9::9])
     return Latency(p50=round(p50, 4), p95=round(p95, 4), images_per_s=round(len(inputs) / p50 * 1e3))

@@ -2,13 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -17,23 +17,15 @@ from kdcli.runs import Correction, Counted, Epoch, Listed
 from kdcli.verdict import Spread, Verdict, against
 
 if TYPE_CHECKING:  # they need torch, which `kd runs` does without
-    from kdcli.compare import Comparisons
-    from kdcli.plan import Planned
-    from kdcli.predict import Predictions
-    from kdcli.results import Document, Evaluation, Evaluations, Summary, TableRow
+    from kdcli import compare, plan, predict, results
+    from kdcli.results import Document, Evaluation, Summary
 
-Parts = list["Table | str"]  # what is printed one below the other
-
+Parts = Iterator["Table | str"]  # what is printed, one below the other
 WIDE = 12  # of more classes than these none has a column of its own
 WORST, PAIRS = 3, 10  # so many classes, and pairs that are taken for each other, are named instead
 MATRICES = 4  # confusion matrices are shown for so many runs at most
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
-PAPER_LEGEND = (
-    "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it out, not "
-    "distinguishable where it does not: our interval is as wide as it is{single}. The intervals do not cover the "
-    "sampling of the test set."
-)
 BIAS_LEGEND = (
     "Bias chosen by test: on the test set, as the paper did; heldout: on training images outside the transfer set; "
     "prior: on the unlabelled training images, from the known shares of the classes."
@@ -45,8 +37,8 @@ class Display:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
-        name, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
-        self.bars = Progress(name, BarColumn(6), text, TimeRemainingColumn(), console=self.console)
+        columns = ("{task.description}", BarColumn(6), "{task.fields[text]}", TimeRemainingColumn())
+        self.bars = Progress(*columns, console=self.console)
         self.tasks: dict[str, TaskID] = {}
         self.printed = 0.0
 
@@ -59,9 +51,7 @@ class Display:
             if run not in self.tasks:
                 self.tasks[run] = self.bars.add_task(run.partition("/")[2][:-7], total=epochs, text=short)
                 self.bars.start()
-            self.bars.update(self.tasks[run], completed=epoch.epoch, text=short)
-            if last:
-                self.bars.remove_task(self.tasks.pop(run))
+            self.bars.update(self.tasks[run], completed=epoch.epoch, text=short, visible=not last)
         if last or (not self.console.is_terminal and time.monotonic() - self.printed > 0.5):
             self.printed = time.monotonic()
             speed = f"{epoch.seconds:.1f} s, {epoch.images_per_s:,} images/s"
@@ -88,47 +78,36 @@ class Table(NamedTuple):
         return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in lines)])
 
     def print(self, console: Console) -> None:
+        """Words stay whole, so that a run's name can be copied; those of the first column not where room is short."""
+        columns = list(zip(self.columns, *self.rows, strict=True))
+        widths = [max(map(cell_len, column)) for column in columns]
+        least = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for _, *cells in columns]
+        room = console.width - 2 * len(columns)  # without what is between them
+        least[0] = min(least[0], max(room - sum(least[1:]), 5))
+        while sum(widths) > room and (wide := [i for i, width in enumerate(widths) if width > least[i]]):
+            widths[max(wide, key=widths.__getitem__)] -= 1
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for i, width in enumerate(self._widths(console.width)):
+        for i, width in enumerate(widths):
             table.add_column(Text(self.columns[i]), justify="right" if i else "left", overflow="fold", width=width)
         for row in self.rows:
             table.add_row(*map(Text, row))
         console.print(self.title, style="bold", highlight=False, markup=False)
         console.print(table)
 
-    def _widths(self, room: int) -> list[int]:
-        """The widths of the columns, the widest narrowed until all fit: words in cells stay whole, so that a run's name
-        can be copied; where even that is too much, those in the first column do not."""
-        columns = list(zip(self.columns, *self.rows, strict=True))
-        widths = [max(map(cell_len, column)) for column in columns]
-        least = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for _, *cells in columns]
-        room -= 2 * len(columns)  # what is between them
-        least[0] = min(least[0], max(room - sum(least[1:]), 5))
-        while sum(widths) > room and (wide := [i for i, width in enumerate(widths) if width > least[i]]):
-            widths[max(wide, key=widths.__getitem__)] -= 1
-        return widths
-
 
 def tables(command: str, documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
     """What a training command has to show for its runs; of the runs that those are made from, the warnings alone."""
     mine = [d for d in documents if d.command == command]
-    match command:
-        case "train-teacher":
-            parts = _trained(mine)
-        case "ensemble":
-            parts = _ensembles(mine)
-        case "distill":
-            parts = _distilled(mine)
-        case _:
-            parts = _omissions(mine, classes)
-    return [*parts, *notes(documents)]
+    if command == "omit-classes":
+        yield from _omissions(mine, classes)
+    else:
+        yield from {"train-teacher": _trained, "ensemble": _ensembles, "distill": _distilled}[command](mine)
+    yield from notes(documents)
 
 
 def notes(documents: Sequence["Document"]) -> list[str]:
     """Trainings that learned nothing, and nets of several seeds that learn from the same teacher."""
-    taught = {
-        called(d): [other.teacher.run for other in documents if other.row == d.row and other.teacher] for d in documents
-    }
+    taught = {called(d): [o.teacher.run for o in documents if o.row == d.row and o.teacher] for d in documents}
     shared = [row for row, teachers in taught.items() if len(teachers) > 1 and len(set(teachers)) == 1]
     hides = "one teacher for all seeds: its interval leaves the variation of the teacher out."
     return [f"{d.run}: {d.warning}." for d in documents if d.warning] + [f"The {row} has {hides}" for row in shared]
@@ -148,35 +127,32 @@ def _spread(row: Spread) -> str:
 
 def _trained(documents: Sequence["Document"]) -> Parts:
     rows = [[d.run, str(d.test.errors), _rate(d.test.errors, d.test.total), f"{d.seconds:.0f} s"] for d in documents]
-    return [Table(f"Errors on {_on(documents[0])}", ("run", "errors", "rate", "trained in"), rows)]
+    yield Table(f"Errors on {_on(documents[0])}", ("run", "errors", "rate", "trained in"), rows)
 
 
 def _ensembles(documents: Sequence["Document"]) -> Parts:
-    parts: Parts = []
+    columns = ("member", "errors", "fewer than the best", "than the mean")
     for d in documents:
-        errors = [m.errors for m in d.members]
-        rows = [[m.run, str(m.errors), "", ""] for m in d.members]
-        rows.append(["mean member", f"{statistics.mean(errors):.1f}", "", ""])
+        best, mean = min(m.errors for m in d.members), statistics.mean(m.errors for m in d.members)
+        rows = [[m.run, str(m.errors), "", ""] for m in d.members] + [["mean member", f"{mean:.1f}", "", ""]]
         for how, counted in d.averages.items():
-            fewer = [min(errors) - counted.errors, statistics.mean(errors) - counted.errors]
-            rows.append([f"{how} average", str(counted.errors), f"{fewer[0]:+d}", f"{fewer[1]:+.1f}"])
-        columns = ("member", "errors", "fewer than the best", "than the mean")
-        parts.append(Table(f"{d.run}: errors on {_on(d)}", columns, rows))
-    return parts
+            fewer = [f"{best - counted.errors:+d}", f"{mean - counted.errors:+.1f}"]
+            rows.append([f"{how} average", str(counted.errors), *fewer])
+        yield Table(f"{d.run}: errors on {_on(d)}", columns, rows)
 
 
 def _distilled(documents: Sequence["Document"]) -> Parts:
     from kdcli.results import verdict
 
-    beside = [[b.errors for b in (d.teacher, d.baseline) if b] for d in documents]
-    counts: list[list[float]] = [[*other, d.test.errors] for other, d in zip(beside, documents, strict=True)]
-    names, total = [d.run for d in documents], documents[0].test.total
+    counts: list[list[float]] = [[*(b.errors for b in (d.teacher, d.baseline) if b), d.test.errors] for d in documents]
     if len(documents) > 1:
-        names, counts = [*names, "mean"], [*counts, [statistics.mean(column) for column in zip(*counts, strict=True)]]
-    rows = [[name, *(f"{c:g}" for c in row), _rate(row[-1], total)] for name, row in zip(names, counts, strict=True)]
+        counts.append([statistics.mean(column) for column in zip(*counts, strict=True)])
+    names, total = [*(d.run for d in documents), "mean"], documents[0].test.total
+    rows = [[name, *(f"{n:g}" for n in row), _rate(row[-1], total)] for name, row in zip(names, counts, strict=False)]
     columns = ("run", "teacher", *(["baseline"] if documents[0].baseline else []), "student", "rate")
-    table, found = Table(f"Errors on {_on(documents[0])}", columns, rows), verdict(documents)
-    return [table, found.sentence()] if found else [table]
+    yield Table(f"Errors on {_on(documents[0])}", columns, rows)
+    if found := verdict(documents):
+        yield found.sentence()
 
 
 def _by_class(errors: Sequence[int], classes: Sequence[str]) -> dict[str, str]:
@@ -188,7 +164,6 @@ def _by_class(errors: Sequence[int], classes: Sequence[str]) -> dict[str, str]:
 
 
 def _omissions(documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
-    parts: Parts = []
     for d in documents:
         keeps = d.row != Omission(omit=d.omitted).label  # then b is what the kept biases gain: the same predictions
         stages: dict[str, Counted | Correction] = {"before": d.test, **d.bias}
@@ -198,68 +173,51 @@ def _omissions(documents: Sequence["Document"], classes: Sequence[str]) -> Parts
             unseen = sum(stage.per_class_errors[classes.index(c)] for c in d.omitted)
             cells = _by_class(stage.per_class_errors, classes)
             rows.append([name, shift, str(stage.errors), str(unseen), *cells.values()])
-        moved = [c for c in classes if (c in d.omitted) != keeps]
-        title = f"{d.run}\n{d.row}: errors on {_on(d)}; b is added to the bias of {', '.join(moved)}"
-        parts.append(Table(title, ("bias", "b", "all", "unseen", *cells), rows))
-    return [*parts, BIAS_LEGEND]
+        moved = ", ".join(c for c in classes if (c in d.omitted) != keeps)
+        title = f"{d.run}\n{d.row}: errors on {_on(d)}; b is added to the bias of {moved}"
+        yield Table(title, ("bias", "b", "all", "unseen", *cells), rows)
+    yield BIAS_LEGEND
 
 
-def evaluations(document: "Evaluations") -> Parts:
+def evaluations(document: "results.Evaluations") -> Parts:
     """What `kd evaluate` shows."""
-    classes, first = document.classes, document.runs[0]
-
-    def table(title: str, columns: Sequence[str], cells: Callable[["Evaluation"], Iterable[str]]) -> Table:
-        return Table(title, ("run", *columns), [[e.run.partition("/")[2], *cells(e)] for e in document.runs])
-
-    scored = f"{first.experiment}: errors on {_on(first)}; agreement with and KL from the teacher"
-    timed = f"Milliseconds a batch of 1 and of 128 on this machine ({first.measured_on})"
-    costs = "Cost of one image; accuracy kept of the teacher's, at which share of its multiply-adds"
-    by_class = {e.run: _by_class(e.test.per_class_errors, classes) for e in document.runs}
-    parts: Parts = [
-        table(scored, ("errors", "NLL", "Brier", "ECE", "agrees", "KL"), _quality),
-        table(costs, ("parameters", "mult-adds", "bytes", "kept"), _cost),
-        table(timed, ("1: p50", "p95", "128: p50", "p95", "images/s"), _speed),
-        table("Errors per class", [*by_class[first.run]], lambda e: by_class[e.run].values()),
-    ]
+    first, scores, costs, times, by_class = document.runs[0], [], [], [], []
+    for e in document.runs:
+        run, t, one, many = e.run.partition("/")[2], e.teacher, e.cost.latency_ms["1"], e.cost.latency_ms["128"]
+        follows = [_rate(t.agreement, 1), f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
+        kept = f"{_rate(t.accuracy_kept, 1)} at {100 * t.multiply_adds_kept:.2g} %" if t and t.accuracy_kept else ""
+        scores.append([run, str(e.test.errors), *(f"{x:.4f}" for x in (e.nll, e.brier, e.ece)), *follows])
+        costs.append([run, *(f"{n:,}" for n in (e.cost.parameters, e.cost.multiply_adds, e.cost.weight_bytes)), kept])
+        times.append([run, *(f"{ms:.3f}" for ms in (one.p50, one.p95, many.p50, many.p95)), f"{many.images_per_s:,}"])
+        cells = _by_class(e.test.per_class_errors, document.classes)
+        by_class.append([run, *cells.values()])
+    title = f"{first.experiment}: errors on {_on(first)}; agreement with and KL from the teacher"
+    yield Table(title, ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"), scores)
+    title = "Cost of one image; accuracy kept of the teacher's, at which share of its multiply-adds"
+    yield Table(title, ("run", "parameters", "mult-adds", "bytes", "kept"), costs)
+    title = f"Milliseconds a batch of 1 and of 128 on this machine ({first.measured_on})"
+    yield Table(title, ("run", "1: p50", "p95", "128: p50", "p95", "images/s"), times)
+    yield Table("Errors per class", ("run", *cells), by_class)
     if len(document.runs) > MATRICES:
-        return [*parts, "Confusion matrices: with --json, or for a few runs named with --run."]
-    return [*parts, *(_confusion(e, classes) for e in document.runs)]
-
-
-def _quality(e: "Evaluation") -> list[str]:
-    follows = [_rate(e.teacher.agreement, 1), f"{e.teacher.kl_from_teacher:.4f}"] if e.teacher else ["", ""]
-    return [str(e.test.errors), *(f"{x:.4f}" for x in (e.nll, e.brier, e.ece)), *follows]
-
-
-def _cost(e: "Evaluation") -> list[str]:
-    kept = ""
-    if e.teacher and e.teacher.accuracy_kept:
-        kept = f"{100 * e.teacher.accuracy_kept:.2f} % at {100 * e.teacher.multiply_adds_kept:.2g} %"
-    return [*(f"{n:,}" for n in (e.cost.parameters, e.cost.multiply_adds, e.cost.weight_bytes)), kept]
-
-
-def _speed(e: "Evaluation") -> list[str]:
-    one, many = e.cost.latency_ms["1"], e.cost.latency_ms["128"]
-    return [*(f"{ms:.3f}" for ms in (one.p50, one.p95, many.p50, many.p95)), f"{many.images_per_s:,}"]
+        yield "Confusion matrices: with --json, or for a few runs named with --run."
+    else:
+        yield from (_confusion(e, document.classes) for e in document.runs)
 
 
 def _confusion(evaluation: "Evaluation", classes: Sequence[str]) -> Table:
     """Images by label and prediction; of many classes the pairs that are confused most."""
-    matrix = evaluation.confusion
     if len(classes) <= WIDE:
-        rows = [[label, *map(str, counts)] for label, counts in zip(classes, matrix, strict=True)]
+        rows = [[label, *map(str, counts)] for label, counts in zip(classes, evaluation.confusion, strict=True)]
         return Table(f"{evaluation.run}\nimages by label (row) and prediction (column)", ("", *classes), rows)
-    wrong = [(n, i, j) for i, counts in enumerate(matrix) for j, n in enumerate(counts) if n and i != j]
+    wrong = [(n, i, j) for i, counts in enumerate(evaluation.confusion) for j, n in enumerate(counts) if n and i != j]
     rows = [[f"{classes[i]} → {classes[j]}", str(n)] for n, i, j in sorted(wrong, key=lambda w: -w[0])[:PAIRS]]
     return Table(f"{evaluation.run}\nmost confused", ("label → prediction", "images"), rows)
 
 
-def planned(runs: Sequence["Planned"]) -> Table:
+def planned(runs: Sequence["plan.Planned"]) -> Table:
     """What `--dry-run` shows of the runs of a command."""
-    rows = []
-    for p in runs:
-        size = ["", ""] if p.parameters is None else [f"{p.parameters:,}", f"{p.steps:,} x {p.batch_size}"]
-        rows.append([p.run, p.row, *size, p.status])
+    sizes = [(f"{p.parameters:,}", f"{p.steps:,} x {p.batch_size}") if p.parameters else ("", "") for p in runs]
+    rows = [[p.run, p.row, *size, p.status] for p, size in zip(runs, sizes, strict=True)]
     there = sum(p.status == "completed" for p in runs)
     title = f"{number_of_runs(len(runs))}, of which {there} {'is' if there == 1 else 'are'} completed"
     return Table(title, ("run", "row", "parameters", "steps x batch", "status"), rows)
@@ -269,10 +227,9 @@ def runs_table(listed: Sequence[Listed]) -> Table:
     """What `kd runs` shows."""
     rows = []
     for d in listed:
-        under_way = d.status != "completed" and d.epoch
-        status = f"{d.status} {d.epoch}/{d.epochs}" if under_way else d.status
+        done = f" {d.epoch}/{d.epochs}" if d.status != "completed" and d.epoch else ""
         errors = "" if d.errors is None else str(d.errors)
-        rows.append([d.run, status, errors, _age(d.age_s), size(d.bytes_)])
+        rows.append([d.run, d.status + done, errors, _age(d.age_s), size(d.bytes_)])
     return Table(number_of_runs(len(listed)), ("run", "status", "errors", "age", "size"), rows)
 
 
@@ -285,32 +242,29 @@ def size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-def _age(seconds: float) -> str:
-    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+def _age(seconds: int) -> str:
+    units = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+    return next((f"{seconds / length:.0f} {unit}" for length, unit in units if seconds >= length), "0 s")
 
 
-def compare_tables(document: "Comparisons") -> Parts:
+def compare_tables(document: "compare.Comparisons") -> Parts:
     """What `kd compare` shows: the groups, and of each the settings that differ from A's and the verdict against A."""
     first, rows = document.groups[0], []
     for g in document.groups:
         interval = "{:.1f} to {:.1f}".format(*g.interval) if g.interval else ""
         rows.append([g.group, g.name, str(len(g.errors)), _spread(g), interval])
     title = f"Errors on {document.total:,} {document.evaluated_on}"
-    parts: Parts = [Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)]
+    yield Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)
     for c in document.comparisons:
         changed = "; ".join(f"{key} {_value(b)}, not {_value(a)}" for key, (a, b) in c.changed.items()) or "nothing"
-        said = c.found.sentence(c.group, first.group) if c.found else c.why_not
-        if c.found and c.seeds != first.seeds:
+        said = c.sentence(c.group, first.group) if isinstance(c, Verdict) else c.why_not
+        if c.seeds not in ([], first.seeds):
             said = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): {said}"
-        parts.append(f"{c.group} against {first.group}: {changed}.\n{said}\n")
-    return [*parts, INTERVAL_LEGEND]
+        yield f"{c.group} against {first.group}: {changed}.\n{said}\n"
+    yield INTERVAL_LEGEND
 
 
 def _value(value: Any) -> str:
-    """The value of a setting for a reader."""
     if value is None or value in ([], {}):
         return "none"
     if isinstance(value, dict):
@@ -320,19 +274,17 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def predictions(document: "Predictions", top: int) -> Parts:
+def predictions(document: "predict.Predictions", top: int) -> Parts:
     """What `kd predict` shows: of each image the likeliest classes, a column a net and temperature, with bars."""
-    parts: Parts = []
+    names = document.classes
     for image in document.images:
-        views, names = image.views, document.classes
-        order = sorted(range(len(names)), key=lambda c: -views[0].p[c])
+        views, order = image.views, sorted(range(len(names)), key=lambda c: -image.views[0].p[c])
         best = {max(order, key=view.p.__getitem__) for view in views}  # of every view, its first class is shown
         shown = [c for i, c in enumerate(order) if i < top or c in best]
         rows = [[f"{names[c]}{' *' if names[c] == image.label else ''}", *(_bar(v.p[c]) for v in views)] for c in shown]
         columns = ["class", *(f"{v.net}, T = {v.T:g}" if len(views) > 1 else "probability" for v in views)]
         label = f", the label is {image.label} (*)" if image.label is not None else ""
-        parts.append(Table(f"{image.image}: {names[order[0]]}{label}", columns, rows))
-    return parts
+        yield Table(f"{image.image}: {names[order[0]]}{label}", columns, rows)
 
 
 def _bar(p: float) -> str:
@@ -340,27 +292,22 @@ def _bar(p: float) -> str:
     return f"{blocks if p >= 1 / 96 else ''} {p:.4f}"
 
 
-# The whole experiment.
-
-
 def final_table(summary: "Summary") -> Table:
-    """The one table that `kd run` ends with."""
-    seeds = summary.seeds
-    over = f"mean ± std over {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-    title = f"{summary.file}: errors on {summary.evaluated_on}, {over}"
+    """The one table that `kd run` ends with: without the columns that would be empty."""
+    over = f"mean ± std over {len(summary.seeds)} seeds" if len(summary.seeds) > 1 else f"seed {summary.seeds[0]}"
     columns, rows = _grid_rows(summary) if summary.grid else _rows(summary)
     kept = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
+    title = f"{summary.file}: errors on {summary.evaluated_on}, {over}"
     return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def _rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
     rows = []
     for r in summary.only.table:
-        paper = [f"{value:g}" for value in r.paper]
-        shown = f"{paper[0]} ({paper[1]})" if len(paper) > 1 else "".join(paper)
-        verdict = against(r.paper[0], r.mean, r.interval) if r.paper else ""
         unseen = "" if r.unseen is None else f"{r.unseen:.1f}"
-        rows.append([r.row, _spread(r), _rate(r.mean, summary.total), unseen, shown, verdict])
+        paper = ("", "{:g}", "{:g} ({:g})")[len(r.paper)].format(*r.paper)
+        verdict = against(r.paper[0], r.mean, r.interval) if r.paper else ""
+        rows.append([r.row, _spread(r), _rate(r.mean, summary.total), unseen, paper, verdict])
     return ["", "errors", "rate", "unseen", "paper", "verdict"], rows
 
 
@@ -373,82 +320,82 @@ def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
     rows = []
     for point, nets in zip(summary.points, found, strict=True):
         cells = [_spread(nets[name]) if name in nets else "" for name in varying]
-        pair = [nets[name] for name in ("baseline", "student")]
-        rates = [f"{100 * (net.train_errors or 0) / (net.samples or 1):.2f}" for net in pair]
+        pair = nets["baseline"], nets["student"]
+        rates = ", ".join(f"{100 * (net.train_errors or 0) / (net.samples or 1):.2f}" for net in pair)
         said = [_fewer(point.verdict), point.verdict.verdict] if point.verdict else ["", ""]
-        rows.append([*point.at.values(), *cells, f"{', '.join(rates)} %" if part else "", *said])
+        rows.append([*point.at.values(), *cells, f"{rates} %" if part else "", *said])
     return [*(key.rpartition(".")[2] for key in summary.grid), *varying, "train error", "fewer", "verdict"], rows
 
 
 def _fewer(found: Verdict) -> str:
     if found.interval is None:
         return f"{found.fewer_errors:g}"
-    numbers = [found.fewer_errors, *found.interval]
-    mean, low, high = (f"{number:.{0 if max(map(abs, numbers)) >= 100 else 1}f}" for number in numbers)
-    return f"{mean} ({low} to {high})"
+    numbers = (found.fewer_errors, *found.interval)
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*numbers, d=0 if max(map(abs, numbers)) >= 100 else 1)
 
 
 def _at_points(summary: "Summary", name: str) -> list[str]:
     """The different errors that a row has at the points of a grid."""
-    found = [_spread(r) for point in summary.points for r in point.table if r.row == name]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(_spread(r) for point in summary.points for r in point.table if r.row == name))
 
 
 def remarks(summary: "Summary") -> list[str]:
     """The verdict, and what the reader of the table must know."""
-    lines = _grid_remarks(summary) if summary.grid else _table_remarks(summary)
-    points = [[d for d in point.runs if not isinstance(d, str)] for point in summary.points]
-    return [*lines, *dict.fromkeys([*summary.remarks, *(line for point in points for line in notes(point))])]
+    lines = [*(_grid_remarks(summary) if summary.grid else _table_remarks(summary)), *summary.remarks]
+    for point in summary.points:
+        lines += notes([d for d in point.runs if not isinstance(d, str)])
+    return list(dict.fromkeys(lines))
 
 
-def _grid_remarks(summary: "Summary") -> list[str]:
-    same = {name: _at_points(summary, name) for name in GRID_ROWS if name != summary.judged}
-    constant = [f"{name} {found[0]}" for name, found in same.items() if len(found) == 1]
-    lines = [_headline(summary), *([f"The same at every point: {', '.join(constant)}."] if constant else [])]
+def _grid_remarks(summary: "Summary") -> Iterator[str]:
+    points, judged, several = summary.points, summary.judged, len(summary.seeds) > 1
+    verdicts = [point.verdict for point in points if point.verdict]
+    words = [found.verdict for found in verdicts]
+    counted = [f"{word} at {words.count(word)}" for word in ("helped", "hurt") if word in words]
+    said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
+    students = [(row, point.at) for point in points for row in point.table if row.row == judged]
+    best, at = min(students, key=lambda pair: pair[0].mean)
+    where = ", ".join(f"{key} = {value}" for key, value in at.items())
+    fewest = f"The fewest errors of a {judged}, {_spread(best)}, are at {where}."
+    yield f"The soft targets {said} of {len(points)} points{'' if several else ', on this one seed'}. {fewest}"
+    same = [(name, errors) for name in GRID_ROWS if name != judged and len(errors := _at_points(summary, name)) == 1]
+    if same:
+        yield f"The same at every point: {', '.join(f'{name} {errors[0]}' for name, errors in same)}."
     if "train error" in final_table(summary).columns:
-        lines.append("Train error: the baseline's and the student's error rate on the transfer set in the last epoch.")
-    tests = dict.fromkeys(point.verdict.test for point in summary.points if point.verdict)
-    interval = f". {INTERVAL_LEGEND}" if len(summary.seeds) > 1 else "."
-    return [
-        *lines,
-        f"Fewer: how many errors fewer than the baseline's the {summary.judged}'s are{interval} Verdict: by "
-        f"{' or '.join(tests)} at p < 0.05, each point on its own: where nothing helps, one in twenty says otherwise.",
-    ]
+        yield "Train error: the baseline's and the student's error rate on the transfer set in the last epoch."
+    interval = f" {INTERVAL_LEGEND}" if several else ""
+    yield (
+        f"Fewer: how many errors fewer than the baseline's the {judged}'s are.{interval} Verdict: by "
+        f"{' or '.join(dict.fromkeys(found.test for found in verdicts))} at p < 0.05, each point on its own: where "
+        "nothing helps, one in twenty says otherwise."
+    )
 
 
-def _table_remarks(summary: "Summary") -> list[str]:
+def _table_remarks(summary: "Summary") -> Iterator[str]:
     rows, own = summary.only.table, summary.only.runs[-1]
-    lines = [summary.only.verdict.sentence()] if summary.only.verdict else []
-    if not lines and not isinstance(own, str):  # the report of a run with nothing to hold it against
+    if summary.only.verdict:
+        yield summary.only.verdict.sentence()
+    elif not isinstance(own, str):  # the report of a run with nothing to hold it against
         errors, total = own.test.errors, own.test.total
         bias = f" With the bias chosen on held-out images: {own.bias['heldout'].errors}." if own.bias else ""
-        lines = [f"The {called(own)} makes {errors} errors on {_on(own)}, {_rate(errors, total)}.{bias}"]
+        yield f"The {called(own)} makes {errors} errors on {_on(own)}, {_rate(errors, total)}.{bias}"
     if words := {row[-1] for row in _rows(summary)[1]} - {""}:
         single = "; of a single net lower, higher or the same" if words & {"lower", "higher", "the same"} else ""
-        lines.append(PAPER_LEGEND.format(single=single))
+        yield (
+            "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it "
+            f"out, not distinguishable where it does not: our interval is as wide as it is{single}. The intervals do "
+            "not cover the sampling of the test set."
+        )
     if any(row.unseen is not None for row in rows):
         brackets = "; in brackets, the paper's" if any(len(row.paper) > 1 for row in rows) else ""
-        lines.append(f"Unseen: the errors on classes missing from the transfer set{brackets}.")
-    return lines + [BIAS_LEGEND] * any(row.kind == "omission" for row in rows)
+        yield f"Unseen: the errors on classes missing from the transfer set{brackets}."
+    if any(row.kind == "omission" for row in rows):
+        yield BIAS_LEGEND
 
 
-def called(row: "TableRow | Document") -> str:
+def called(row: "results.TableRow | Document") -> str:
     """A row's net in a sentence: omit 3 is a student."""
     return f"student ({row.row})" if row.kind == "omission" else row.row
-
-
-def _headline(summary: "Summary") -> str:
-    """Of a grid: at how many points the soft targets helped, and where the student did best."""
-    points, judged = summary.points, summary.judged
-    words = [point.verdict.verdict for point in points if point.verdict]
-    students = [next(r for r in point.table if r.row == judged) for point in points]
-    best, point = min(zip(students, points, strict=True), key=lambda pair: pair[0].mean)
-    counted = [f"{word} at {words.count(word)}" for word in ("helped", "hurt") if words.count(word)]
-    said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
-    seeds = "" if len(summary.seeds) > 1 else ", on this one seed"
-    at = ", ".join(f"{key} = {value}" for key, value in point.at.items())
-    fewest = f"The fewest errors of a {judged}, {_spread(best)}, are at {at}."
-    return f"The soft targets {said} of {len(points)} points{seeds}. {fewest}"
 
 
 def missed(summary: "Summary") -> list[str]:

@@ -76,10 +76,7 @@ class _Training:
             warning = f"is no better than guessing, which makes {guessing:,} errors: try a lower lr"
             self.note(f"{self.run.name}: {test.errors:,} errors of {test.total:,}: {warning}")
         return Result(
-            command=spec.command,
-            experiment=spec.experiment,
-            run=self.run.name,
-            seed=spec.seed,
+            **self.run.head(),
             seconds=last.seconds,
             evaluated_on="test images" if spec.data.evaluate_on == "test" else "held-out training images",
             test=test,
@@ -176,20 +173,16 @@ def _combine(run: Run, dataset: Dataset) -> Result:
     how: tuple[Average, ...] = ("arithmetic", "geometric")
     averages = {a: score.count_errors(losses.average(logits, 1.0, a), labels) for a in how}
     test, errors = averages[spec.average], [member.test.errors for member in found]
+    gain = Gain(best_member=min(errors) - test.errors, mean_member=sum(errors) / len(errors) - test.errors)
     return Result(
-        command=spec.command,
-        experiment=spec.experiment,
-        run=run.name,
-        seed=spec.seed,
+        **run.head(),
         seconds=sum(member.seconds for member in found),
         evaluated_on=found[0].evaluated_on,
         test=test,
         average=spec.average,
         averages={how: averages[how] for how in averages},
         members=[Brief(run=m.run, errors=m.test.errors, seed=m.seed) for m in found],
-        fewer_errors_than=Gain(
-            best_member=min(errors) - test.errors, mean_member=sum(errors) / len(errors) - test.errors
-        ),
+        fewer_errors_than=gain,
     )
 
 

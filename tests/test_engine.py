@@ -19,6 +19,7 @@ from test_resume import Forked, nothing, the_run, wait_until
 
 from kdcli.engine import Ended, _Worker
 from kdcli.runs import Places, open_run
+from kdcli.score import Latency
 
 # Nets of somebody's own, one that prints and one that fails in its second epoch: of 120 images, 16 a step.
 NETS = """\
@@ -103,8 +104,9 @@ def is_gone(pid: int) -> bool:
 
 
 def without_report(patch: pytest.MonkeyPatch) -> None:
-    """Leave out the pictures, which take seconds."""
+    """Leave out the pictures and the timing of nets, which take seconds."""
     patch.setattr("kdcli.page.write_report", lambda *_: [Path("report.html")])
+    patch.setattr("kdcli.score.latency", lambda *_: Latency(p50=1, p95=1, images_per_s=1))
 
 
 def weights(folder: Path) -> dict[str, bytes]:
