@@ -22,6 +22,7 @@ from kdcli.runs import State
 from kdcli.teacher import Teacher
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
+Soft = tuple[Teacher | None, Distill | None]
 
 
 class Fitted(NamedTuple):
@@ -59,7 +60,7 @@ def fit(
     keep_freed_memory()
     n, device = len(transfer_set), transfer_set.labels.device
     steps = math.ceil(n / train.batch_size)
-    loop = _Loop(net, transfer_set, train, teacher, distill, start, steps)
+    loop = _Loop(net, transfer_set, train, (teacher, distill), start, steps)
     for epoch in range(start.epochs, train.epochs):
         net.train()
         order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
@@ -84,24 +85,14 @@ def fit(
 class _Loop:
     """A net in training, and what moves it."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        images: Split,
-        train: Train,
-        teacher: Teacher | None,
-        distill: Distill | None,
-        start: State,
-        steps: int,
-    ) -> None:
-        self.net, self.images, self.train, self.teacher, self.distill = net, images, train, teacher, distill
+    def __init__(self, net: nn.Module, images: Split, train: Train, soft: Soft, start: State, steps: int) -> None:
+        self.net, self.images, self.train, (self.teacher, self.distill) = net, images, train, soft
         self.optimizer = make_optimizer(net, train)
         self.average = averaged(net, train.ema) if train.ema else None
         if start.epochs:
             self._restore(start.tensors)
-        self.rate = LambdaLR(
-            self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, start.epochs * steps - 1
-        )
+        done = start.epochs * steps - 1
+        self.rate = LambdaLR(self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, done)
         self.forward = forward_of(net, images.labels.device)
         self.padded = images.padded(train.jitter) if train.jitter else None
 

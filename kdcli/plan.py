@@ -253,18 +253,11 @@ def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Plan
         net = sample_net(Model.model_validate_json(model), dataset.facts.shape, len(dataset.facts.classes))
         return sum(p.numel() for p in net.parameters())
 
-    @cache
-    def samples(omitted: tuple[str, ...], count: int | None) -> int:
-        return len(dataset.transfer_set(omitted, count))
-
-    rows: dict[str, str] = {}
-    for job in jobs:
-        rows.setdefault(job.spec.name, job.row.name)
-    found = []
+    rows, found = {job.spec.name: job.row.name for job in reversed(jobs)}, []
     for spec in distinct(jobs):
         more: dict[str, int] = {}
         if spec.model and spec.train:
-            n, size = samples(tuple(spec.omitted), spec.data.transfer), spec.train.batch_size
+            n, size = len(dataset.transfer_set(spec.omitted, spec.data.transfer)), spec.train.batch_size
             more = {"samples": n, "batch_size": size, "steps": math.ceil(n / size) * spec.train.epochs}
             more["parameters"] = parameters(spec.model.model_dump_json(exclude_unset=True))
         status = Run(runs_dir, spec).status()
