@@ -13,11 +13,10 @@ from kdcli.config import Section
 from kdcli.export import test_split
 from kdcli.plan import data_settings, orphaned
 from kdcli.results import discordant
-from kdcli.runs import STUDENTS, TEACHERS, Run, differences, list_runs, open_run, settings
+from kdcli.runs import STUDENTS, TEACHERS, Run, Settings, changes, differences, list_runs, open_run, settings
 from kdcli.verdict import Spread, Verdict, paired, spread
 
 Note = Callable[[str], None]
-Settings = dict[str, Any]  # nested
 
 
 class Group(Spread):
@@ -108,7 +107,7 @@ def _name(group: Group, groups: Sequence[Group]) -> str:
     if len(group.runs) == 1:
         return group.runs[0]
     alike = [other.described for other in groups if len(other.runs) > 1]
-    unlike = {key: own for other in alike for key, (_, own) in _changed(other, group.described)}
+    unlike = {key: own for other in alike for key, (_, own) in changes(other, group.described)}
     return " ".join([group.runs[0].rpartition("/")[0], *(f"{key}={own}" for key, own in unlike.items())])
 
 
@@ -132,16 +131,6 @@ def _ways(run: Run) -> list[Settings]:
     return [found | {"members": {"number": len(parents)} | merged}]
 
 
-def _changed(reference: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """The settings that differ, by dotted key, as [reference's, own]; of teachers of two kinds, or one, their kind."""
-    for key in dict.fromkeys([*reference, *own]):
-        a, b = reference.get(key), own.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and a.get("command") == b.get("command"):
-            yield from _changed(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield prefix + key, [v.get("command", v) if isinstance(v, dict) else v for v in (a, b)]
-
-
 def _dotted(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in found.items():
         yield from _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
@@ -149,11 +138,11 @@ def _dotted(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _compared(root: Path, first: Group, own: Group, data_dir: Path | None) -> Difference:
     """The verdict on a group against the first: over the seeds that they share, or of two single runs."""
-    changed = dict(_changed(first.described, own.described))
+    changed = dict(changes(first.described, own.described))
     pairs = [(i, own.seeds.index(seed)) for i, seed in enumerate(first.seeds) if seed in own.seeds]
     pairs = [(i, j) for i, j in pairs if first.runs[i] != own.runs[j]]  # a run in both tells nothing
     if len(first.runs) == len(own.runs) == 1:
-        pairs, changed = [(0, 0)], dict(_changed({"seed": first.seeds[0]}, {"seed": own.seeds[0]})) | changed
+        pairs, changed = [(0, 0)], dict(changes({"seed": first.seeds[0]}, {"seed": own.seeds[0]})) | changed
     if not pairs:
         why_not = "The groups share no seed: nothing to pair, so no verdict."
         return Difference(group=own.group, changed=changed, why_not=why_not)

@@ -41,10 +41,12 @@ if TYPE_CHECKING:
 
 SAVE_EVERY = 30.0  # seconds of training that an interruption may cost
 SCHEMA = 2  # of what a run directory holds; those of another are refused
+Settings = dict[str, Any]  # nested
 Command = Literal["train-teacher", "ensemble", "baseline", "distill", "omit-classes"]
 Status = Literal["missing", "running", "interrupted", "failed", "diverged", "completed"]
 TEACHERS: tuple[Command, ...] = ("train-teacher", "ensemble")
 STUDENTS: tuple[Command, ...] = ("baseline", "distill", "omit-classes")
+COMMANDS = (*TEACHERS, *STUDENTS)
 STATES = ("state", "state.previous")  # the newest first
 
 
@@ -75,11 +77,8 @@ class Spec(Section):
 
     @cached_property
     def name(self) -> str:
-        """`<experiment>/<command>/<seed>-<hash>`, the run's directory below the runs folder.
-
-        The hash is of content: of settings that are not the default, of what the dataset and files hold, not of where
-        they are.
-        """
+        """`<experiment>/<command>/<seed>-<hash>`, the run's directory below the runs folder. The hash is of content: of
+        settings that are not the default, of what the dataset and files hold, not of where they are."""
         identity = self.model_dump(exclude_defaults=True, exclude={"experiment", "dataset"})
         identity["data"] = self.data.model_dump(include={"heldout", "transfer", "evaluate_on"}, exclude_defaults=True)
         identity |= {"schema": SCHEMA, "dataset": self.dataset.fingerprint}
@@ -225,15 +224,14 @@ class Run:
         path = self.path / "result.json"
         try:
             content = json.loads(path.read_text())
+            completed = isinstance(content, dict) and content.get("status") == "completed"
+            found = Result.model_validate(content) if completed else Unfinished.model_validate(content)
         except (FileNotFoundError, NotADirectoryError):
             return Unfinished(status="missing", run=self.name)
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(f"{path}: cannot be read ({error}): {self.remedy}") from None
-        completed = isinstance(content, dict) and content.get("status") == "completed"
-        try:
-            found = Result.model_validate(content) if completed else Unfinished.model_validate(content)
         except ValidationError:
             raise BadInput(f"{path}: is not a run's result: {self.remedy}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadInput(f"{path}: cannot be read ({error}): {self.remedy}") from None
         if isinstance(found, Result) and found.checksum != _checksum(found):
             raise BadInput(f"{path}: is damaged or edited (its checksum differs): {self.remedy}")
         return found
@@ -245,10 +243,13 @@ class Run:
 
     def result(self, role: str = "used") -> Result:
         """The result of a completed run. Raises BadInput, which says that it cannot be `role`, when it is not."""
-        found = self.read()
-        if isinstance(found, Result):
+        if found := self.finished():
             return found
-        raise BadInput(f"{self.name}: is {self.status()}: cannot be {role}; {self.how_to_finish()}")
+        status, command = self.status(), self.environment().get("command_line")
+        remedy = f"train it first{f': {command}' if command else ''}"
+        if status == "diverged":
+            remedy = "lower its lr, or let it rise over a warmup"
+        raise BadInput(f"{self.name}: is {status}: cannot be {role}; {remedy}")
 
     def status(self) -> Status:
         """How far the run is; one whose process died is interrupted."""
@@ -259,20 +260,11 @@ class Run:
                 return "interrupted"
         return status
 
-    def how_to_finish(self) -> str:
-        """What to do about a run that is not completed."""
-        if self.status() == "diverged":
-            return "lower its lr, or let it rise over a warmup"
-        command = self.environment().get("command_line")
-        return f"train it first{f': {command}' if command else ''}"
-
     @contextlib.contextmanager
     def writing(self, device: str, threads: int, parents: dict[str, str]) -> Iterator[None]:
         """Hold the run for writing, all of it anew but what it can continue from; the status is right however the body
-        ends. `parents`: the checksums of the weights that it is made from.
-
-        Raises BadInput when another process holds it, or when it was begun with other weights of its parents.
-        """
+        ends. `parents`: the checksums of the weights that it is made from. Raises BadInput when another process holds
+        it, or when it was begun with other weights of its parents."""
         with self._locked() as before:
             if isinstance(before, Result):
                 raise BadInput(f"{self.name}: was finished by another kd in the meantime; ask again to see it")
@@ -282,17 +274,17 @@ class Run:
             for leftover in self.path.iterdir():
                 if leftover.suffix in (".safetensors", ".tmp") or leftover.name in ("result.json", "report.md"):
                     leftover.unlink()
-            header = Unfinished(status="running", run=self.name, parents=parents)
-            self._write_json("result.json", header)
-            self._write("config.yaml", yaml.safe_dump(self._config(), sort_keys=False).encode())
-            self._write("environment.json", (json.dumps(environment(device, threads), indent=1) + "\n").encode())
+            self._write_result(Unfinished(status="running", run=self.name, parents=parents))
+            config = {"schema": SCHEMA} | self.spec.model_dump(exclude_none=True)
+            write_aside(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+            record = json.dumps(environment(device, threads), indent=1) + "\n"
+            write_aside(self.path / "environment.json", record.encode())
             try:
                 yield
             except BaseException as error:
                 if self.read().status == "running":
-                    status: Status = "failed" if isinstance(error, Exception) else "interrupted"
                     with contextlib.suppress(OSError):  # of a full disk the error itself is the one to tell
-                        self.end(status, failure(error))
+                        self.end("failed" if isinstance(error, Exception) else "interrupted", failure(error))
                 raise
 
     @contextlib.contextmanager
@@ -310,23 +302,20 @@ class Run:
             with lock:
                 if not _hold(lock.fileno()):
                     raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
-                if _is_still(lock.fileno(), self.path / "lock"):
+                if os.fstat(lock.fileno()).st_nlink:  # else `kd runs rm` has removed it in the meantime
                     yield self.read()
                     return
 
     def end(self, status: Status, error: str) -> None:
         """Say how the run ended, if not completed."""
-        found = self.read()
-        self._write_json(
-            "result.json", Unfinished(status=status, run=self.name, parents=found.parents, error=error or None)
-        )
+        parents = self.read().parents
+        self._write_result(Unfinished(status=status, run=self.name, parents=parents, error=error or None))
 
     def save_state(self, state: State) -> None:
         """Keep the training state, whole or not at all, and the one before it."""
         import torch
-        from safetensors.torch import save
 
-        content = save(_separate(state.tensors) | {"epoch": torch.tensor(state.epochs)})
+        content = _packed(state.tensors | {"epoch": torch.tensor(state.epochs)})
         newest, previous = (self.path / name for name in STATES)
         write_aside(newest, hashlib.sha256(content).digest() + content, keep=previous)
 
@@ -335,23 +324,20 @@ class Run:
         before is used."""
         from safetensors.torch import load
 
-        for name in STATES:
-            try:
-                content = (self.path / name).read_bytes()
-            except FileNotFoundError:
-                continue
-            log = self.path / "metrics.jsonl"
-            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        log = self.path / "metrics.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        for path in filter(Path.exists, [self.path / name for name in STATES]):
+            content = path.read_bytes()
             if hashlib.sha256(content[32:]).digest() == content[:32]:
                 tensors = load(content[32:])
                 epochs = int(tensors.pop("epoch"))
                 if len(lines) >= epochs and lines[epochs - 1].endswith(b"\n"):
-                    self._write("metrics.jsonl", b"".join(lines[:epochs]))
+                    write_aside(log, b"".join(lines[:epochs]))
                     return State(epochs, tensors)
-            note(f"{self.path / name}: is damaged and not used")
+            note(f"{path}: is damaged and not used")
         if self.metrics():
             note(f"{self.name}: restarted from epoch 0: no training state was found")
-        self._write("metrics.jsonl", b"")
+        write_aside(log, b"")
         return State(0, {})
 
     @contextlib.contextmanager
@@ -367,18 +353,15 @@ class Run:
             return
         with contextlib.closing(SummaryWriter(str(self.path), flush_secs=10)) as writer:
 
-            def board(epoch: Epoch) -> None:
+            def log(epoch: Epoch, *, again: bool = False) -> None:
+                if not again:
+                    self.log(epoch)
                 for key, value in epoch.model_dump(exclude_none=True, exclude={"epoch"}).items():
                     writer.add_scalar(key, value, epoch.epoch)
 
             for epoch in self.metrics():
-                board(epoch)
-
-            def both(epoch: Epoch) -> None:
-                self.log(epoch)
-                board(epoch)
-
-            yield both
+                log(epoch, again=True)
+            yield log
 
     def log(self, epoch: Epoch) -> None:
         """Append a line to metrics.jsonl."""
@@ -402,67 +385,54 @@ class Run:
 
     def save(self, kind: str, tensors: "dict[str, Tensor]") -> None:
         """Write `<kind>.safetensors`."""
-        from safetensors.torch import save
-
-        self._write(f"{kind}.safetensors", save(_separate(tensors)))
+        write_aside(self.path / f"{kind}.safetensors", _packed(tensors))
 
     def load(self, kind: str) -> "dict[str, Tensor]":
         """The tensors of `<kind>.safetensors`. Raises BadInput when the file is absent, damaged or truncated."""
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        name = f"{kind}.safetensors"
-        try:
-            return load(self._verified(name))
-        except SafetensorError as error:
-            raise BadInput(f"{self.path / name}: cannot be read ({error}): {self.remedy}") from None
+        return load(self._verified(f"{kind}.safetensors"))
 
     def _verified(self, name: str) -> bytes:
         """The content of a file of a completed run. Raises BadInput when it is not the one that was written."""
         path = self.path / name
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
-            raise BadInput(f"{path}: is missing: {self.remedy}") from None
         except OSError as error:
-            raise BadInput(f"{path}: cannot be read ({error.strerror}): {self.remedy}") from None
+            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise BadInput(f"{path}: {what}: {self.remedy}") from None
         if hashlib.sha256(content).hexdigest() != self.result().sha256.get(name):
             raise BadInput(f"{path}: is damaged or truncated (its checksum differs): {self.remedy}")
         return content
 
     def finish(self, result: Result, report: str) -> Result:
         """Write the report and, last of all, the result that makes the run completed."""
-        self._write("report.md", report.encode())
+        write_aside(self.path / "report.md", report.encode())
         files = [*sorted(self.path.glob("*.safetensors")), *self.path.glob("metrics.jsonl")]
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         result = result.model_copy(update={"sha256": checksums})
         result = result.model_copy(update={"checksum": _checksum(result)})
-        self._write_json("result.json", result)
+        self._write_result(result)
         for name in STATES:
             (self.path / name).unlink(missing_ok=True)
         return result
 
     def environment(self) -> dict[str, Any]:
         """The record of where and by what the run was made; empty when it is gone or damaged."""
-        try:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             record = json.loads((self.path / "environment.json").read_text())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return record if isinstance(record, dict) else {}
+            return record if isinstance(record, dict) else {}
+        return {}
 
-    def _config(self) -> dict[str, Any]:
-        return {"schema": SCHEMA} | self.spec.model_dump(exclude_none=True)
-
-    def _write_json(self, name: str, document: Section) -> None:
-        self._write(name, (document.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
-
-    def _write(self, name: str, content: bytes) -> None:
-        write_aside(self.path / name, content)
+    def _write_result(self, document: Result | Unfinished) -> None:
+        write_aside(self.path / "result.json", (document.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
 
 
-def _separate(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    """Copies on the CPU: safetensors refuses tensors that share memory, as tied weights do."""
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+def _packed(tensors: "dict[str, Tensor]") -> bytes:
+    """Of copies on the CPU: safetensors refuses tensors that share memory, as tied weights do."""
+    from safetensors.torch import save
+
+    return save({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
 
 
 def _checksum(result: Result) -> str:
@@ -473,21 +443,11 @@ def _hold(descriptor: int) -> bool:
     """Take the lock of an open file, unless another has it. `kd runs` has it for an instant, to look, and must stand in
     nobody's way: so it is tried for half a second."""
     for _ in range(25):
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.02)
-        else:
             return True
+        time.sleep(0.02)
     return False
-
-
-def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one at the path: `kd runs rm` may have removed that in the meantime."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def write_aside(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -499,9 +459,8 @@ def write_aside(path: Path, content: bytes, keep: Path | None = None) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keep:
-            with contextlib.suppress(FileNotFoundError):
-                path.replace(keep)
+        if keep and path.exists():
+            path.replace(keep)
         aside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -526,8 +485,8 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
             raise BadInput(f"{said}: is the beginning of {len(begun)} runs:", *(f"  {folder}/{b.name}" for b in begun))
         path = begun[0] if begun else path
     path = path if os.path.isdir(path) else Path(os.path.abspath(name))
-    if not os.path.isdir(path) or path.parent.name not in (*TEACHERS, *STUDENTS):
-        group = os.path.isdir(path) and path.name in (*TEACHERS, *STUDENTS)
+    if not os.path.isdir(path) or path.parent.name not in COMMANDS:
+        group = os.path.isdir(path) and path.name in COMMANDS
         what = "is a group of runs: name one of them" if group else "there is no such run"
         raise BadInput(f"{said}: {what}; `kd runs` lists what there is")
     if path.parents[2] != root or path.is_symlink():
@@ -540,15 +499,13 @@ def _open(path: Path) -> Run:
     file, remedy = path / "config.yaml", f"delete {path} and train it again"
     try:
         config = yaml.safe_load(file.read_text())
-        schema = config.pop("schema", 1)
-        if schema != SCHEMA:
-            raise BadInput(f"{file}: is of another kd (its runs have schema {schema}, this one's {SCHEMA}): {remedy}")
-        run = Run(path.parents[2], Spec.model_validate(config, context={"reading": True}))
-    except BadInput:
-        raise
+        if (schema := config.pop("schema", 1)) == SCHEMA:
+            run = Run(path.parents[2], Spec.model_validate(config, context={"reading": True}))
     except (OSError, ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError, RecursionError):
         what = "is not a run's configuration" if os.path.isfile(file) else "is missing"
         raise BadInput(f"{file}: {what}: {remedy}") from None
+    if schema != SCHEMA:
+        raise BadInput(f"{file}: is of another kd (its runs have schema {schema}, this one's {SCHEMA}): {remedy}")
     if run.path != path:
         raise BadInput(f"{file}: does not belong in this folder: {run.name} was expected")
     return run
@@ -573,7 +530,7 @@ class Listed(Section):
     """What `kd runs` says of a run directory; one that cannot be read is damaged."""
 
     run: str
-    status: Literal["missing", "running", "interrupted", "failed", "diverged", "completed", "damaged"]
+    status: Status | Literal["damaged"]
     errors: int | None = None
     parents: list[str] = []
     epoch: int | None = None
@@ -585,9 +542,7 @@ class Listed(Section):
 def survey(root: Path) -> list[Listed]:
     """What `kd runs` lists: every run directory below `root`, those included that cannot be read."""
     root = Path(os.path.abspath(root))
-    folders = [
-        folder for command in (*TEACHERS, *STUDENTS) for folder in root.glob(f"*/{command}/*") if folder.is_dir()
-    ]
+    folders = [folder for command in COMMANDS for folder in root.glob(f"*/{command}/*/")]
     return [_surveyed(root, folder) for folder in sorted(folders)]
 
 
@@ -597,11 +552,10 @@ def _surveyed(root: Path, folder: Path) -> Listed:
         for file in folder.iterdir():
             with contextlib.suppress(OSError):
                 files[file.name] = file.stat()
-    begun = (folder / "config.yaml").exists() or (folder / "result.json").exists()
     changed = [file.st_mtime for name, file in files.items() if name != "report"]
     found = Listed(
         run=str(folder.relative_to(root)),
-        status="damaged" if begun else "missing",
+        status="damaged" if files.keys() & {"config.yaml", "result.json"} else "missing",
         bytes_=sum(file.st_size for file in files.values()),
         age_s=round(time.time() - max(changed, default=time.time())),
     )
@@ -641,21 +595,20 @@ def remove(folders: Sequence[Path]) -> None:
                 shutil.rmtree(folder)
             except OSError as error:
                 raise BadInput(f"{error.filename}: cannot be removed: {error.strerror}") from None
-            for parent in (folder.parent, folder.parent.parent):
-                with contextlib.suppress(OSError):  # not empty
-                    parent.rmdir()
+            with contextlib.suppress(OSError):  # not empty
+                folder.parent.rmdir()
+                folder.parent.parent.rmdir()
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Where and by what a run was made."""
-    packages = ("torch", "numpy", "pydantic", "safetensors")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "kd": __version__,
         "git_commit": git_commit(),
         "command_line": shlex.join(["kd", *sys.argv[1:]]),
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        **{package: version(package) for package in ("torch", "numpy", "pydantic", "safetensors")},
         "platform": platform.platform(),
         "device": device,
         "threads": threads,
@@ -665,21 +618,18 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of the checkout that kd runs from, `-dirty` when it was changed since; None when installed."""
-    here = Path(__file__).parent
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if git("ls-files", "__init__.py"):
+            return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return None
 
 
-def settings(spec: Spec) -> dict[str, Any]:
+def settings(spec: Spec) -> Settings:
     """What a run is but for its names, its seed and its parents, nested: what is compared between two runs."""
     kept = spec.model_dump(exclude_none=True, exclude={"experiment", "seed", "parents", "dataset", "data"})
     where = spec.data.model_dump(exclude_none=True, include={"evaluate_on", "heldout", "transfer"})
@@ -689,13 +639,20 @@ def settings(spec: Spec) -> dict[str, Any]:
     return kept | {"data": where | {"content": spec.dataset.fingerprint[:12]}}
 
 
-def differences(wanted: dict[str, Any], found: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: found instead of wanted` for every setting in which two nested documents differ."""
-    lines = []
-    for key in sorted(wanted.keys() | found.keys()):
-        a, b = wanted.get(key), found.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
+def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """The settings that differ, by dotted key, as [the first's, its own], None where it is not set; of teachers of two
+    kinds, or one, their kind."""
+    for key in dict.fromkeys([*first, *own]):
+        a, b = first.get(key), own.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a.get("command") == b.get("command"):
+            yield from changes(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{prefix}{key} is {'not set' if b is None else b}, not {'unset' if a is None else a}")
-    return lines
+            yield prefix + key, [v.get("command", v) if isinstance(v, dict) else v for v in (a, b)]
+
+
+def differences(wanted: Settings, found: Settings, prefix: str = "") -> list[str]:
+    """`key is found, not wanted` for every setting in which two nested documents differ, by key."""
+    return [
+        f"{key} is {'not set' if b is None else b}, not {'unset' if a is None else a}"
+        for key, (a, b) in sorted(changes(wanted, found, prefix))
+    ]
