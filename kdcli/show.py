@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -77,12 +77,12 @@ class Table(NamedTuple):
         lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in (self.columns, ruler, *self.rows)]
         return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in lines)])
 
-    def print(self, console: Console) -> None:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Words stay whole, so that a run's name can be copied; those of the first column not where room is short."""
         columns = list(zip(self.columns, *self.rows, strict=True))
         widths = [max(map(cell_len, column)) for column in columns]
         least = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for _, *cells in columns]
-        room = console.width - 2 * len(columns)  # without what is between them
+        room = options.max_width - 2 * len(columns)  # without what is between them
         least[0] = min(least[0], max(room - sum(least[1:]), 5))
         while sum(widths) > room and (wide := [i for i, width in enumerate(widths) if width > least[i]]):
             widths[max(wide, key=widths.__getitem__)] -= 1
@@ -91,8 +91,8 @@ class Table(NamedTuple):
             table.add_column(Text(self.columns[i]), justify="right" if i else "left", overflow="fold", width=width)
         for row in self.rows:
             table.add_row(*map(Text, row))
-        console.print(self.title, style="bold", highlight=False, markup=False)
-        console.print(table)
+        yield Text(self.title, style="bold", no_wrap=False, overflow="fold")
+        yield table
 
 
 def tables(command: str, documents: Sequence["Document"], classes: Sequence[str]) -> Parts:

@@ -1,42 +1,30 @@
 """What a command is to do, known and checked before anything is trained; and the summary of what was done."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
 
 from kdcli import BadInput, results, yamlfile
 from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
-from kdcli.plan import Job, check, distinct, find_teacher, part, plan, require_teachers, usable
+from kdcli.plan import Job, check, distinct, find_teacher, part, plan, usable
 from kdcli.runs import Places, Run
 from kdcli.yamlfile import Loaded, Override
 
-Note = Callable[[str], None]
-
-
-class Asked(NamedTuple):
-    """What was typed: the command, the experiment's name or file, and what overrides it."""
-
-    command: str
-    name: str
-    overrides: Sequence[Override]
-    retype: str = ""  # the arguments to type for the same teachers
+NO_CHANGE = ("threads", "expect", "paper", "grid")  # sections that a `--set` may set though no run changes
 
 
 @dataclass(frozen=True)
 class Work:
-    """A command's part of the plan, and where it is done."""
+    """A command's part of the plan, where it is done, and what its report is about."""
 
-    points: list[Loaded]
+    subject: results.Subject
+    folder: Path  # of the report
     dataset: Dataset
     planned: list[Job]  # all that the experiment describes
     jobs: list[Job]
     places: Places
-
-    @property
-    def experiment(self) -> Experiment:
-        """The experiment, or the first point of its grid."""
-        return self.points[0].experiment
 
     def unfinished(self) -> list[str]:
         """The names of the runs that are not there yet."""
@@ -46,14 +34,14 @@ class Work:
         """The documents of the jobs, which are all finished."""
         return results.documents(self.jobs, self.places, self.dataset.test.labels)
 
-    def summary(self, subject: results.Subject) -> tuple[results.Summary, list[results.Evaluation]]:
+    def summary(self) -> tuple[results.Summary, list[results.Evaluation]]:
         """What the finished jobs say together, and the scores of each run."""
         shown = self.shown()
         once = {job.spec.name: (Run(self.places.runs_dir, job.spec), job.teacher) for job in shown}
         evaluations = results.evaluate(list(once.values()), self.dataset, self.places)
         found = results.documents(shown, self.places, self.dataset.test.labels)
         made = results.made(self.jobs, self.places)
-        return results.summarise(subject, shown, found, evaluations, self.dataset, made), evaluations
+        return results.summarise(self.subject, shown, found, evaluations, self.dataset, made), evaluations
 
     def shown(self) -> list[Job]:
         """The jobs that have a place in a table: members have none."""
@@ -61,62 +49,69 @@ class Work:
 
 
 def prepare(
-    asked: Asked, places: Places, note: Note, teacher: str | None = None, baseline: bool = True, download: bool = True
+    command: str, name: str, overrides: list[Override], places: Places, teacher: str | None, baseline: bool, dry: bool
 ) -> Work:
     """Read the experiment and its data, check both, and plan. Raises BadInput for all that can be known before a run is
-    trained. `teacher`: the run that --teacher names."""
-    points = yamlfile.points(asked.name, asked.overrides)
+    trained. `teacher`: the run that --teacher names; `dry`: nothing is downloaded."""
+    points = yamlfile.points(name, overrides)
     with points[0].located():
-        dataset = open_dataset(points[0].experiment.data, places.data_dir, download)
+        dataset = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
     for point in points:
         with point.located():
             check(point.experiment, dataset)
     named = find_teacher(places, teacher)
 
     def planned(points: Sequence[Loaded]) -> list[Job]:
-        data = open_dataset(points[0].experiment.data, places.data_dir, download)
+        data = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
         return plan([point.experiment for point in points], data, named)
 
-    whole = planned(points)
-    work = Work(points, dataset, whole, part(whole, asked.command, baseline), places)
-    for override in asked.overrides:
-        _refuse_idle(override, asked, work, planned)
-    if asked.command in ("distill", "omit-classes"):
-        require_teachers(work.jobs, whole, places, asked.retype, note)
+    def before(override: Override) -> list[Job]:
+        """The plan without it; none where it changes no setting, or the experiment cannot do without it."""
+        try:
+            others = yamlfile.points(name, [other for other in overrides if other is not override])
+            same = [point.experiment for point in others] == [point.experiment for point in points]
+            return [] if same else planned(others)
+        except BadInput:
+            return []
+
+    whole, about = planned(points), _about(name, overrides, points, places.runs_dir)
+    work = Work(*about, dataset, whole, part(whole, command, baseline), places)
+    for override in overrides:
+        if override.origin.startswith("--set ") and override.key.split(".")[0] not in NO_CHANGE:
+            _refuse_idle(override, command, before(override), whole, points[0].experiment)
     return work
 
 
-def prepare_run(name: str, places: Places, note: Note) -> tuple[Work, results.Subject]:
+def _about(name: str, overrides: list[Override], points: list[Loaded], runs_dir: Path) -> tuple[results.Subject, Path]:
+    """What the report of an experiment is about, and its folder: a trial's report replaces no other."""
+    stem, own = Path(points[0].file).stem, points[0].experiment.name
+    parts = ["report", *([stem] if stem != own else [])]
+    if changes := [o.origin for o in overrides if o.key not in ("seed", "threads")]:
+        parts.append(hashlib.sha256(repr(changes).encode()).hexdigest()[:6])
+    subject = results.about(yamlfile.load(name, overrides).experiment, stem, [point.at for point in points])
+    return subject, runs_dir / own / "-".join(parts)
+
+
+def prepare_run(name: str, places: Places, note: Callable[[str], None]) -> Work:
     """The work of reporting one finished run beside its teacher and its baseline. Raises BadInput."""
     run = places.open(name)
     subject, jobs = results.about_run(run, note)
     for job in jobs:
         usable(places.open(job.spec.name), run.spec, "reported")
-    return Work([], open_dataset(run.spec.data, places.data_dir), jobs, jobs, places), subject
+    dataset, folder = open_dataset(run.spec.data, places.data_dir), places.runs_dir / run.name / "report"
+    return Work(subject, folder, dataset, jobs, jobs, places)
 
 
-def _refuse_idle(
-    override: Override, asked: Asked, work: Work, planned: Callable[[Sequence[Loaded]], list[Job]]
-) -> None:
+def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job], experiment: Experiment) -> None:
     """Raise BadInput for a `--set` that changes the experiment but nothing that the command does."""
-    key = override.key
-    if not override.origin.startswith("--set ") or key.split(".")[0] in ("threads", "expect", "paper", "grid"):
+    if not before or _does(before, command) != _does(after, command):
         return
-    try:
-        others = yamlfile.points(asked.name, [o for o in asked.overrides if o is not override])
-        if [point.experiment for point in others] == [point.experiment for point in work.points]:
-            return
-        before = planned(others)
-    except BadInput:  # the experiment cannot do without it
-        return
-    if _does(before, asked.command) != _does(work.planned, asked.command):
-        return
-    one, other = _by_row(before), _by_row(work.planned)
-    rows = [row for row in {**one, **other} if one.get(row) != other.get(row)]
+    one, other = ([(j.row.name, j.spec.name) for j in jobs if j.row.kind != "member"] for jobs in (before, after))
+    rows = dict.fromkeys(row for row, run in (*one, *other) if (row, run) in set(one) ^ set(other))
     where = f"it changes: {', '.join(rows)}" if rows else "it changes no run of this experiment"
-    own = _trained_apart(work.experiment, key) if key.startswith("student.train") else []
+    own = _trained_apart(experiment, override.key) if override.key.startswith("student.train") else []
     hint = f"; set for nets with a train of their own: {', '.join(own)}" if own else ""
-    raise BadInput(f"{override.origin}: changes nothing that kd {asked.command} does; {where}{hint}")
+    raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}{hint}")
 
 
 def _does(jobs: Sequence[Job], command: str) -> set[str | None]:
@@ -125,14 +120,6 @@ def _does(jobs: Sequence[Job], command: str) -> set[str | None]:
         dataset, data = jobs[0].spec.dataset, jobs[0].spec.data
         return {dataset.fingerprint, data.evaluate_on, *(job.teacher for job in jobs if job.row.kind == "baseline")}
     return {job.spec.name for job in part(jobs, command)}
-
-
-def _by_row(jobs: Sequence[Job]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for job in jobs:
-        if job.row.kind != "member":
-            found.setdefault(job.row.name, set()).add(job.spec.name)
-    return found
 
 
 def _trained_apart(experiment: Experiment, key: str) -> list[str]:
