@@ -1,5 +1,6 @@
 """Interrupted, killed and damaged trainings: what is asked for again ends as if nothing had happened."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -114,11 +115,13 @@ def stopping(patch: pytest.MonkeyPatch) -> None:
 
 
 def slow_ending(patch: pytest.MonkeyPatch) -> None:
-    """Stop likewise; to write how the run ended takes forever."""
+    """Stop likewise; to write how the run ended takes forever, whatever is raised meanwhile."""
 
     def end(*_: object) -> None:
         Path("ending").touch()
-        time.sleep(LIMIT)
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(LIMIT)
 
     stopping(patch)
     patch.setattr(Run, "end", end)
