@@ -1,16 +1,18 @@
 """The experiment file's sections: what can be said in one, with types, bounds and a description of each key."""
 
+import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 Average = Literal["arithmetic", "geometric"]
 BIASES = ("test", "heldout", "prior")  # the three ways to choose the bias correction of omit-classes
+FIXED = ("data", "data.name", "data.function", "data.heldout", "data.evaluate_on")  # a grid's runs share a dataset
 Kind = Literal["teacher", "member", "ensemble", "baseline", "student", "omission"]
 
 
@@ -19,10 +21,32 @@ def problem(key: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("kd", "{message}", {"key": key, "message": message})
 
 
+def nearest(word: str, known: Collection[str]) -> str:
+    """What a misspelled word may have meant, or what is known."""
+    lower = {k.lower(): k for k in known}
+    if close := difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6):
+        return f"; did you mean {lower[close[0]]}?"
+    among = ("; " if any("," in k for k in known) else ", ").join(list(known)[:20])
+    return f" (known: {among}{', …' if len(known) > 20 else ''})"
+
+
 class Section(BaseModel):
-    """A part of the experiment file: unknown keys are errors, and "5" is not 5."""
+    """A part of the experiment file: unknown keys are errors, "5" is not 5, and of `one_of` one key is given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    one_of: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.one_of and sum(getattr(self, key) is not None for key in self.one_of) != 1:
+            raise problem("", f"needs either {' or '.join(self.one_of)}, and only one of them")
+        for key, message in self._contradictions():
+            raise problem(key, message)
+        return self
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        """Each key whose value does not go with the others, and what is wrong; the first is told."""
+        yield from ()
 
 
 def _beside_the_file(reference: str, info: ValidationInfo) -> str:
@@ -40,54 +64,41 @@ def _beside_the_file(reference: str, info: ValidationInfo) -> str:
 Function = Annotated[str, AfterValidator(_beside_the_file)]  # of somebody's own Python file
 
 
-def only_one(section: Section, *keys: str) -> None:
-    """Raise a problem unless exactly one of these keys is given."""
-    if sum(getattr(section, key) is not None for key in keys) != 1:
-        raise problem("", f"needs either {' or '.join(keys)}, and only one of them")
-
-
 class Data(Section):
     """The images and their classes."""
 
+    one_of = ("name", "function")
     name: Literal["mnist", "digits"] | None = Field(None, description="a dataset that kd knows")
     function: Function | None = Field(None, description="FILE.py:FUNCTION that returns the images and labels")
     heldout: int | None = Field(None, ge=1, description="images that choose the bias of omit-classes; else a tenth")
     evaluate_on: Literal["test", "heldout"] = Field("test", description="heldout: count errors on those, untrained on")
     transfer: int | None = Field(None, ge=1, description="students see so many training images; left out: all")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        only_one(self, "name", "function")
-        return self
 
-
-def _dropout(p: Any) -> Any:
-    number = isinstance(p, int | float) and not isinstance(p, bool) and math.isfinite(p)
-    if number and p and not 1 <= round(256 * p) <= 255:
+def _dropout(p: float) -> float:
+    if p and not 0.5 < 256 * p < 255.5:
         raise problem("", f"is a probability of dropping, drawn in steps of 1/256: 0, or 1/256 to 255/256, not {p}")
     return p
 
 
 Width = Annotated[int, Field(ge=1, le=100_000)]
-Dropout = Annotated[float, BeforeValidator(_dropout)]
+Dropout = Annotated[float, AfterValidator(_dropout)]
 
 
 class Model(Section):
     """A multi-layer perceptron with ReLU hidden layers, or a net of somebody's own."""
 
+    one_of = ("hidden", "name")
     hidden: list[Width] | None = Field(None, max_length=20, description="widths of the hidden layers")
     dropout: Dropout = Field(0.0, description="probability of dropping a hidden unit")
     input_dropout: Dropout = Field(0.0, description="probability of dropping a pixel")
     name: Function | None = Field(None, description="FILE.py:FUNCTION, called with classes, channels and args")
     args: dict[str, Any] = Field({}, description="arguments of that function")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        only_one(self, "hidden", "name")
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
         for key in ("dropout", "input_dropout") if self.name else ("args",):
             if getattr(self, key):
-                raise problem(key, f"belongs to {'hidden' if self.name else 'name'}: remove it")
-        return self
+                yield key, f"belongs to {'hidden' if self.name else 'name'}: remove it"
 
 
 class Train(Section):
@@ -112,13 +123,11 @@ class Train(Section):
             return {**values, "momentum": 0.9}
         return values
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
         if self.momentum is not None and self.optimizer != "sgd":
-            raise problem("momentum", f"belongs to sgd, not to {self.optimizer}: remove it")
+            yield "momentum", f"belongs to sgd, not to {self.optimizer}: remove it"
         if self.warmup >= self.epochs:
-            raise problem("warmup", f"must be shorter than the {self.epochs} epochs, not {self.warmup:g}")
-        return self
+            yield "warmup", f"must be shorter than the {self.epochs} epochs, not {self.warmup:g}"
 
 
 class Network(Section):
@@ -135,11 +144,9 @@ class Ensemble(Section):
     average: Average = "arithmetic"
     models: list[Model] | None = Field(None, min_length=1, description="member i has models[i % n]; else the teacher's")
 
-    @model_validator(mode="after")
-    def _all_models_are_used(self) -> Self:
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
         if len(self.models or []) > self.members:
-            raise problem("models", f"has {len(self.models or [])} entries for only {self.members} members")
-        return self
+            yield "models", f"has {len(self.models or [])} entries for only {self.members} members"
 
 
 class Baseline(Section):
@@ -163,45 +170,31 @@ class Distill(Section):
         if not isinstance(values, dict) or values.get("lambda2") is not None:
             return values
         lambda1 = values.get("lambda1")
-        if not isinstance(lambda1, int | float) or not math.isfinite(lambda1):
+        if not isinstance(lambda1, int | float) or not 0 <= lambda1 <= 1e6:  # told by its type or bounds
             return {**values, "lambda2": 0.0}
         if lambda1 > 1:
             raise problem("lambda1", f"is {lambda1:g}; above 1 it needs a lambda2 too (left out, that is 1 - lambda1)")
-        return {**values, "lambda2": round(1 - max(lambda1, 0), 12)}
+        return {**values, "lambda2": round(1 - lambda1, 12)}
 
-    @model_validator(mode="after")
-    def _learns_something(self) -> Self:
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
         if self.lambda1 == self.lambda2 == 0:
-            raise problem("lambda1", "and lambda2 are both 0: the student would learn nothing")
-        return self
+            yield "lambda1", "and lambda2 are both 0: the student would learn nothing"
 
 
-def _name(given: Any) -> Any:
-    """Digits are written as numbers."""
-    return str(given) if isinstance(given, int) and not isinstance(given, bool) else given
-
-
-ClassName = Annotated[str, BeforeValidator(_name)]
-
-
-def in_order(classes: Sequence[str]) -> list[str]:
-    """Names of classes in their order: numbers by value, then the others by name."""
-    return sorted(classes, key=lambda c: (0, int(c), c) if re.fullmatch(r"\d{1,18}", c) else (1, 0, c))
+ClassName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]  # 3 is "3"
 
 
 class Omission(Section):
     """Classes missing from the transfer set: those in `omit`, or all but those in `keep`."""
 
+    one_of = ("omit", "keep")
     omit: list[ClassName] | None = Field(None, min_length=1, description="these classes are missing")
     keep: list[ClassName] | None = Field(None, min_length=1, description="all classes but these are missing")
     train: Train | None = Field(None, description="replaces the student's, whole")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        only_one(self, "omit", "keep")
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
         if len(set(self.named)) < len(self.named):
-            raise problem("keep" if self.omit is None else "omit", f"names a class twice: {self.named}")
-        return self
+            yield "keep" if self.omit is None else "omit", f"names a class twice: {self.named}"
 
     @property
     def named(self) -> list[str]:
@@ -214,8 +207,9 @@ class Omission(Section):
 
     @property
     def label(self) -> str:
-        """The row's name: `omit 3`, `keep 7,8`."""
-        return f"{'keep' if self.omit is None else 'omit'} {','.join(in_order(self.named))}"
+        """The row's name, numbers by value before the other classes: `omit 3`, `keep 7,8,cat`."""
+        names = sorted(self.named, key=lambda c: (0, int(c), c) if re.fullmatch(r"\d{1,18}", c) else (1, 0, c))
+        return f"{'keep' if self.omit is None else 'omit'} {','.join(names)}"
 
 
 class Row(Section):
@@ -233,15 +227,13 @@ Count = Annotated[float, Field(ge=0)]
 
 def _paper(given: Any) -> list[float]:
     numbers = given if isinstance(given, list) else [given]
-    fine = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers)
-    if not fine or not 1 <= len(numbers) <= 2:
+    if len(numbers) not in (1, 2) or not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
         raise problem("", f"must be a number of errors, or two: in all, and on the classes never seen; not {given!r}")
     return [float(n) for n in numbers]
 
 
 Paper = Annotated[Any, BeforeValidator(_paper)]
 Values = Annotated[list[Any], Field(min_length=1)]
-
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[list[Seed], BeforeValidator(lambda s: s if isinstance(s, list) else [s]), Field(min_length=1)]
 
@@ -263,28 +255,24 @@ class Experiment(Section):
     paper: dict[str, Paper] = Field({}, description="row: errors, or [errors, errors on the classes never seen]")
     grid: dict[str, Values] = Field({}, description="dotted key: its values, which kd run walks")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
         if len(set(self.seed)) < len(self.seed):
-            raise problem("seed", f"names a seed twice: {self.seed}")
+            yield "seed", f"names a seed twice: {self.seed}"
         if self.distill.teacher == "ensemble" and self.ensemble is None:
-            raise problem(
-                "distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"
-            )
+            yield "distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"
         if len({entry.label for entry in self.omit_classes}) < len(self.omit_classes):
-            raise problem("omit_classes", "names the same classes twice")
+            yield "omit_classes", "names the same classes twice"
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.table:
-                raise PydanticCustomError("unknown_row", "", {"key": f"{section}.{row}", "known": self.table})
+                yield f"{section}.{row}", f"is not a row of this experiment{nearest(row, self.table)}"
         for key in self.grid:
-            if key.split(".")[0] in ("name", "seed", "threads", "expect", "paper", "grid") or key in _FIXED:
-                raise problem(f"grid.{key}", "cannot vary within one experiment")
+            if key.split(".")[0] in ("name", "seed", "threads", "expect", "paper", "grid") or key in FIXED:
+                yield f"grid.{key}", "cannot vary within one experiment"
             if inside := [other for other in self.grid if other.startswith(f"{key}.")]:
-                raise problem(f"grid.{inside[0]}", f"lies within {key}, which varies too: keep one of them")
+                yield f"grid.{inside[0]}", f"lies within {key}, which varies too: keep one of them"
         for section in ("paper", "omit_classes"):
             if self.grid and getattr(self, section):
-                raise problem(section, "has no place in the table of a grid: leave it out")
-        return self
+                yield section, "has no place in the table of a grid: leave it out"
 
     @property
     def rows(self) -> list[Row]:
@@ -307,18 +295,10 @@ class Experiment(Section):
     @property
     def table(self) -> list[str]:
         """The names of the final table's rows: a bias correction of omitted classes has one of its own."""
-        shown = [row for row in self.rows if row.kind != "member"]
-        return [
-            name
-            for row in shown
-            for name in (row.name, *(bias_row(row.name, b) for b in BIASES if row.kind == "omission"))
-        ]
+        rows = [row for row in self.rows if row.kind != "member"]
+        return [n for r in rows for n in (r.name, *(bias_row(r.name, b) for b in BIASES if r.kind == "omission"))]
 
 
 def bias_row(row: str, bias: str) -> str:
     """The name of the table's row of an omission after a bias correction: `omit 3, prior bias`."""
     return f"{row}, {bias} bias"
-
-
-# Of a grid: all its runs are trained and scored on one dataset.
-_FIXED = ("data", "data.name", "data.function", "data.heldout", "data.evaluate_on")

@@ -1,5 +1,4 @@
-"""Reading an experiment file: where each key stands, what overrides it, the points of a grid, and errors with file,
-line and key.
+"""Reading an experiment file: what overrides it, the points of its grid, and errors with file, line and key.
 
 Precedence, highest first: a flag, then `--set a.b=c`, then the grid and the experiment file, then the defaults.
 """
@@ -10,18 +9,16 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from kdcli import BadInput, BadKeys
-from kdcli.config import Experiment, Omission, Section
-
-Key = tuple[str | int, ...]
+from kdcli.config import Experiment, Omission
+from kdcli.config import nearest as nearest
 
 
 class Override(NamedTuple):
@@ -61,7 +58,7 @@ def omission(omit: str | None, keep: str | None) -> Omission:
     try:
         return Omission(omit=omit.split(",") if omit else None, keep=keep.split(",") if keep else None)
     except ValidationError as error:
-        raise BadInput(*(f"{flags}: {_message(e, e['loc'])}" for e in error.errors())) from None
+        raise BadInput(*(f"{flags}: {_message(e)}" for e in error.errors())) from None
 
 
 def experiments() -> dict[str, Path]:
@@ -78,20 +75,17 @@ def find(name: str) -> Path:
         if not os.path.isfile(path):  # false too of an unusable name
             raise BadInput(f"{name}: there is no such experiment file")
         return path
-    if name not in experiments():
-        raise BadInput(
-            f"{name or repr(name)}: neither an experiment's name nor a .yaml file{nearest(name, list(experiments()))}"
-        )
-    return experiments()[name]
+    if name not in (known := experiments()):
+        raise BadInput(f"{name or repr(name)}: neither an experiment's name nor a .yaml file{nearest(name, known)}")
+    return known[name]
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """An experiment, or a point of its grid (`at` are the values there), and where each key was given."""
+class Loaded(NamedTuple):
+    """An experiment, or a point of its grid (`at` are the values there), and where each dotted key was given."""
 
     experiment: Experiment
     file: str
-    origins: dict[Key, str]
+    origins: dict[str, str]
     at: dict[str, str]
 
     @contextmanager
@@ -100,40 +94,16 @@ class Loaded:
         try:
             yield
         except BadKeys as error:
-            lines = [f"{_origin(_split(key), self.origins, self.file)}: {key}: {text}" for key, text in error.problems]
+            lines = [f"{_origin(key, self.origins)}: {key}: {text}" for key, text in error.problems]
             raise BadInput(*dict.fromkeys(lines)) from None
 
 
-def load(name: str, overrides: Sequence[Override] = ()) -> Loaded:
-    """The experiment of a file given by name or path, its grid for the keys that no override sets.
-
-    Raises BadInput with every problem found, each as `file:line: key: problem`.
-    """
-    return _load(name, overrides, ())
-
-
-def points(name: str, overrides: Sequence[Override] = ()) -> list[Loaded]:
-    """The experiments that the grid of a file describes; without one the only one there is. Raises BadInput as `load`
-    does, or where two points are the same."""
-    whole = load(name, overrides)
-    grid, found = whole.experiment.grid, list[Loaded]()
-    for values in itertools.product(*grid.values()):
-        chosen = [
-            Override(key, value, f"{whole.origins.get(('grid', key), whole.file)}: grid: {key}={value}")
-            for key, value in zip(grid, values, strict=True)
-        ]
-        point = _load(name, overrides, chosen)
-        if any(point.experiment == other.experiment for other in found):
-            raise BadInput(f"{chosen[-1].origin}: is there twice")
-        found.append(point)
-    return found
-
-
-def _load(name: str, overrides: Sequence[Override], grid: Sequence[Override]) -> Loaded:
-    """Later overrides beat earlier ones, and all of them the grid's values."""
+def load(name: str, overrides: Sequence[Override] = (), point: Sequence[Override] = ()) -> Loaded:
+    """The experiment of a file given by name or path: later overrides beat earlier ones, and all of them the values
+    at a point of its grid. Raises BadInput with every problem found, each as `file:line: key: problem`."""
     path = find(name)
     values, origins, problems = _read(path)
-    for override in (*grid, *overrides):
+    for override in (*point, *overrides):
         _apply(override, values, origins)
     if isinstance(varied := values.get("grid"), dict):  # what is set by hand does not vary
         by_hand = [override.key for override in overrides]
@@ -142,11 +112,24 @@ def _load(name: str, overrides: Sequence[Override], grid: Sequence[Override]) ->
         experiment = Experiment.model_validate(values, context={"folder": path.parent})
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        problems += [_describe(e, origins, str(path)) for e in errors if not _misspelled(e, errors)]
+        problems += [_describe(e, origins) for e in errors if not _misspelled(e, errors)]
     if problems:
         raise BadInput(*dict.fromkeys(problems))
-    at = {override.key: _shown(override.value) for override in grid}
-    return Loaded(experiment, str(path), origins, at)
+    return Loaded(experiment, str(path), origins, {key: _shown(value) for key, value, _ in point})
+
+
+def points(name: str, overrides: Sequence[Override] = ()) -> list[Loaded]:
+    """The points of a file's grid, or its one experiment. Raises BadInput as `load` does, or where two are the same."""
+    whole = load(name, overrides)
+    grid, found = whole.experiment.grid, list[Loaded]()
+    places = {key: f"{_origin(f'grid.{key}', whole.origins)}: grid: {key}" for key in grid}
+    for values in itertools.product(*grid.values()):
+        chosen = [Override(key, value, f"{places[key]}={value}") for key, value in zip(grid, values, strict=True)]
+        point = load(name, overrides, chosen)
+        if any(point.experiment == other.experiment for other in found):
+            raise BadInput(f"{chosen[-1].origin}: is there twice")
+        found.append(point)
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -174,23 +157,19 @@ for _tag, _pattern in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
-    """The file's values, where each key stands (`file:line`), and the duplicate keys found."""
-    origins: dict[Key, str] = {}
-    problems: list[str] = []
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """The file's values, where each key stands (`file:line`; of "" the first), and the duplicate keys found."""
+    origins, problems = {"": f"{path}:1"}, list[str]()
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, _Loader)
-        _locate(node, (), str(path), origins, problems)
-        values = _apart(yaml.load(text, _Loader))
+        _locate(yaml.compose(text, _Loader), "", str(path), origins, problems)
+        values = yaml.load(text, _Loader)
+    except RecursionError:
+        raise BadInput(f"{path}: too large or too deep for an experiment file") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise BadInput(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except RecursionError:
-        raise BadInput(f"{path}: not valid YAML: nested too deeply") from None
-    except BadInput:
-        raise
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -198,104 +177,71 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
     return values, origins, problems
 
 
-def _apart(value: Any) -> Any:
-    """A copy in which what an anchor and its aliases share is there once for each: an override is for one of them."""
-    if isinstance(value, dict):
-        return {key: _apart(inner) for key, inner in value.items()}
-    return [_apart(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _locate(node: yaml.Node | None, key: Key, file: str, origins: dict[Key, str], problems: list[str]) -> None:
-    """Record where every key below `node` stands, and every key that stands twice."""
-    if len(origins) > 10_000 or len(key) > 50:
-        raise BadInput(f"{file}: too large or too deep for an experiment file")
+def _locate(node: yaml.Node | None, above: str, file: str, origins: dict[str, str], problems: list[str]) -> None:
+    """Record where every key below `node` stands, and every key that stands twice; `above` ends in a dot."""
+    if len(origins) > 10_000 or above.count(".") > 50:
+        raise RecursionError
+    below: list[tuple[Any, yaml.Node, yaml.Node]] = []  # key, where it stands, its value
     if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            origins[*key, i] = f"{file}:{item.start_mark.line + 1}"
-            _locate(item, (*key, i), file, origins, problems)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: dict[str, int] = {}
-    for name, value in node.value:
-        line = name.start_mark.line + 1
-        if name.value == "<<":
+        below = [(i, item, item) for i, item in enumerate(node.value)]
+    elif isinstance(node, yaml.MappingNode):
+        below = [(name.value, name, value) for name, value in node.value if isinstance(name, yaml.ScalarNode)]
+    seen: dict[Any, int] = {}
+    for name, place, value in below:
+        line = place.start_mark.line + 1
+        if name == "<<":
             for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                _locate(merged, key, file, origins, problems)
-        elif isinstance(name, yaml.ScalarNode):
-            if name.value in seen:
-                dotted = _dotted((*key, name.value))
-                problems.append(f"{file}:{line}: {dotted}: duplicate key, first given on line {seen[name.value]}")
-            seen.setdefault(name.value, line)
-            origins[*key, name.value] = f"{file}:{line}"
-            _locate(value, (*key, name.value), file, origins, problems)
+                _locate(merged, above, file, origins, problems)
+            continue
+        if name in seen:
+            problems.append(f"{file}:{line}: {above}{name}: duplicate key, first given on line {seen[name]}")
+        seen.setdefault(name, line)
+        origins[f"{above}{name}"] = f"{file}:{line}"
+        _locate(value, f"{above}{name}.", file, origins, problems)
 
 
-def _apply(override: Override, values: dict[str, Any], origins: dict[Key, str]) -> None:
-    """Set one dotted key, creating the sections above it."""
-    *sections, last = key = _split(override.key)
+def _apply(override: Override, values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Set one dotted key, creating the sections above it. Copies what it changes: an anchor's aliases share it."""
+    path = [int(part) if part.isdecimal() else part for part in override.key.split(".")]
     place: Any = values
     try:
-        for i, part in enumerate(sections):
+        for i, part in enumerate(path[:-1], start=1):
             if isinstance(place, dict) and place.get(part) is None:
                 place[part] = {}
-                origins[key[: i + 1]] = override.origin
-            place = place[part]
-        place[last] = deepcopy(override.value)  # a later override may reach into it
+                origins[".".join(map(str, path[:i]))] = override.origin
+            place[part] = inner = copy(place[part])
+            place = inner
+        place[path[-1]] = override.value
     except (TypeError, IndexError, KeyError):
         raise BadInput(f"{override.origin}: {override.key}: there is no such key to set") from None
-    for old in [k for k in origins if k[: len(key)] == key]:
+    key = ".".join(map(str, path))
+    for old in [k for k in origins if k.startswith(f"{key}.")]:
         del origins[old]
     origins[key] = override.origin
 
 
-def _split(dotted: str, most: int = -1) -> Key:
-    return tuple(int(part) if part.isdecimal() else part for part in dotted.split(".", most))
+def _fields(section: Sequence[str | int]) -> list[str]:
+    """The keys known in a section, the path to which is given."""
+    kind: Any = Experiment
+    for part in section:
+        kind = kind.model_fields[part].annotation if isinstance(part, str) else kind
+        while inner := get_args(kind):  # of `list[Model] | None`
+            kind = inner[0]
+    return list(kind.model_fields)
 
 
-def _dotted(key: Sequence[str | int]) -> str:
-    return ".".join(map(str, key))
+def _origin(key: str, origins: dict[str, str]) -> str:
+    """Where a dotted key, or the section that it is missing from, was given."""
+    while key not in origins:
+        key = key.rpartition(".")[0]
+    return origins[key]
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """What a misspelled word may have meant, or what is known."""
-    lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {lower[close[0]]}?"
-    among = ("; " if any("," in k for k in known) else ", ").join(known[:20])
-    return f" (known: {among}{', …' if len(known) > 20 else ''})"
-
-
-def _fields(key: Key) -> Sequence[str]:
-    """The keys known in the section at `key`."""
-    section: type[Section] = Experiment
-    for part in key:
-        if isinstance(part, str):
-            annotation = section.model_fields[part].annotation
-            section = next(c for c in _leaves(annotation) if isinstance(c, type) and issubclass(c, Section))
-    return list(section.model_fields)
-
-
-def _leaves(annotation: Any) -> list[Any]:
-    """The plain types in an annotation such as `list[Model] | None`."""
-    inner = getattr(annotation, "__args__", None)
-    return [leaf for arg in inner for leaf in _leaves(arg)] if inner else [annotation]
-
-
-def _origin(key: Key, origins: dict[Key, str], file: str) -> str:
-    """Where a key, or the section that it is missing from, was given."""
-    while key and key not in origins:
-        key = key[:-1]
-    return origins.get(key, f"{file}:1")
-
-
-def _describe(error: Any, origins: dict[Key, str], file: str) -> str:
+def _describe(error: Any, origins: dict[str, str]) -> str:
     """One line, `file:line: key: problem`, for one of pydantic's errors."""
-    key: Key = error["loc"]
-    if error["type"] in ("kd", "unknown_row") and error["ctx"]["key"]:
-        rows = error["ctx"]["key"].startswith(("expect.", "paper.", "grid."))  # whose keys may hold dots
-        key = (*key, *_split(error["ctx"]["key"], 1 if rows else -1))
-    return f"{_origin(key, origins, file)}: {_dotted(key) or 'experiment'}: {_message(error, key)}"
+    key = ".".join(str(part) for part in (*error["loc"], error.get("ctx", {}).get("key", "")) if part != "")
+    place = key.rpartition(".")[0] if error["type"] == "invalid_key" else key  # what is no word stands in its section
+    return f"{_origin(place, origins)}: {key or 'experiment'}: {_message(error)}"
 
 
 def _misspelled(missing: Any, errors: Sequence[Any]) -> bool:
@@ -305,42 +251,33 @@ def _misspelled(missing: Any, errors: Sequence[Any]) -> bool:
     return missing["type"] == "missing" and bool(difflib.get_close_matches(str(name), unknown, n=1, cutoff=0.6))
 
 
-def _message(error: Any, key: Key) -> str:
+_MESSAGES = {
+    "kd": "{message}",
+    "missing": "is missing",
+    "too_short": "must not be empty",
+    "invalid_key": "is not a word: keys are words",
+    "int_type": "must be a whole number, not {shown}",
+    "float_type": "must be a number, not {shown}",
+    "bool_type": "must be true or false, not {shown}",
+    "list_type": "must be a list, such as [7, 8], not {shown}",
+    "model_type": "must be a section of keys and values, not {shown}",
+    "dict_type": "must be a section of keys and values, not {shown}",
+    "string_pattern_mismatch": "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', "
+    "not {shown}",
+    "string_too_long": "must have at most {max_length} characters, not {length}",
+    "string_type": "must be a word, not {shown}",
+}
+
+
+def _message(error: Any) -> str:
     kind, ctx, given = error["type"], error.get("ctx", {}), error["input"]
     shown = "nothing" if given is None else repr(given) if len(repr(given)) <= 40 else repr(given)[:37] + "…"
-    match kind:
-        case "kd":
-            return str(ctx["message"])
-        case "unknown_row":
-            return f"is not a row of this experiment{nearest(str(key[-1]), ctx['known'])}"
-        case "extra_forbidden":
-            return f"unknown key{nearest(str(key[-1]), _fields(key[:-1]))}"
-        case "missing":
-            return "is missing"
-        case "too_short":
-            return "must not be empty"
-        case "invalid_key":
-            return "is not a word: keys are words"
-        case "literal_error":
-            choices = re.findall(r"'([^']*)'", ctx["expected"])
-            return f"must be one of {', '.join(choices)}, not {shown}" + (
-                nearest(given, choices).partition(" (known")[0] if isinstance(given, str) else ""
-            )
-        case "int_type" | "int_from_float":
-            return f"must be a whole number, not {shown}"
-        case "float_type":
-            return f"must be a number, not {shown}"
-        case "bool_type":
-            return f"must be true or false, not {shown}"
-        case "list_type":
-            return f"must be a list, such as [7, 8], not {shown}"
-        case "model_type" | "dict_type":
-            return f"must be a section of keys and values, not {shown}"
-        case "string_pattern_mismatch":
-            return f"must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', not {shown}"
-        case "string_too_long":
-            return f"must have at most {ctx['max_length']} characters, not {len(given)}"
-        case "string_type":
-            return f"must be a word, not {shown}"
-    text = str(error["msg"]).removeprefix("Input should ")
-    return f"{'must ' + text if text != error['msg'] else text}, not {shown}"
+    if kind in _MESSAGES:
+        return _MESSAGES[kind].format(shown=shown, length=len(str(given)), **ctx)
+    if kind == "extra_forbidden":
+        return f"unknown key{nearest(str(error['loc'][-1]), _fields(error['loc'][:-1]))}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", ctx["expected"])
+        meant = nearest(given, choices).partition(" (known")[0] if isinstance(given, str) else ""
+        return f"must be one of {', '.join(choices)}, not {shown}{meant}"
+    return re.sub("^Input should ", "must ", error["msg"]) + f", not {shown}"

@@ -495,7 +495,7 @@ def test_only_whole_runs_are_removed(name: str, tmp_path: Path) -> None:
     if name == "linked":
         name = "exp/train-teacher/0-linked"
         (tmp_path / "runs" / name).symlink_to(run.path)
-    with pytest.raises(BadInput, match="there is no such run|lies outside the runs folder|is a group of runs"):
+    with pytest.raises(BadInput, match=r"there is no such run|lies outside the runs folder|is a group of runs"):
         runs.find_folder(tmp_path / "runs", name)
 
 
