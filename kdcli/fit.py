@@ -1,7 +1,5 @@
 """`fit`, the one training loop: batch, objective, optimizer, schedule, averaged weights, state."""
 
-import contextlib
-import ctypes
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -57,7 +55,6 @@ def fit(
     The net and the transfer set lie on one device. Order, shifts and dropout depend on (seed, epoch) alone: continued
     from a state, training goes on as if it had never stopped. Raises BadInput when the state is of another training.
     """
-    keep_freed_memory()
     n, device = len(transfer_set), transfer_set.labels.device
     steps = math.ceil(n / train.batch_size)
     loop = _Loop(net, transfer_set, train, (teacher, distill), start, steps)
@@ -144,7 +141,7 @@ class _Loop:
 
 
 def make_optimizer(net: nn.Module, train: Train) -> Optimizer:
-    """torch's optimizer of a `train` section, in its fused form: the others cost 10 % of a step more (make bench)."""
+    """torch's optimizer of a `train` section, in its fused form: the others cost 16 % of a step more (make bench)."""
     weights = [{"params": net.parameters(), "initial_lr": train.lr}]
     decay = train.weight_decay
     match train.optimizer:
@@ -167,15 +164,6 @@ def averaged(net: nn.Module, most: float) -> AveragedModel:
             torch._foreach_copy_(averages, current)
 
     return AveragedModel(net, multi_avg_fn=update, use_buffers=True)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: it would hand the gradients back to the kernel and take them again, page by page,
-    at every step, which costs 4 % of a teacher's (make bench)."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library does as it likes
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**30)
 
 
 def learning_rate(train: Train, step: int, steps: int) -> float:

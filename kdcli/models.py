@@ -53,7 +53,7 @@ class MLP(nn.Module):
             return x
         if x.is_cuda:
             return F.dropout(x, round(256 * p) / 256)
-        return x.mul_(byte_mask(x.shape, p))  # nn.Dropout draws a number an element: 1.4 x the step (make bench)
+        return x.mul_(byte_mask(x.shape, p))  # nn.Dropout draws a number an element: 1.2 x a step (make bench)
 
     @torch.no_grad()
     def constrain(self, max_norm: float) -> None:

@@ -315,7 +315,6 @@ INSTEAD: dict[str, tuple[str, AbstractContextManager[object]]] = {
     "RandomAffine": ("Split.shifted", mock.patch.object(Split, "shifted", random_affine)),
     "grid_sample": ("Split.shifted", mock.patch.object(Split, "shifted", grid_sample)),
     "unfused": ("fused optimizers", mock.patch.object(training, "make_optimizer", unfused)),
-    "glibc's defaults": ("keep_freed_memory", mock.patch.object(training, "keep_freed_memory")),
     "": ("all of it", nullcontext()),
 }
 epochs: list[Iterator[object]] = []  # of a process of `bought`
