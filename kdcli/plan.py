@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from kdcli import BadInput, BadKeys, code, models
-from kdcli.config import Experiment, Kind, Model, Row, Section
+from kdcli.config import Experiment, Kind, Model, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
 from kdcli.runs import STUDENTS, TEACHERS, Command, Places, Run, Spec, differences, list_runs, open_run, settings
 from kdcli.teacher import members, weights_checksum
-from kdcli.yamlfile import nearest
 
 COMMANDS: dict[Kind, Command] = {
     "teacher": "train-teacher",

@@ -17,8 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from kdcli import BadInput, BadKeys
-from kdcli.config import Experiment, Omission
-from kdcli.config import nearest as nearest
+from kdcli.config import Experiment, Omission, nearest
 
 
 class Override(NamedTuple):
@@ -240,8 +239,7 @@ def _origin(key: str, origins: dict[str, str]) -> str:
 def _describe(error: Any, origins: dict[str, str]) -> str:
     """One line, `file:line: key: problem`, for one of pydantic's errors."""
     key = ".".join(str(part) for part in (*error["loc"], error.get("ctx", {}).get("key", "")) if part != "")
-    place = key.rpartition(".")[0] if error["type"] == "invalid_key" else key  # what is no word stands in its section
-    return f"{_origin(place, origins)}: {key or 'experiment'}: {_message(error)}"
+    return f"{_origin(key, origins)}: {key or 'experiment'}: {_message(error)}"
 
 
 def _misspelled(missing: Any, errors: Sequence[Any]) -> bool:

@@ -58,7 +58,7 @@ MISTAKES = {
     "more models than members": (edited("members: 2", "members: 2, models: [{hidden: [1]}, {hidden: [2]}, {hidden: [3]}]"), "f:7: ensemble.models: has 3 entries for only 2 members"),
     "no models": (edited("members: 2", "members: 2, models: []"), "f:7: ensemble.models: must not be empty"),
     "no name": (edited("name: tiny", "name:"), "f:1: name: must be a word, not nothing"),
-    "a number for a key": (TINY + "3: 4\n", "f:1: 3: is not a word: keys are words"),
+    "a number for a key": (TINY + "3: 4\n", "f:14: 3: is not a word: keys are words"),
     "a missing section": (edited("distill: {T: 4, lambda1: 0.9}\n", ""), "f:1: distill: is missing"),
     "broken YAML": (edited("{name: digits", "{name: [digits"), "f:3: not valid YAML: expected ',' or ']', but got '}'"),
     "not a mapping": ("- 1\n", "f:1: an experiment file is a mapping (name: …, data: …, teacher: …)"),
