@@ -83,9 +83,9 @@ def at_work(process: Forked, count: int) -> dict[int, Path]:
     found = dict[int, Path]()
 
     def enough() -> bool:
-        for task in Path(f"/proc/{process.pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                with contextlib.suppress(OSError):  # it ends as we look
+        with contextlib.suppress(OSError):  # a thread or a process ends as we look: look again
+            for task in Path(f"/proc/{process.pid}/task").iterdir():
+                for child in (task / "children").read_text().split():
                     files = [file.readlink() for file in Path(f"/proc/{child}/fd").iterdir()]
                     found.update({int(child): file.parent for file in files if file.name == "lock"})
         begun = [run / "metrics.jsonl" for run in found.values()]
@@ -99,7 +99,7 @@ def is_gone(pid: int) -> bool:
     """Whether a process has ended, reaped or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or while it was read
         return True
 
 
