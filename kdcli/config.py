@@ -12,7 +12,6 @@ from pydantic_core import PydanticCustomError
 
 Average = Literal["arithmetic", "geometric"]
 BIASES = ("test", "heldout", "prior")  # the three ways to choose the bias correction of omit-classes
-FIXED = ("data", "data.name", "data.function", "data.heldout", "data.evaluate_on")  # a grid's runs share a dataset
 Kind = Literal["teacher", "member", "ensemble", "baseline", "student", "omission"]
 
 
@@ -49,30 +48,81 @@ class Section(BaseModel):
         yield from ()
 
 
-def _beside_the_file(reference: str, info: ValidationInfo) -> str:
-    """`nets.py:make` with the path made absolute: it is beside the experiment file."""
+def _beside(path: str, info: ValidationInfo, what: str) -> Path:
+    """A path made absolute: it is beside the experiment file, unless it is that of a run, which may be gone."""
+    context = info.context or {}
+    found = Path(context.get("folder", ""), path).absolute()
+    if not context.get("reading") and not (found.is_dir() if what == "folder" else found.is_file()):
+        raise problem("", f"there is no {what} {found}")
+    return found
+
+
+def _function(reference: str, info: ValidationInfo) -> str:
     path, _, function = reference.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
         raise problem("", f"must be FILE.py:FUNCTION, such as nets.py:make, not {reference!r}")
-    context = info.context or {}
-    file = Path(context.get("folder", ""), path).absolute()
-    if not file.is_file() and not context.get("reading"):  # of a finished run it may be gone
-        raise problem("", f"there is no file {file}")
-    return f"{file}:{function}"
+    return f"{_beside(path, info, 'file')}:{function}"
 
 
-Function = Annotated[str, AfterValidator(_beside_the_file)]  # of somebody's own Python file
+def _source(name: str) -> str:
+    if name not in ("digits", "mnist") and not name.startswith("torchvision:"):
+        raise problem("", f"must be digits, mnist or torchvision:CLASS, such as torchvision:CIFAR10, not {name!r}")
+    return name
+
+
+def _net(name: str, info: ValidationInfo) -> str:
+    """A net's name; of somebody's own function, with its path."""
+    if name.startswith(("torchvision:", "timm:")) or NET.fullmatch(name):
+        return name
+    if ".py:" in name:
+        return _function(name, info)
+    known = "resnet8 (…20, 56, 110), resnet8x4, wrn-40-2, torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
+    raise problem("", f"must be {known}, not {name!r}")
+
+
+# The nets of the distillation literature: of depth 6n + 2 and, wide ones, 6n + 4, which the check of the nets asks for.
+NET = re.compile(r"resnet(?P<depth>[1-9]\d*)(x(?P<times>[1-9]\d*))?|wrn-(?P<wide_depth>[1-9]\d*)-(?P<width>[1-9]\d*)")
+Function = Annotated[str, AfterValidator(_function)]  # of somebody's own Python file
+Numbers = Annotated[list[float], Field(min_length=1, max_length=100_000)]
 
 
 class Data(Section):
     """The images and their classes."""
 
-    one_of = ("name", "function")
-    name: Literal["mnist", "digits"] | None = Field(None, description="a dataset that kd knows")
+    one_of = ("name", "folder", "arrays", "function")
+    name: Annotated[str, AfterValidator(_source)] | None = Field(None, description="digits, mnist, torchvision:CLASS")
+    split: str | None = Field(None, description="of a dataset of torchvision's that has several: EMNIST's balanced")
+    folder: Annotated[str, AfterValidator(lambda f, info: str(_beside(f, info, "folder")))] | None = Field(
+        None, description="train/CLASS/… and test/CLASS/… (or val, valid), or CLASS/…: image files"
+    )
+    arrays: Annotated[str, AfterValidator(lambda f, info: str(_beside(f, info, "file")))] | None = Field(
+        None, description="an .npz file of x_train, y_train, x_test, y_test, or MedMNIST's"
+    )
     function: Function | None = Field(None, description="FILE.py:FUNCTION that returns the images and labels")
+    size: int | None = Field(None, ge=1, le=4096, description="pixels: the shorter side is resized, the middle kept")
+    channels: Literal[1, 3] | None = Field(None, description="left out: 1 where all images are grey, else 3")
+    test: float | None = Field(None, gt=0, lt=1, description="share of a folder without test images (0.2)")
+    mean: Numbers | None = Field(None, description="of the inputs in [0, 1], a number a channel; left out: measured")
+    std: Numbers | None = Field(None, description="of the inputs; both left out, perceptrons see images in [0, 1]")
     heldout: int | None = Field(None, ge=1, description="images that choose the bias of omit-classes; else a tenth")
     evaluate_on: Literal["test", "heldout"] = Field("test", description="heldout: count errors on those, untrained on")
     transfer: int | None = Field(None, ge=1, description="students see so many training images; left out: all")
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        files = self.folder or (self.name or "").startswith("torchvision:")
+        of_folder = "a folder or a dataset of torchvision's"
+        belongs = {"size": (files, of_folder), "channels": (files, of_folder), "test": (self.folder, "a folder")}
+        belongs["split"] = (self.name and files, "a dataset of torchvision's")
+        for key, (there, what) in belongs.items():
+            if getattr(self, key) is not None and not there:
+                yield key, f"belongs to {what}: remove it"
+        if len(self.mean or []) != len(self.std or []):
+            yield ("std" if self.mean else "mean"), "must have as many numbers as the other of mean and std"
+        if min(self.std or [1]) <= 0:
+            yield "std", "must be above 0"
+
+
+FIXED = ("data", *(f"data.{key}" for key in Data.model_fields if key != "transfer"))  # a grid's runs share a dataset
 
 
 def _dropout(p: float) -> float:
@@ -86,19 +136,29 @@ Dropout = Annotated[float, AfterValidator(_dropout)]
 
 
 class Model(Section):
-    """A multi-layer perceptron with ReLU hidden layers, or a net of somebody's own."""
+    """A multi-layer perceptron with ReLU hidden layers, or a net by its name."""
 
     one_of = ("hidden", "name")
     hidden: list[Width] | None = Field(None, max_length=20, description="widths of the hidden layers")
     dropout: Dropout = Field(0.0, description="probability of dropping a hidden unit")
     input_dropout: Dropout = Field(0.0, description="probability of dropping a pixel")
-    name: Function | None = Field(None, description="FILE.py:FUNCTION, called with classes, channels and args")
-    args: dict[str, Any] = Field({}, description="arguments of that function")
+    name: Annotated[str, AfterValidator(_net)] | None = Field(
+        None, description="resnet8, wrn-40-2, torchvision:NAME, timm:NAME or FILE.py:FUNCTION(classes, channels, …)"
+    )
+    args: dict[str, Any] = Field({}, description="arguments of the function, or of the net's")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         for key in ("dropout", "input_dropout") if self.name else ("args",):
             if getattr(self, key):
                 yield key, f"belongs to {'hidden' if self.name else 'name'}: remove it"
+        if self.args and NET.fullmatch(self.name or ""):
+            yield "args", f"belongs to functions, torchvision and timm: {self.name} has none"
+
+    @property
+    def file(self) -> str:
+        """The file of somebody's own net; else empty."""
+        path = (self.name or "").rpartition(":")[0]
+        return path if path.endswith(".py") else ""
 
 
 class Train(Section):
@@ -110,9 +170,18 @@ class Train(Section):
     lr: float = Field(gt=0, le=1e38)
     momentum: float | None = Field(None, ge=0, lt=1, description="of sgd; left out: 0.9")
     weight_decay: float = Field(0.0, ge=0, le=1e6)
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="the last two fall to zero")
+    nesterov: bool = Field(False, description="of sgd")
+    schedule: Literal["constant", "linear", "cosine", "step"] = Field("linear", description="linear, cosine: to zero")
+    milestones: list[Annotated[int, Field(ge=1)]] | None = Field(None, description="epochs after which step falls")
+    gamma: float | None = Field(None, gt=0, lt=1, description="by which step multiplies the rate (0.1)")
+    clip: float | None = Field(None, gt=0, le=1e38, description="bound on the norm of the gradient of all weights")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each hard label spread over all classes")
     warmup: float = Field(0.0, ge=0, description="epochs over which the learning rate rises from zero")
     jitter: int = Field(0, ge=0, le=7, description="pixels by which an image shifts at most, anew every epoch")
+    flip: bool = Field(False, description="each image mirrored, left to right, half of the time")
+    crop: float | None = Field(None, gt=0, lt=1, description="a part of each image, of this share of it at least")
+    cutout: int | None = Field(None, ge=1, le=4096, description="side of a square of each image that is blotted out")
+    mixup: float | None = Field(None, gt=0, le=100, description="alpha: two images are blended, by Beta(alpha, alpha)")
     max_norm: float | None = Field(None, ge=1e-3, le=1e38, description="bound on the norm into each hidden unit")
     ema: float | None = Field(None, gt=0, lt=1, description="decay, at most, of the weights' exponential average")
 
@@ -124,10 +193,24 @@ class Train(Section):
         return values
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        if self.momentum is not None and self.optimizer != "sgd":
-            yield "momentum", f"belongs to sgd, not to {self.optimizer}: remove it"
+        for key in ("momentum", "nesterov") if self.optimizer != "sgd" else ():
+            if getattr(self, key) is not None and getattr(self, key) is not False:
+                yield key, f"belongs to sgd, not to {self.optimizer}: remove it"
+        if self.nesterov and not self.momentum:
+            yield "nesterov", "needs a momentum above 0"
+        for key in ("milestones", "gamma") if self.schedule != "step" else ():
+            if getattr(self, key) is not None:
+                yield key, f"belongs to the schedule step, not to {self.schedule}: remove it"
+        falls = self.milestones or []
+        if self.schedule == "step" and (not falls or sorted(set(falls)) != falls or falls[-1] >= self.epochs):
+            yield "milestones", f"must be ascending epochs before the last, {self.epochs}, such as [1]"
         if self.warmup >= self.epochs:
             yield "warmup", f"must be shorter than the {self.epochs} epochs, not {self.warmup:g}"
+
+    @property
+    def augmented(self) -> bool:
+        """Whether a net never sees an image twice as it is: its teacher must see what it sees."""
+        return bool(self.jitter or self.flip or self.crop or self.cutout or self.mixup)
 
 
 class Network(Section):

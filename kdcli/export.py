@@ -98,7 +98,7 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
 def test_split(run: Run, data_dir: Path | None) -> Split:
     """The test images of a run. Raises BadInput when its dataset is not there, or no longer what it was."""
     dataset = open_dataset(run.spec.data, data_dir)
-    if dataset.facts != run.spec.dataset:
+    if dataset.facts.fingerprint != run.spec.dataset.fingerprint:
         raise BadInput(f"{run.name}: its images are not those that it was trained on: they have changed since")
     return dataset.test
 

@@ -163,6 +163,6 @@ def short(name: str, most: int = 18) -> str:
 
 def pixels(split: Split, i: int) -> NDArray[np.uint8]:
     """An image to look at, [H, W, 3]; one without three colours is the mean of its channels, dark on light."""
-    image = split.images[i].float() * (255 / split.white)
+    image = split.images(torch.tensor([i]))[0].float() * (255 / split.white)
     shown = image if len(image) == 3 else 255 - image.mean(0).expand(3, -1, -1)
     return np.asarray(shown.permute(1, 2, 0).round().byte())

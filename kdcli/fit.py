@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from kdcli import BadInput
+from kdcli.augment import Views, blend
 from kdcli.config import Distill, Train
 from kdcli.data import Split
 from kdcli.device import forward_of, generator, seeded
@@ -52,19 +54,20 @@ def fit(
 ) -> Iterator[Fitted]:
     """Train a net in place, yielding after every epoch; on hard labels or, with a teacher, on its soft targets too.
 
-    The net and the transfer set lie on one device. Order, shifts and dropout depend on (seed, epoch) alone: continued
+    The net and the transfer set lie on one device. Order, views and dropout depend on (seed, epoch) alone: continued
     from a state, training goes on as if it had never stopped. Raises BadInput when the state is of another training.
     """
     n, device = len(transfer_set), transfer_set.labels.device
     steps = math.ceil(n / train.batch_size)
-    loop = _Loop(net, transfer_set, train, (teacher, distill), start, steps)
+    loop = _Loop(net, Views(transfer_set, train, seed), (teacher, distill), start, steps)
     for epoch in range(start.epochs, train.epochs):
         net.train()
         order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
-        shifts = torch.randint(2 * train.jitter + 1, (2, n), generator=generator(seed, "jitter", epoch)).to(device)
-        batches = zip(order.split(train.batch_size), shifts.split(train.batch_size, 1), strict=True)
+        drawn, starts = loop.views.draw(epoch), range(0, n, train.batch_size)
         with seeded(seed, "dropout", epoch):
-            sums, errors = zip(*(loop.step(index, shift) for index, shift in batches), strict=True)
+            batches = [slice(start, start + train.batch_size) for start in starts]
+            found = [loop.step(order[rows], {name: draws[rows] for name, draws in drawn.items()}) for rows in batches]
+        sums, errors = zip(*found, strict=True)
         loss = Loss(*(torch.stack(part) for part in zip(*sums, strict=True)))  # on the device, read once an epoch
         finite = loss.total.isfinite()
         yield Fitted(
@@ -82,33 +85,38 @@ def fit(
 class _Loop:
     """A net in training, and what moves it."""
 
-    def __init__(self, net: nn.Module, images: Split, train: Train, soft: Soft, start: State, steps: int) -> None:
-        self.net, self.images, self.train, (self.teacher, self.distill) = net, images, train, soft
+    def __init__(self, net: nn.Module, views: Views, soft: Soft, start: State, steps: int) -> None:
+        self.net, self.views, self.train, (self.teacher, self.distill) = net, views, views.train, soft
+        train = self.train
         self.optimizer = make_optimizer(net, train)
         self.average = averaged(net, train.ema) if train.ema else None
         if start.epochs:
             self._restore(start.tensors)
         done = start.epochs * steps - 1
         self.rate = LambdaLR(self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, done)
-        self.forward = forward_of(net, images.labels.device)
-        self.padded = images.padded(train.jitter) if train.jitter else None
+        self.forward = forward_of(net, views.images.labels.device)
 
-    def step(self, index: Tensor, shift: Tensor) -> tuple[Loss, Tensor]:
-        """One step on the samples at `index` [B], shifted by `shift` [2, B]: the sums of their losses and errors."""
-        images, y = self.images, self.images.labels[index]
-        x = images.inputs(index) if self.padded is None else images.shifted(self.padded, index, shift)
+    def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor]:
+        """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses and errors."""
+        x, y = self.views.view(index, drawn), self.views.images.labels[index]
         taught = self.teacher.logits(index, x) if self.teacher else None
+        how = self.teacher.average if self.teacher else "arithmetic"
         logits = self.forward(x)
-        loss = objective(logits, y, taught, self.distill, self.teacher.average if self.teacher else "arithmetic")
+        if "mixup" in drawn:
+            y = blend(F.one_hot(y, logits.shape[1]).double(), drawn["mixup"])
+        loss = objective(logits, y, taught, self.distill, how, self.train.label_smoothing)
         self.optimizer.zero_grad()
         loss.total.backward()
+        if self.train.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.train.clip)
         self.optimizer.step()
         self.rate.step()
         if self.train.max_norm and isinstance(self.net, MLP):
             self.net.constrain(self.train.max_norm)
         if self.average:
             self.average.update_parameters(self.net)
-        return Loss(*(part.detach() * len(index) for part in loss)), (logits.detach().argmax(1) != y).sum()
+        wrong = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1))
+        return Loss(*(part.detach() * len(index) for part in loss)), wrong.sum()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training continues from, by name: the net's buffers, the optimizer and the averages included."""
@@ -146,7 +154,7 @@ def make_optimizer(net: nn.Module, train: Train) -> Optimizer:
     decay = train.weight_decay
     match train.optimizer:
         case "sgd":
-            return SGD(weights, train.lr, train.momentum or 0.0, weight_decay=decay, fused=True)
+            return SGD(weights, train.lr, train.momentum or 0, 0, decay, nesterov=train.nesterov, fused=True)
         case "adam":
             return Adam(weights, train.lr, weight_decay=decay, fused=True)
     return AdamW(weights, train.lr, weight_decay=decay, fused=True)
@@ -168,7 +176,7 @@ def averaged(net: nn.Module, most: float) -> AveragedModel:
 
 def learning_rate(train: Train, step: int, steps: int) -> float:
     """The rate of a step counted from 0 over the whole training, with `steps` to an epoch: linear warm-up, then the
-    schedule, which would reach zero one step after the last."""
+    schedule, of which linear and cosine would reach zero one step after the last."""
     warmup = round(train.warmup * steps)
     if step < warmup:
         return train.lr * (step + 1) / warmup
@@ -178,4 +186,6 @@ def learning_rate(train: Train, step: int, steps: int) -> float:
             return train.lr * (1 - done)
         case "cosine":
             return train.lr * (1 + math.cos(math.pi * done)) / 2
+        case "step":
+            return float(train.lr * (train.gamma or 0.1) ** sum(step >= m * steps for m in train.milestones or []))
     return train.lr

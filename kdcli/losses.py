@@ -48,15 +48,21 @@ def kd(student_logits: Tensor, teacher_log_p: Tensor, T: float) -> Tensor:
 
 
 def objective(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, distill: Distill | None, how: Average = "arithmetic"
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None,
+    distill: Distill | None,
+    how: Average = "arithmetic",
+    label_smoothing: float = 0.0,
 ) -> Loss:
-    """The loss of a net, logits [N, C], with labels [N]: the cross-entropy alone, or of a student lambda1 T^2 KL +
-    lambda2 L_CE (section 2), `teacher_logits` [M, N, C] those of its teacher's members. T enters here, and only here.
+    """The loss of a net, logits [N, C], with labels [N] or shares of the classes [N, C]: the cross-entropy alone, or of
+    a student lambda1 T^2 KL + lambda2 L_CE (section 2), `teacher_logits` [M, N, C] those of its teacher's members. T
+    enters here, and only here.
 
     Computed in float64, where ten numbers a sample cost little: at high T the two distributions differ by less than
     float32 resolves.
     """
-    hard = F.cross_entropy(logits.double(), labels)
+    hard = F.cross_entropy(logits.double(), labels, label_smoothing=label_smoothing)
     if distill is None or teacher_logits is None:
         return Loss(hard, hard, torch.zeros_like(hard))
     t2_kl = kd(logits, average(teacher_logits, distill.T, how), distill.T)

@@ -1,16 +1,18 @@
-"""The nets: `build` makes the one that a model section describes, for images of a shape and a number of classes."""
+"""The nets: the paper's perceptron, and `build`, which makes the one that a model section describes for a dataset."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from kdcli import BadInput, code
-from kdcli.config import Model
+from kdcli import BadInput, code, nets
+from kdcli.config import Model, nearest
+from kdcli.runs import Facts
 
 
 class MLP(nn.Module):
@@ -71,29 +73,77 @@ def byte_mask(shape: torch.Size, p: float) -> Tensor:
     return kept.view(shape).to(torch.float32).mul_(256 / (256 - k))
 
 
-def build(model: Model, shape: Sequence[int], classes: int) -> nn.Module:
-    """The net of a model section for images of this shape [C, H, W] and so many classes, initialised from the global
-    generators. Raises BadInput where somebody's own function fails or makes no net for them."""
-    if model.hidden is not None:
-        return MLP(math.prod(shape), model.hidden, classes, model.dropout, model.input_dropout)
-    assert model.name
-    net = code.call(model.name, classes=classes, channels=shape[0], **model.args)
-    if not isinstance(net, nn.Module):
-        raise BadInput(f"{model.name}: must return a torch.nn.Module, not {type(net).__name__}")
+class Normalised(nn.Module):
+    """A net that is given images in [0, 1] (or the rows of a table) and sees (x - mean) / std, channel by channel."""
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.mean = nn.Buffer(torch.tensor(mean).view(-1, 1, 1))
+        self.scale = nn.Buffer(1 / torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, C, H, W]."""
+        logits: Tensor = self.net((x - self.mean) * self.scale)
+        return logits
+
+
+def build(model: Model, facts: Facts) -> nn.Module:
+    """The net of a model section for the images of a dataset and its classes, initialised from the global generators.
+    Raises BadInput where a library or somebody's own function has no such net, or makes none."""
+    net = _named(model, facts.shape[0], len(facts.classes)) if model.name else _perceptron(model, facts)
+    return Normalised(net, facts.mean, facts.std) if facts.normalises(model) else net
+
+
+def _perceptron(model: Model, facts: Facts) -> MLP:
+    widths = model.hidden or []
+    return MLP(math.prod(facts.shape), widths, len(facts.classes), model.dropout, model.input_dropout)
+
+
+def _named(model: Model, channels: int, classes: int) -> nn.Module:
+    """A net by its name. Raises BadInput."""
+    name = model.name or ""
+    library, _, which = name.partition(":")
+    if model.file:
+        net = code.call(name, classes=classes, channels=channels, **model.args)
+        if not isinstance(net, nn.Module):
+            raise BadInput(f"{name}: must return a torch.nn.Module, not {type(net).__name__}")
+        return net
+    if library == "torchvision":
+        from torchvision import models
+
+        if which not in (known := models.list_models(models)):
+            raise BadInput(f"{name}: torchvision has no such classifier{nearest(which, known)}")
+        return _made(name, lambda: models.get_model(which, weights=None, num_classes=classes, **model.args))
+    if library == "timm":
+        try:
+            import timm
+        except ImportError:
+            raise BadInput(f"{name}: timm is not installed: pip install 'kdcli[timm]'") from None
+        if which not in (known := timm.list_models()):
+            raise BadInput(f"{name}: timm has no such net{nearest(which, known)}")
+        return _made(name, lambda: timm.create_model(which, num_classes=classes, in_chans=channels, **model.args))
+    return nets.build(name, channels, classes)
+
+
+def _made(name: str, make: Callable[[], Any]) -> nn.Module:
+    try:
+        net: nn.Module = make()
+    except Exception as error:  # of arguments that it does not take, or cannot use
+        raise BadInput(f"{name}: cannot be made with its args: {' '.join(str(error).split())[:200]}") from None
     return net
 
 
 @code.quiet()
-def fits(net: nn.Module, model: Model, shape: Sequence[int], classes: int) -> None:
-    """Raise BadInput unless a net of a model section gives one logit a class for images of a shape."""
-    was_training, device = net.training, next(net.parameters(), torch.empty(0)).device
-    path = (model.name or "").rpartition(":")[0]
-    with torch.no_grad(), code.blaming(path, f"model: does not take images {list(shape)}"):
-        out = net.eval()(torch.zeros(2, *shape, device=device))
-    net.train(was_training)
-    found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if found != [2, classes]:
-        raise BadInput(f"model: must give [2, {classes}] logits for 2 images {list(shape)}, not {found}")
+def fits(net: nn.Module, model: Model, facts: Facts) -> None:
+    """Raise BadInput unless a net of a model section, made to be tried, gives one logit a class, in training too."""
+    shape, classes, device = facts.shape, len(facts.classes), next(net.parameters(), torch.empty(0)).device
+    with torch.no_grad(), code.blaming(model.file, f"model: does not take images {shape}"):
+        for mode in (True, False):
+            out = net.train(mode)(torch.zeros(2, *shape, device=device))
+            found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            if found != [2, classes]:
+                raise BadInput(f"model: must give [2, {classes}] logits for 2 images {shape}, not {found}")
 
 
 def multiply_adds(net: nn.Module, shape: Sequence[int]) -> int:

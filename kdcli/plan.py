@@ -13,7 +13,7 @@ from kdcli import BadInput, BadKeys, code, models
 from kdcli.config import Experiment, Kind, Model, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
-from kdcli.runs import STUDENTS, TEACHERS, Command, Places, Run, Spec, differences, list_runs, open_run, settings
+from kdcli.runs import STUDENTS, TEACHERS, Command, Facts, Places, Run, Spec, differences, list_runs, open_run, settings
 from kdcli.teacher import members, weights_checksum
 
 COMMANDS: dict[Kind, Command] = {
@@ -81,8 +81,8 @@ class _Planner:
             update={"heldout": self.dataset.held if held else None, "transfer": more.pop("transfer", None)}
         )
         model: Model | None = more.get("model")
-        if model and model.name:
-            more["code"] = code.digest(model.name)
+        if model and model.file:
+            more["code"] = code.digest(model.name or "")
         return Spec(experiment=e.name, command=command, seed=seed, dataset=self.dataset.facts, data=where, **more)
 
     def _teacher(self, seed: int, model: Model | None = None) -> Spec:
@@ -182,17 +182,17 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     nets = {"teacher.model": e.teacher.model, "student.model": student}
     nets |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
     for key, model in nets.items():
-        shape, classes = tuple(dataset.facts.shape), len(dataset.facts.classes)
-        if model.name and (message := _net_problem(model.model_dump_json(exclude_unset=True), shape, classes)):
+        as_json = model.model_dump_json(exclude_unset=True), dataset.facts.model_dump_json()
+        if model.name and (message := _net_problem(*as_json)):
             yield f"{key}.name", message
 
 
 @cache
-def _net_problem(model: str, shape: tuple[int, ...], classes: int) -> str:
-    """Why the net of a model section (as JSON) cannot classify images of this shape; empty if it can."""
-    section = Model.model_validate_json(model)
+def _net_problem(model: str, dataset: str) -> str:
+    """Why the net of a model section cannot classify the images of a dataset (both as JSON); empty if it can."""
+    section, facts = Model.model_validate_json(model, context={"reading": True}), Facts.model_validate_json(dataset)
     try:
-        models.fits(sample_net(section, shape, classes), section, shape, classes)
+        models.fits(sample_net(section, facts), section, facts)
     except BadInput as error:
         return str(error).removeprefix("model: ")
     return ""
@@ -226,10 +226,10 @@ def _of_sizes(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
         yield "data.transfer", f"must be at most {len(dataset.train)}; left out it is all images"
 
 
-def sample_net(model: Model, shape: Sequence[int], classes: int) -> torch.nn.Module:
+def sample_net(model: Model, facts: Facts) -> torch.nn.Module:
     """A net to count and to try, not to train: a perceptron without memory for its weights."""
     with torch.device("meta" if model.hidden is not None else "cpu"), seeded(0, "sample"):
-        return models.build(model, shape, classes)
+        return models.build(model, facts)
 
 
 class Planned(Section):
@@ -249,7 +249,7 @@ def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Plan
 
     @cache
     def parameters(model: str) -> int:
-        net = sample_net(Model.model_validate_json(model), dataset.facts.shape, len(dataset.facts.classes))
+        net = sample_net(Model.model_validate_json(model, context={"reading": True}), dataset.facts)
         return sum(p.numel() for p in net.parameters())
 
     rows, found = {job.spec.name: job.row.name for job in reversed(jobs)}, []

@@ -57,6 +57,14 @@ class Facts(Section):
     classes: list[str]  # names, in the order of the logits
     shape: list[int]  # of an image: [C, H, W]
     white: int  # the value of a pixel that becomes 1.0
+    table: bool = False  # rows of floats; a channel is a column
+    mean: list[float] = []  # of each channel of the training images in [0, 1], or given (or one for all)
+    std: list[float] = []
+    given: bool = False  # mean and std by the experiment: then perceptrons use them too
+
+    def normalises(self, model: Model) -> bool:
+        """Whether a net's inputs are normalised: not those of the paper's perceptron, which sees images in [0, 1]."""
+        return bool(self.mean) and (model.hidden is None or self.table or self.given)
 
 
 class Spec(Section):
@@ -82,8 +90,10 @@ class Spec(Section):
         identity = self.model_dump(exclude_defaults=True, exclude={"experiment", "dataset"})
         identity["data"] = self.data.model_dump(include={"heldout", "transfer", "evaluate_on"}, exclude_defaults=True)
         identity |= {"schema": SCHEMA, "dataset": self.dataset.fingerprint}
-        if self.model and self.model.name:
-            identity["model"]["name"] = self.model.name.rpartition(":")[2]
+        if self.model and self.model.file:
+            identity["model"]["name"] = (self.model.name or "").rpartition(":")[2]
+        if self.model and self.dataset.normalises(self.model):
+            identity["inputs"] = [self.dataset.mean, self.dataset.std]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"{self.experiment}/{self.command}/{self.seed}-{digest[:10]}"
 

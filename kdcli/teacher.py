@@ -35,9 +35,9 @@ def nets(run: Run, device: torch.device) -> list[nn.Module]:
     found = []
     for member in members(run):
         spec, (model, _) = member.spec, member.spec.trained
-        if model.name and code.digest(model.name) != spec.code:
-            raise BadInput(f"{model.name.rpartition(':')[0]}: has changed since {member.name} was trained with it")
-        net = build(model, spec.dataset.shape, len(spec.dataset.classes))
+        if model.file and code.digest(model.name or "") != spec.code:
+            raise BadInput(f"{model.file}: has changed since {member.name} was trained with it")
+        net = build(model, spec.dataset)
         try:
             net.load_state_dict(member.load("weights"))
         except RuntimeError:

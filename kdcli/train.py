@@ -33,9 +33,9 @@ def train(spec: Spec, places: Places, tell: Tell, note: Note) -> Result:
     shown = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     parents = {name: weights_checksum(places.open(name)) for name in spec.parents}
     dataset = open_dataset(spec.data, places.data_dir)
-    if dataset.facts != spec.dataset:
+    if dataset.facts.fingerprint != spec.dataset.fingerprint:
         raise BadInput(f"{run.name}: the images are no longer those that it was planned with: start again")
-    own_code = ((spec.model and spec.model.name) or "").rpartition(":")[0]
+    own_code = spec.model.file if spec.model else ""
     with run.writing(shown, places.threads, parents), code.blaming(own_code):
         if spec.command == "ensemble":
             result = _combine(run, dataset)
@@ -90,7 +90,7 @@ class _Training:
     def _teacher(self, transfer: torch.Tensor) -> Teacher:
         """Cached logits, or the nets themselves where students see the images shifted."""
         source = self.places.open(self.run.spec.parents[0])
-        if self.train.jitter:
+        if self.train.augmented:
             return live(source, self.device)
         return cached(source, transfer, len(self.dataset.train), self.device)
 
@@ -100,7 +100,7 @@ class _Training:
         # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
         stream = 2 * spec.seed + (spec.command in STUDENTS)
         with seeded(stream, "init"):
-            net = place(build(spec.trained[0], facts.shape, len(facts.classes)), self.device)
+            net = place(build(spec.trained[0], facts), self.device)
         start = run.load_state(self.note)
         before = run.metrics()[start.epochs - 1].seconds if start.epochs else 0.0
         if start.epochs:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kdcli import cli
-from kdcli.data import MNIST_FILES
+from kdcli.runs import Facts
+from kdcli.sources import MNIST_FILES
 
 torch.set_num_threads(1)
 
@@ -86,6 +87,11 @@ distill: {T: 4, lambda1: 0.9}
 omit_classes:
   - omit: [dog]
 """
+
+
+def facts(shape: list[int], classes: int, **more: Any) -> Facts:
+    """What a dataset is, of this shape and with so many classes."""
+    return Facts(fingerprint="", classes=[str(c) for c in range(classes)], shape=shape, white=255, **more)
 
 
 class Done(NamedTuple):

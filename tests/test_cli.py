@@ -16,8 +16,8 @@ import yaml
 from conftest import TINY, Done, Shell, kd_here
 from safetensors.torch import load_file
 
-from kdcli.data import MNIST_FILES
 from kdcli.runs import open_run
+from kdcli.sources import MNIST_FILES
 
 COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", "run")
 

@@ -13,7 +13,7 @@ from conftest import OWN_DATA, OWN_NETS, Shell, kd_here
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kdcli import BadInput, Failed, code, config, data, export, losses
+from kdcli import BadInput, Failed, code, config, data, export, losses, sources
 from kdcli.runs import Places, Run, Spec, open_run
 from kdcli.teacher import nets
 from kdcli.train import train
@@ -108,7 +108,7 @@ def test_an_onnx_file_says_what_torch_says(row: str, trained: Shell, tmp_path: P
     assert done.code == 0, done.err
     assert done.err == ""
     document = done.json
-    session, inputs = onnxruntime.InferenceSession(str(file)), DIGITS.test.inputs()
+    session, inputs = onnxruntime.InferenceSession(str(file)), DIGITS.test.inputs(torch.arange(len(DIGITS.test)))
     for batch in (1, 500):  # dynamic
         (found,) = session.run(None, {"inputs": inputs[:batch].numpy()})
         assert np.allclose(found, wanted(run, inputs[:batch]).numpy(), atol=1e-6)
@@ -124,7 +124,7 @@ def test_an_onnx_file_says_what_torch_says(row: str, trained: Shell, tmp_path: P
 
 
 def test_the_other_formats(trained: Shell, tmp_path: Path) -> None:
-    run, inputs = find(trained, "student"), DIGITS.test.inputs()
+    run, inputs = find(trained, "student"), DIGITS.test.inputs(torch.arange(len(DIGITS.test)))
     for form, suffix in (("torch", "pt2"), ("safetensors", "safetensors")):
         done = kd_here(trained.folder, "export", run.name, "--format", form, "--out", str(tmp_path / f"net.{suffix}"))
         assert done.code == 0, done.err
@@ -222,7 +222,7 @@ def test_images_that_have_changed_prove_nothing(tmp_path: Path) -> None:
     own = Own(tmp_path)
     run = own.run(net=None)
     (tmp_path / "own_data.py").write_text(OWN_DATA.replace("195", "190"))
-    data._read.cache_clear()
+    sources._read.cache_clear()
     with pytest.raises(BadInput, match="its images are not those that it was trained on"):
         export.export(run, "onnx", tmp_path / "net.onnx", None)
 

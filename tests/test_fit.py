@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import kdcli.train
-from kdcli import BadInput, teacher
+from kdcli import BadInput, augment, teacher
 from kdcli.config import Data, Distill, Model, Train
 from kdcli.data import Split, open_dataset
 from kdcli.device import generator, place, seeded
@@ -88,7 +88,7 @@ def test_one_step_is_the_optimizers_step_by_hand(distilled: bool) -> None:
     """Plain SGD on the whole set for one epoch: w - lr * gradient of the mean loss."""
     settings = train(epochs=1, batch_size=1297, momentum=0, schedule="constant")
     start, taught = net(), 5 * torch.rand(1297, 10, generator=generator(0, "taught"))
-    logits = start(DIGITS.train.inputs())
+    logits = start(DIGITS.train.inputs(torch.arange(len(DIGITS.train))))
     loss, how = F.cross_entropy(logits, DIGITS.train.labels), dict[str, Any]()
     if distilled:
         p, log_q = (taught / 4).softmax(1), (logits / 4).log_softmax(1)
@@ -165,7 +165,7 @@ def test_max_norm_holds_after_every_epoch() -> None:
 def test_every_sample_counts_once_an_epoch_the_last_batch_too() -> None:
     """At a learning rate that moves nothing, the epoch's means are those of the untouched net over all 1,297."""
     settings, taught = train(epochs=1, batch_size=500, lr=1e-30, momentum=0), torch.rand(1, 1297, 10)
-    logits = net()(DIGITS.train.inputs()).detach()
+    logits = net()(DIGITS.train.inputs(torch.arange(len(DIGITS.train)))).detach()
     hard = float(F.cross_entropy(logits, DIGITS.train.labels))
     wrong = int((logits.argmax(1) != DIGITS.train.labels).sum())
     alone = last(net(), settings)
@@ -205,7 +205,7 @@ def test_predict_asks_for_logits_without_dropout_in_order() -> None:
     model = net(dropout=0.5, input_dropout=0.5)
     logits = predict(model, DIGITS.test, batch_size=77)
     model.eval()
-    assert torch.allclose(logits, model(DIGITS.test.inputs()), atol=1e-5)
+    assert torch.allclose(logits, model(DIGITS.test.inputs(torch.arange(len(DIGITS.test)))), atol=1e-5)
 
 
 # Random draws.
@@ -219,11 +219,11 @@ OPTIONS: list[dict[str, Any]] = [{}, {"jitter": 1}, {"optimizer": "adam", "lr": 
 def test_a_seed_gives_the_same_weights_and_another_does_not(
     options: dict[str, Any], make: Callable[[], nn.Module]
 ) -> None:
-    images = DIGITS.train.images.clone()
+    images = DIGITS.train.store.clone()
     one, same, other = (weights(trained(train(**options), seed, make)) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    assert torch.equal(images, DIGITS.train.images)
+    assert torch.equal(images, DIGITS.train.store)
 
 
 @pytest.mark.parametrize("make", [droppy, conv])
@@ -334,7 +334,7 @@ def test_a_state_of_another_training_is_refused(other: tuple[dict[str, Any], Cal
 def test_students_learn_the_teachers_logits_and_ignore_labels_when_lambda2_is_0() -> None:
     master = trained(train(epochs=20))
     logits = predict(master, DIGITS.train)
-    wrong = Split(DIGITS.train.images, torch.zeros_like(DIGITS.train.labels), DIGITS.train.white)
+    wrong = Split(DIGITS.train.store, torch.zeros_like(DIGITS.train.labels), DIGITS.train.white)
     how = distilling(logits[None], T=4, lambda1=1.0, lambda2=0.0)
     with seeded(1, "init"):
         student = MLP(64, [20], 10)
@@ -396,8 +396,8 @@ def test_a_cached_teacher_and_a_live_one_say_the_same_of_images_as_they_are(kind
     said = cached(run, transfer, len(images), CPU)
     assert torch.equal(said.logits(index, x), kept_logits(run, "train", len(images))[:, transfer[index]])
     assert torch.allclose(said.logits(index, x), found, atol=1e-4)
-    shift = torch.tensor([[0, 2, 0, 2], [2, 2, 0, 1]])
-    moved = images.shifted(images.padded(1), transfer[index], shift)
+    shift = torch.tensor([[0, 2], [2, 2], [0, 0], [2, 1]])
+    moved = images.scaled(augment.shift(images.images(transfer[index]), shift, 1))
     of_moved = asked.logits(index, moved)
     assert not torch.allclose(of_moved, found, atol=0.01)
     assert not torch.allclose(of_moved[:, 0], of_moved[:, 3], atol=0.01)  # one image, shifted twice

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_page import Page
 
-from kdcli import data
+from kdcli import sources
 from kdcli.config import Data
 from kdcli.data import Split, open_dataset
 
@@ -142,7 +142,7 @@ def test_a_mistake_gets_one_line(own: Shell, document: dict[str, Any], words: st
 def test_a_colour_image_file_is_the_test_image_that_it_shows(
     own: Shell, document: dict[str, Any], tmp_path: Path
 ) -> None:
-    pixels = test_images(own.folder).images[25].permute(1, 2, 0).numpy()
+    pixels = test_images(own.folder).store[25].permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(tmp_path / "dog.png")
     student = run_of(document, "student")
     words = ("predict", student, str(tmp_path / "dog.png"), "--test-image", "25", "--T", "1,4", "--json")
@@ -169,7 +169,7 @@ def test_an_exported_file_says_what_the_run_says(own: Shell, document: dict[str,
     assert "float32 [batch, 3, 6, 9]: red, green and blue" in card
     assert "of the classes cat, dog, owl" in card
     image = tmp_path / "large.jpg"
-    Image.fromarray(test_images(own.folder).images[50].permute(1, 2, 0).numpy()).resize((90, 60)).save(image)
+    Image.fromarray(test_images(own.folder).store[50].permute(1, 2, 0).numpy()).resize((90, 60)).save(image)
     by_run, by_file = (kd_here(own.folder, "predict", net, str(image), "--json").json for net in (student, str(file)))
     assert by_file["classes"] == NAMES
     assert by_file["images"][0]["views"][0]["p"] == pytest.approx(by_run["images"][0]["views"][0]["p"], abs=1e-5)
@@ -235,13 +235,13 @@ def test_a_changed_net_is_another_run_and_refused_for_finished_ones(trained_once
 def test_changed_images_are_another_run_and_refused_for_finished_ones(trained_once: Shell) -> None:
     kd, old = trained_once, planned(trained_once)
     (kd.folder / "own_data.py").write_text(OWN_DATA.replace("noise=60", "noise=61"))
-    data._read.cache_clear()  # which lives as long as a command
+    sources._read.cache_clear()  # which lives as long as a command
     assert planned(kd)["run"] != old["run"]
     done = kd_here(kd.folder, "predict", old["run"], "--test-image", "0")
     assert done.code == 2
     assert lines(done) == [f"{old['run']}: its images are not those that it was trained on: they have changed since"]
     (kd.folder / "own_data.py").write_text(f"# the same images\n{OWN_DATA}")
-    data._read.cache_clear()
+    sources._read.cache_clear()
     assert planned(kd) == old
 
 

@@ -279,7 +279,7 @@ def test_what_cannot_be_done_with_these_images_gives_one_line(mistake: str, tmp_
 def test_problems_are_told_all_at_once_with_the_lines_of_the_file(tmp_path: Path) -> None:
     assert checked(tmp_path, colours()) == ["f:13: omit_classes.0.omit: there is no class 3 (known: cat, dog, cow)"]
     plain = colours()
-    small = Split(plain.train.images[..., :2, :2], plain.train.labels, 255)
+    small = Split(plain.train.store[..., :2, :2], plain.train.labels, 255)
     tiny = Dataset(small, small, 6, plain.facts.model_copy(update={"shape": [3, 2, 2]}))
     assert checked(tmp_path, tiny, "student.train.jitter=2") == [
         "f:6: teacher.train.jitter: is too far for images of 2 x 2 pixels",

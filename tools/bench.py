@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from kdcli import augment
 from kdcli import fit as training
 from kdcli.config import Data, Distill, Model, Section, Train
 from kdcli.data import Split
@@ -53,6 +54,7 @@ from kdcli.runs import SAVE_EVERY, Facts, Run, Spec, State
 from kdcli.teacher import Teacher, predict
 
 STEPS, BATCH, CLASSES, SHAPE = 30, 128, 10, [1, 28, 28]
+FACTS = Facts(fingerprint="", classes=[str(c) for c in range(CLASSES)], shape=SHAPE, white=255)
 DISTILL = Distill(T=20, lambda1=0.9, lambda2=0.1)
 Optimizer = Literal["sgd", "adam"]
 
@@ -169,7 +171,7 @@ def products(case: Case) -> Iterator[None]:
 
 def built(model: Model) -> nn.Module:
     with seeded(0, "init"):
-        return build(model, SHAPE, CLASSES)
+        return build(model, FACTS)
 
 
 def kd(case: Case, images: Split, train: Train) -> Iterator[Fitted]:
@@ -185,7 +187,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
     """Images read one by one as torchvision's MNIST reads them, then its transforms."""
 
     def __init__(self, images: Split, jitter: int) -> None:
-        self.images, self.labels = images.images, images.labels
+        self.images, self.labels = images.store, images.labels
         self.transform = transforms.Compose([transforms.ToTensor(), *([affine(jitter)] if jitter else [])])
 
     def __len__(self) -> int:
@@ -290,17 +292,17 @@ def stock_dropout(net: MLP, x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p, net.training)
 
 
-def random_affine(images: Split, _: Tensor, index: Tensor, __: Tensor) -> Tensor:
+def random_affine(x: Tensor, _: Tensor, __: int) -> Tensor:
     """It draws one shift for all that it is given: an image at a time."""
-    return torch.stack([affine(TEACHER.jitter)(x) for x in images.inputs(index)])
+    return torch.stack([affine(TEACHER.jitter)(image) for image in x])
 
 
-def grid_sample(images: Split, _: Tensor, index: Tensor, shift: Tensor) -> Tensor:
+def grid_sample(x: Tensor, shifts: Tensor, most: int) -> Tensor:
     """torch's own sampling of a whole batch, with the shifts as affine maps."""
-    maps = torch.eye(2, 3).repeat(len(index), 1, 1)
-    maps[:, :, 2] = (shift.flip(0).t() - TEACHER.jitter) * 2 / torch.tensor(SHAPE[:0:-1])
-    grid = F.affine_grid(maps, [len(index), *SHAPE], align_corners=False)
-    return F.grid_sample(images.inputs(index), grid, align_corners=False)
+    maps = torch.eye(2, 3).repeat(len(x), 1, 1)
+    maps[:, :, 2] = (shifts.flip(1) - most) * 2 / torch.tensor(SHAPE[:0:-1])
+    grid = F.affine_grid(maps, [len(x), *SHAPE], align_corners=False)
+    return F.grid_sample(x.float(), grid, align_corners=False)
 
 
 def unfused(net: nn.Module, train: Train) -> torch.optim.Optimizer:
@@ -312,8 +314,8 @@ def unfused(net: nn.Module, train: Train) -> torch.optim.Optimizer:
 
 INSTEAD: dict[str, tuple[str, AbstractContextManager[object]]] = {
     "nn.Dropout": ("byte_mask", mock.patch.object(MLP, "_drop", stock_dropout)),
-    "RandomAffine": ("Split.shifted", mock.patch.object(Split, "shifted", random_affine)),
-    "grid_sample": ("Split.shifted", mock.patch.object(Split, "shifted", grid_sample)),
+    "RandomAffine": ("augment.shift", mock.patch.object(augment, "shift", random_affine)),
+    "grid_sample": ("augment.shift", mock.patch.object(augment, "shift", grid_sample)),
     "unfused": ("fused optimizers", mock.patch.object(training, "make_optimizer", unfused)),
     "": ("all of it", nullcontext()),
 }
@@ -346,8 +348,7 @@ def saving(rounds: int) -> Saving:
     """Saving the training state of the teacher with Adam and averaged weights."""
     train = TEACHER.train("adam").model_copy(update={"ema": 0.999})
     state = next(kd(TEACHER, random_images(BATCH), train)).state()
-    facts = Facts(fingerprint="", classes=[str(c) for c in range(CLASSES)], shape=SHAPE, white=255)
-    spec = Spec(experiment="bench", command="train-teacher", seed=0, dataset=facts, data=Data(name="mnist"))
+    spec = Spec(experiment="bench", command="train-teacher", seed=0, dataset=FACTS, data=Data(name="mnist"))
     shares = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         run = Run(Path(folder), spec)

@@ -35,15 +35,18 @@ from torch import Tensor, nn
 from kdcli import failure, yamlfile
 from kdcli import fit as training
 from kdcli.config import Data, Distill, Network, Train
-from kdcli.data import MNIST_FILES, Split, open_dataset
+from kdcli.data import Split, open_dataset
 from kdcli.device import place, seeded
 from kdcli.fit import NOTHING, Fitted, fit
 from kdcli.models import build
-from kdcli.runs import State
+from kdcli.runs import Facts, State
 from kdcli.score import count_errors
+from kdcli.sources import MNIST_FILES
 from kdcli.teacher import Teacher, predict
 
 Forward = Callable[[Tensor], Tensor]
+
+MNIST_FACTS = Facts(fingerprint="", classes=[str(c) for c in range(10)], shape=[1, 28, 28], white=255)
 
 
 def halved(net: Forward, device: torch.device) -> Forward:
@@ -109,7 +112,7 @@ def cases(width: int) -> list[Case]:
     mnist = yamlfile.load("mnist").experiment
 
     def mlp(name: str, network: Network, distill: Distill | None = None) -> Case:
-        return Case(name, lambda: build(network.model, (1, 28, 28), 10), network.train, distill=distill)
+        return Case(name, lambda: build(network.model, MNIST_FACTS), network.train, distill=distill)
 
     def conv(width: int) -> Case:
         train = Train(epochs=1, lr=0.1, jitter=2, weight_decay=5e-4)
@@ -245,7 +248,7 @@ def trained(network: Network, train_set: Split, seed: int, device: torch.device,
     """The end of a training on hard labels or, with a teacher's logits `soft` [N, C], at T = 20."""
     images = train_set.to(device)
     with seeded(seed, "init"):
-        net = place(build(network.model, images.images.shape[1:], 10), device)
+        net = place(build(network.model, MNIST_FACTS), device)
     if soft is None:
         return last(fit(net, images, network.train, seed))
     distill = Distill(T=20, lambda1=0.9, lambda2=0.1)

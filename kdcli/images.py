@@ -1,0 +1,166 @@
+"""Image files: how one becomes bytes, and what lies in a folder of them."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from kdcli import BadInput
+
+FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+TESTS = ("test", "val", "valid")  # what the folder of the test images may be called, the first that is there
+GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L"}
+
+
+def open_image(file: Path, least: int = 0) -> Image.Image:
+    """An image file, the first frame of several, held as the camera was: of mode L, RGB, or RGBA where parts of it are
+    transparent. A JPEG file is decoded no larger than its shorter side needs for `least` pixels. Raises BadInput."""
+    too_large = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+    try:
+        with too_large, Image.open(file) as image:
+            if least:
+                image.draft(None, (least, least))
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
+            if image.has_transparency_data:
+                return image.convert("RGBA")
+            return image.convert("L" if image.mode in GREY else "RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadInput(f"{file}: is too large: {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or no image'}") from None
+
+
+def to_bytes(image: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
+    """An image as bytes [C, H, W]: its shorter side resized to `size`, the middle of the longer one kept; what is
+    transparent is black."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    array = np.asarray(image)
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+class Header(NamedTuple):
+    """What a file says of its image before it is decoded."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def header(file: Path) -> Header | str:
+    """The header of an image file, or what is wrong with it."""
+    try:
+        with Image.open(file) as image:
+            width, height = image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # orientation
+            return Header(width, height, image.mode in GREY)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"{file}: {getattr(error, 'strerror', None) or 'is damaged or no image'}"
+
+
+Labelled = list[tuple[Path, int]]  # files, and the number of the class of each
+
+
+class Folder(NamedTuple):
+    """The image files of a folder; `test` is empty where it has no test images of their own."""
+
+    path: Path
+    classes: list[str]  # those of the training images: numbers by value, then names
+    train: Labelled
+    test: Labelled
+    notes: list[str]  # what was chosen, and left out
+
+
+def list_folder(path: Path) -> Folder:
+    """What lies in `train/<class>/…` and `test/<class>/…` (or `val`, or `valid`), at any depth below a class; or in
+    `<class>/…`. Raises BadInput with all that is wrong with the classes."""
+    train, *tests = _parts(path)
+    classes, ignored = _classes(train), Counter[str]()
+    if len(classes) < 2:
+        raise BadInput(f"{train}: has {len(classes)} folders of classes: it takes two or more, each with its images")
+    of_train = [(file, i) for i, name in enumerate(classes) for file in _files(train / name, ignored)]
+    of_test = [(file, i) for i, name in enumerate(classes) for t in tests[:1] for file in _files(t / name, ignored)]
+    have, notes = {i for _, i in of_train}, list[str]()
+    problems = [f"{train / c}: holds no image" for i, c in enumerate(classes) if i not in have]
+    if tests:
+        problems += [f"{tests[0] / c}: is no class of {train}" for c in _classes(tests[0]) if c not in classes]
+        notes += _of_tests(tests, classes, {i for _, i in of_test})
+        problems += [] if of_test else [f"{tests[0]}: holds no image"]
+    if problems:
+        raise BadInput(*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
+    notes += [f"{path}: {n:,} {what} left out." for what, n in ignored.items() if n]
+    return Folder(path, classes, of_train, of_test, notes)
+
+
+def _parts(path: Path) -> list[Path]:
+    """The folder of the training images, and those of test images that there are; a class may be called train."""
+    train, tests = path / "train", [path / name for name in TESTS if (path / name).is_dir()]
+    if train.is_dir() and _classes(train):
+        return [train, *tests]
+    if tests and all(map(_classes, tests)):
+        raise BadInput(f"{path}: has {tests[0].name}/<class>/… but no train/<class>/… beside it")
+    return [path]
+
+
+def _of_tests(tests: Sequence[Path], classes: Sequence[str], have: set[int]) -> Iterator[str]:
+    """What to say of the folder of the test images."""
+    chosen, *others = tests
+    if chosen.name != "test":
+        yield f"The test images are those of {chosen}."
+    for other in others:
+        yield f"{other} is not read: the test images are those of {chosen}."
+    if absent := [c for i, c in enumerate(classes) if i not in have]:
+        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+        yield f"{chosen} has no image of {', '.join(absent[:10])}{more}."
+
+
+def _classes(path: Path) -> list[str]:
+    try:
+        names = [d.name for d in path.iterdir() if d.is_dir() and not _hidden(d.name)]
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    if odd := [name for name in names if not name.isprintable()]:
+        raise BadInput(f"{path}: the name {odd[0]!r} cannot be printed: rename the folder")
+    return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
+
+
+def _files(folder: Path, ignored: "Counter[str]") -> list[Path]:
+    """The image files at any depth below a folder, sorted; counts what is left out. Raises BadInput."""
+    found, seen = list[Path](), set[tuple[int, int]]()
+    try:
+        for parent, inner, names in os.walk(folder, followlinks=True, onerror=_raise):
+            place = os.stat(parent)
+            if (place.st_dev, place.st_ino) in seen:  # by a link to a folder above it
+                inner.clear()
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            hidden = {name for name in (*inner, *names) if _hidden(name)}
+            inner[:] = [name for name in inner if name not in hidden]
+            images = [n for n in names if n not in hidden and os.path.splitext(n)[1].lower() in FORMATS]
+            found += [Path(parent, name) for name in images]
+            ignored["hidden entries"] += len(hidden)
+            ignored["files that are no images"] += len({*names} - hidden) - len(images)
+    except OSError as error:
+        raise BadInput(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a class may have no test images
+        raise error

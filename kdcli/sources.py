@@ -1,0 +1,429 @@
+"""Where images come from. Each source gives arrays of bytes (or, of a table, floats), labels and the names of
+the classes; what is slow to read is decoded once, into files that are then mapped into memory."""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from kdcli import BadInput, BadKeys, code, failure
+from kdcli.config import Data, nearest
+from kdcli.images import TESTS, Labelled, header, list_folder, open_image, to_bytes
+from kdcli.runs import Facts
+
+MNIST = "12176aed4628b392"  # the beginning of its fingerprint
+MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+Array = NDArray[Any]
+
+
+class Found(NamedTuple):
+    """Images [N, C, H, W], bytes from 0 to `white`, or rows of a table, floats [N, columns, 1, 1]; int64 labels [N]."""
+
+    x_train: Array
+    y_train: Array
+    x_test: Array
+    y_test: Array
+    classes: list[str]
+    white: int = 255
+    notes: list[str] = []  # what the reader must know of them
+
+
+def read(data: Data, data_dir: Path | None, download: bool) -> tuple[Found, Facts]:
+    """The images that a `data` section names, and what they are. Raises BadInput or BadKeys when they cannot be had."""
+    root = Path(data_dir or os.environ.get("KD_DATA") or "data")
+    how = data.model_dump_json(include={"name", "split", "folder", "arrays", "function", "size", "channels", "test"})
+    return _read(how, _stamp(data), root, download)
+
+
+def _stamp(data: Data) -> str:
+    """What changes when the files of a source do."""
+    if data.function:
+        return code.digest(data.function)
+    if data.folder:
+        folder = list_folder(Path(data.folder))
+        seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f, _ in (*folder.train, *folder.test)]
+        return hashlib.sha256(json.dumps([folder.classes, folder.notes, seen]).encode()).hexdigest()
+    if data.arrays:
+        file = Path(data.arrays).stat()
+        return f"{file.st_size} {file.st_mtime_ns}"
+    return ""
+
+
+@lru_cache(maxsize=2)
+def _read(how: str, stamp: str, root: Path, download: bool) -> tuple[Found, Facts]:
+    data = Data.model_validate_json(how, context={"reading": True})
+    if data.name in ("digits", "mnist"):
+        found = _digits() if data.name == "digits" else _mnist(root, download)
+    elif data.function:
+        found = _arrays(code.call(data.function), data.function)
+    else:
+        return _kept(hashlib.sha256(f"{how} {stamp} {root.absolute()}".encode()).hexdigest()[:16], data, root, download)
+    found, facts = found._replace(notes=_of_duplicates(found)), _facts(found)
+    if data.name == "mnist" and not facts.fingerprint.startswith(MNIST):
+        instead = "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
+        raise BadInput(f"{root}/MNIST/raw: these IDX files are not MNIST's, which `name: mnist` means: {instead}")
+    return found, facts
+
+
+def _kept(key: str, data: Data, root: Path, download: bool) -> tuple[Found, Facts]:
+    """What a source holds, from the files that it was decoded into; the first time they are made."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd")
+    folder = cache / key
+    if not (folder / "facts.json").is_file():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{key}.") as made:
+                _decode(data, root, download, Path(made) / key)
+                shutil.rmtree(folder, ignore_errors=True)
+                (Path(made) / key).replace(folder)
+        except OSError as error:
+            instead = "XDG_CACHE_HOME names another folder"
+            raise BadInput(
+                f"{error.filename or cache}: {error.strerror}: decoded images go to {cache}; {instead}"
+            ) from None
+    about = json.loads((folder / "facts.json").read_text())
+    facts = Facts.model_validate(about["facts"])
+    return _mapped(folder, facts.classes)._replace(white=facts.white, notes=about["notes"]), facts
+
+
+def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
+    """Write the arrays of a source, and what they are, to a folder."""
+    folder.mkdir()
+    if data.arrays:
+        found = _npz(Path(data.arrays))
+        for name in ARRAYS:
+            np.save(folder / name, getattr(found, name))
+    elif data.folder:
+        found = _folder(data, folder)
+    else:
+        found = _torchvision(data, root, download, folder)
+    text = json.dumps({"facts": _facts(found).model_dump(), "notes": found.notes})
+    (folder / "facts.json").write_text(text)
+
+
+def _facts(found: Found) -> Facts:
+    """What the images are: their fingerprint, and the mean and standard deviation of each channel."""
+    shape, white, x = found.x_train.shape, found.white, found.x_train
+    digest = hashlib.sha256(json.dumps([found.classes, shape, found.x_test.shape, white]).encode())
+    for name in ARRAYS:
+        for part in np.array_split(getattr(found, name), len(x) // 10_000 + 1):
+            digest.update(np.ascontiguousarray(part).data)
+    sums = np.zeros((2, shape[1]))
+    for part in np.array_split(x, len(x) // 1_000 + 1):  # of bytes these sums are whole numbers, and exact
+        sums += [part.sum((0, 2, 3), np.float64), np.square(part, dtype=np.float64).sum((0, 2, 3))]
+    mean, square = sums / (x.size // shape[1]) / [[white], [white**2]]
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    return Facts(
+        fingerprint=digest.hexdigest(),
+        classes=found.classes,
+        shape=list(shape[1:]),
+        white=white,
+        table=x.dtype != np.uint8,
+        mean=mean.round(6).tolist(),
+        std=np.where(std < 1e-6, 1, std).round(6).tolist(),  # of a channel that is the same everywhere
+    )
+
+
+def duplicates(found: Found) -> list[tuple[int, int]]:
+    """The test images that lie in the training set too, pixel for pixel: positions in the one and the other."""
+    where = {hash(row.tobytes()): i for i, row in enumerate(found.x_train)}
+    pairs = [(j, where.get(hash(row.tobytes()), -1)) for j, row in enumerate(found.x_test)]
+    return [(j, i) for j, i in pairs if i >= 0 and np.array_equal(found.x_test[j], found.x_train[i])]
+
+
+def _of_duplicates(found: Found, test: Labelled | None = None, train: Labelled | None = None) -> list[str]:
+    """What to say of the test images that lie in the training set too, by file or by number."""
+    pairs = duplicates(found)
+    if not pairs:
+        return []
+    named = [
+        (test[j][0], train[i][0]) if test and train else (f"test image {j}", f"training image {i}") for j, i in pairs
+    ]
+    some = "; ".join(f"{one} is {other}" for one, other in named[:5])
+    more = f"; and {len(pairs) - 5:,} more" if len(pairs) > 5 else ""
+    other = sum(int(found.y_test[j] != found.y_train[i]) for j, i in pairs)
+    labels = f", {other:,} of them with another label" if other else ""
+    return [f"{len(pairs):,} test images lie in the training set too, pixel for pixel{labels}: {some}{more}."]
+
+
+def _digits() -> Found:
+    """scikit-learn's 1,797 real digits of 8 x 8 pixels, in a fixed stratified split of 1,297 and 500."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = bunch.images.astype(np.uint8)[:, None], bunch.target.astype(np.int64)
+    classes = [str(c) for c in bunch.target_names]
+    test = stratified(labels, 500, classes)
+    train = np.delete(np.arange(len(labels)), test)
+    return Found(images[train], labels[train], images[test], labels[test], classes, white=16)
+
+
+def _mnist(root: Path, download: bool) -> Found:
+    from torchvision.datasets import MNIST, mnist
+
+    raw = root / "MNIST" / "raw"
+    files, arrays = [raw / f"{name}-ubyte" for name in MNIST_FILES], list[Array]()
+    if not all(file.is_file() for file in files):
+        instead = f"put its four files in {raw}, name their folder with --data-dir or KD_DATA, or run the "
+        instead += "digits experiment, which needs no download"
+        _downloaded("MNIST", root, download, instead, lambda down: MNIST(str(root), download=down))
+    for file, read_file in zip(files, [mnist.read_image_file, mnist.read_label_file] * 2, strict=True):
+        try:
+            arrays.append(read_file(str(file)).numpy())
+        except OSError as error:
+            raise BadInput(f"{file}: cannot be read: {error.strerror or error}") from None
+        except Exception:  # torchvision asserts, or lets through what numpy raises
+            raise BadInput(f"{file}: is damaged or no IDX file: delete it to have it downloaded again") from None
+    x_train, y_train, x_test, y_test = arrays
+    for x, y in ((x_train, y_train), (x_test, y_test)):
+        if len(x) != len(y) or x.shape[1:] != x_train.shape[1:]:
+            raise BadInput(f"{raw}: its files do not belong together: {len(x)} images, {len(y)} labels")
+    return Found(x_train[:, None], y_train, x_test[:, None], y_test, [str(c) for c in range(10)])
+
+
+def _downloaded(name: str, root: Path, download: bool, instead: str, get: Callable[[bool], Any]) -> Any:
+    """What `get` gives of a dataset that is there or, if it is not and may be, is downloaded and verified."""
+    absent, problem = f"{root}: {name} is not there", Exception()
+    for how in (False, True) if download else (False,):
+        try:
+            with code.quiet():
+                return get(how)
+        except BadInput:
+            raise
+        except Exception as error:  # torchvision lets through whatever the network, the disk or gzip raised
+            problem = error
+    if not download:
+        raise BadInput(f"{absent}, and --dry-run downloads nothing: {instead}")
+    raise BadInput(f"{absent} and could not be downloaded ({failure(problem)[:200]}): {instead}") from None
+
+
+def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:
+    """A dataset of torchvision's: the parts that it calls train and test (or val, or valid)."""
+    from torchvision import datasets
+
+    name = (data.name or "").removeprefix("torchvision:")
+    make, known = getattr(datasets, name, None), [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
+    if name not in known or not inspect.isclass(make):
+        raise BadKeys(("data.name", f"torchvision has no dataset {name}{nearest(name, known)}"))
+    takes = set(inspect.signature(make.__init__).parameters)
+    takes |= {"train", "download"} if "kwargs" in takes else set()  # EMNIST and QMNIST, which are kinds of MNIST
+    if not takes & {"train", "split"}:
+        raise BadKeys(("data.name", f"{name} has no parts train and test"))
+    if ({"train", "split"} <= takes) != (data.split is not None):
+        what = f"is for {name} to choose by: remove it" if data.split else f"is missing: {name} has several"
+        raise BadKeys(("data.split", what))
+    fixed: dict[str, Any] = {"root": str(root)} | ({"split": data.split} if data.split else {})
+    instead, classes = f"put its files in {root}, where torchvision looks for them", list[str]()
+    for part, names in (("train", ["train"]), ("test", TESTS)):
+        ways = [{"train": part == "train"}] if "train" in takes else [{"split": name} for name in names]
+
+        def get(down: bool, ways: list[dict[str, Any]] = ways) -> Any:
+            more = fixed | ({"download": down} if "download" in takes else {})
+            for way in ways[:-1]:
+                with suppress(ValueError):  # of a split that it does not have
+                    return make(**way, **more)
+            return make(**ways[-1], **more)
+
+        dataset = _downloaded(name, root, download, instead, get)
+        labels = _of_dataset(dataset, name, data, folder / f"x_{part}.npy")
+        np.save(folder / f"y_{part}", labels)
+        found = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
+        classes = classes or [str(c[0] if isinstance(c, tuple) else c) for c in found]
+    whole = _mapped(folder, classes)
+    return whole._replace(notes=_of_duplicates(whole))
+
+
+def _of_dataset(dataset: Any, name: str, data: Data, file: Path) -> Array:
+    """Decode the images of a dataset of torchvision's to a file; the labels."""
+    labels = np.zeros(len(dataset), np.int64)
+
+    def image(i: int) -> Image.Image:
+        shown, label = dataset[i]
+        if not isinstance(shown, Image.Image) or not isinstance(label, int | np.integer):
+            raise BadKeys(("data.name", f"{name} does not give an image and the number of its class"))
+        labels[i] = label
+        return shown
+
+    channels = data.channels or (1 if image(0).mode == "L" else 3)
+    _fill(file, len(dataset), image, data.size, channels, name)
+    return labels
+
+
+def _mapped(folder: Path, classes: list[str]) -> Found:
+    """The arrays in a folder, mapped into memory: pages are read when they are used, and belong to the system."""
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS]
+    return Found(arrays[0], arrays[1], arrays[2], arrays[3], classes)
+
+
+def _folder(data: Data, out: Path) -> Found:
+    """A folder of image files (`list_folder`); without test images of their own, a share of every class is taken."""
+    folder = list_folder(Path(data.folder or ""))
+    train, test, notes = folder.train, folder.test, folder.notes
+    if test and data.test:
+        raise BadKeys(("data.test", f"{folder.path} has test images of its own: remove the key"))
+    if not test:
+        share = data.test or 0.2
+        held = set(stratified(np.array([c for _, c in train]), round(share * len(train)), folder.classes).tolist())
+        test = [one for i, one in enumerate(train) if i in held]
+        train = [one for i, one in enumerate(train) if i not in held]
+        notes = [f"The test images are a fixed {share:.0%} of every class of {folder.path}.", *notes]
+    channels = _common(data, [file for file, _ in (*train, *test)])
+    for part, files in (("train", train), ("test", test)):
+
+        def image(i: int, files: Labelled = files) -> Image.Image:
+            return open_image(files[i][0], data.size or 0)
+
+        _fill(out / f"x_{part}.npy", len(files), image, data.size, channels, str(folder.path))
+        np.save(out / f"y_{part}", np.array([c for _, c in files], np.int64))
+    found = _mapped(out, folder.classes)
+    return found._replace(notes=[*notes, *_of_duplicates(found, test, train)])
+
+
+def _common(data: Data, files: Sequence[Path]) -> int:
+    """The channels of image files: as asked for, else 1 where all are grey. Raises BadInput where one cannot be read,
+    BadKeys where they differ in size and none is asked for."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(header, files))
+    _raise([one for one in found if isinstance(one, str)])
+    headers = [one for one in found if not isinstance(one, str)]
+    sizes = {(one.width, one.height) for one in headers}
+    if len(sizes) > 1 and not data.size:
+        least, most = min(sizes, key=min), max(sizes, key=max)
+        between = f"from {least[0]} x {least[1]} to {most[0]} x {most[1]}"
+        raise BadKeys(("data.size", f"is missing: the images have {len(sizes):,} sizes, {between}; such as size: 64"))
+    return data.channels or (1 if all(one.grey for one in headers) else 3)
+
+
+def _fill(
+    file: Path, count: int, image: Callable[[int], Image.Image], size: int | None, channels: int, what: str
+) -> None:
+    """Decode so many images into a file of bytes [N, C, H, W], in parallel. Raises BadInput with those that are bad."""
+    from rich.console import Console
+    from rich.progress import track
+
+    first = to_bytes(image(0), size, channels)
+    out = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *first.shape))
+
+    def one(i: int) -> str:
+        try:
+            array = to_bytes(image(int(i)), size, channels)
+        except BadKeys:
+            raise
+        except BadInput as error:
+            return str(error)
+        if array.shape == first.shape:
+            out[i] = array
+            return ""
+        sizes = [f"{width} x {height}" for _, height, width in (array.shape, first.shape)]
+        return f"{what}: image {i} is {sizes[0]}, the first {sizes[1]}: set data.size"
+
+    console, problems, doing = Console(stderr=True), list[str](), f"{what}: decoding {count:,} images, once"
+    if not console.is_terminal:
+        print(doing, file=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        blocks = np.array_split(np.arange(count), count // 500 + 1)
+        for block in track(blocks, doing, console=console, transient=True, disable=not console.is_terminal):
+            problems += filter(None, pool.map(one, block))
+    out.flush()
+    _raise(problems)
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise BadInput(*problems[:10], *([f"and {len(problems) - 10:,} more"] if len(problems) > 10 else []))
+
+
+def _npz(file: Path) -> Found:
+    """An .npz file: x_train, y_train, x_test, y_test, or MedMNIST's train_images, train_labels, …"""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            content = {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # of numpy, zlib and zipfile, a dozen kinds
+        raise BadInput(f"{file}: cannot be read as .npz: {failure(error)[:200]}") from None
+    names = {
+        f"{part}_{what}": f"{axis}_{part}"
+        for part in ("train", "test")
+        for what, axis in (("images", "x"), ("labels", "y"))
+    }
+    found = _arrays({names.get(name, name): array for name, array in content.items()}, str(file))
+    left = sorted(set(content) - set(ARRAYS) - set(names) - {"classes"})
+    notes = [f"{file}: {', '.join(left)} are left out."] if left else []
+    return found._replace(notes=notes + _of_duplicates(found))
+
+
+def _arrays(found: Any, source: str) -> Found:
+    """The arrays of a mapping. Raises BadInput that names the one that is wrong."""
+    if not isinstance(found, Mapping) or not set(ARRAYS) <= found.keys():
+        have = (", ".join(map(str, found)) or "nothing") if isinstance(found, Mapping) else type(found).__name__
+        must = "return a dictionary of" if ".py:" in source else "hold"
+        raise BadInput(f"{source}: must {must} {', '.join(ARRAYS)} and, if they have names, classes, not {have}")
+    (x_train, y_train), (x_test, y_test) = (_checked(source, found, part) for part in ("train", "test"))
+    names = found.get("classes")
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence | np.ndarray)):
+        raise BadInput(f"{source}: classes must be a list of names, not {type(names).__name__}")
+    classes = [str(c) for c in (range(int(y_train.max()) + 1) if names is None else names)]
+    if twice := [c for c in classes if classes.count(c) > 1]:
+        raise BadInput(f"{source}: classes names {twice[0]} twice")
+    if len(classes) < 2 or np.unique(y_train).tolist() != list(range(len(classes))):
+        raise BadInput(f"{source}: y_train must hold every one of two or more classes, 0 to {len(classes) - 1}")
+    if int(y_test.max()) >= len(classes) or x_test.shape[1:] != x_train.shape[1:] or x_test.dtype != x_train.dtype:
+        raise BadInput(f"{source}: x_test and y_test must have the classes and the image size of training")
+    return Found(x_train, y_train, x_test, y_test, classes, 255 if x_train.dtype == np.uint8 else 1)
+
+
+def _checked(source: str, found: Mapping[str, Any], part: str) -> tuple[Array, Array]:
+    with code.blaming(source.rpartition(":")[0], f"{source}: x_{part}, y_{part}: cannot be read as arrays"):
+        x, y = (np.asarray(found[f"{axis}_{part}"]) for axis in "xy")
+    is_x, is_y = (f"{array.dtype} {list(array.shape)}" for array in (x, y))
+    table = x.dtype.kind == "f" and x.ndim == 2
+    if not x.size or not (table or (x.dtype == np.uint8 and x.ndim in (3, 4))):
+        kinds = "bytes (uint8) [N, C, H, W], [N, H, W, C] or [N, H, W], or a table of floats [N, columns]"
+        raise BadInput(f"{source}: x_{part} must be {kinds}, not {is_x}")
+    if table and not np.isfinite(x).all():
+        row, column = np.argwhere(~np.isfinite(x))[0]
+        raise BadInput(
+            f"{source}: x_{part} holds {x[row, column]} in row {row}, column {column}: fill it in or leave it out"
+        )
+    if y.shape == (len(x), 1):
+        y = y[:, 0]
+    if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
+        raise BadInput(f"{source}: y_{part} must be whole numbers from 0, [{len(x)}], not {is_y}")
+    if table:
+        x = x.astype(np.float32)[:, :, None, None]
+    elif x.ndim == 3:
+        x = x[:, None]
+    elif x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def stratified(labels: Array, count: int, classes: Sequence[str]) -> NDArray[np.int64]:
+    """Positions, ascending, of `count` samples with the classes in their shares; always the same ones. Raises BadInput
+    when a class would be left without one on either side."""
+    counts = np.bincount(labels, minlength=len(classes))
+    present, of = int((counts > 0).sum()), f"{count} of {len(labels)} images"
+    if alone := [name for name, n in zip(classes, counts.tolist(), strict=True) if n == 1]:
+        raise BadInput(f"class {alone[0]} has one image: to draw a share of every class takes two of each")
+    if not present <= count <= len(labels) - present:
+        raise BadInput(f"{of}: must leave one of each of {present} classes, on either side")
+    from sklearn.model_selection import train_test_split
+
+    _, positions = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels, random_state=0)
+    share = np.bincount(labels[positions], minlength=len(classes))
+    if missing := ((counts > 0) & ((share == 0) | (share == counts))).nonzero()[0].tolist():
+        raise BadInput(f"{of}: class {classes[missing[0]]} is too small to have a share on either side")
+    return np.sort(positions)
