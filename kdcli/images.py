@@ -100,7 +100,7 @@ def list_folder(path: Path) -> Folder:
         problems += [] if of_test else [f"{tests[0]}: holds no image"]
     if problems:
         raise BadInput(*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
-    notes += [f"{path}: {n:,} {what} left out." for what, n in ignored.items() if n]
+    notes += [f"{path}: {what} left out: {n:,}." for what, n in ignored.items() if n]
     return Folder(path, classes, of_train, of_test, notes)
 
 

@@ -1,0 +1,436 @@
+"""Folders, arrays and torchvision's datasets, with the mess that they come in."""
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdcli import BadInput, BadKeys, images, sources
+from kdcli.config import Data
+from kdcli.data import Dataset, open_dataset
+
+Picture = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sources._read.cache_clear()
+
+
+def draw(
+    path: Path, colour: object = (200, 30, 60), size: tuple[int, int] = (8, 6), mode: str = "RGB", **how: object
+) -> Path:
+    """An image file of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **how)  # type: ignore[arg-type]
+    return path
+
+
+def photos(
+    root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3, parts: tuple[str, ...] = ("train", "test")
+) -> Path:
+    """A folder of small images, every one of its own colour."""
+    n = 0
+    for part in parts:
+        for i, name in enumerate(classes):
+            for k in range(each):
+                n += 1
+                draw(root / part / name / f"{k}.png", (50 * i, 5 * n, n))
+    return root
+
+
+def opened(folder: Path, **more: object) -> Dataset:
+    return open_dataset(Data.model_validate({"folder": str(folder), **more}))
+
+
+def refused(folder: Path, **more: object) -> list[str]:
+    with pytest.raises(BadInput) as error:
+        opened(folder, **more)
+    return list(error.value.lines)
+
+
+def test_a_folder_is_read_as_its_classes_say(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    draw(root / "train" / "dog" / "deep" / "er" / "x.jpeg", (1, 2, 3), quality=100, subsampling=0)
+    found = opened(root)
+    assert found.facts.classes == ["cat", "dog"]
+    assert found.facts.shape == [3, 6, 8]
+    assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert found.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.train.store[0, :, 3, 3].tolist() == [0, 5, 1]
+    assert np.abs(found.train.store[6, :, 3, 3].numpy().astype(int) - [1, 2, 3]).max() <= 2
+    assert found.notes == []
+
+
+def test_mean_and_std_are_those_of_the_training_images_by_numpy(tmp_path: Path) -> None:
+    found = opened(photos(tmp_path / "photos"))
+    x = found.train.store.numpy() / 255
+    np.testing.assert_allclose(found.facts.mean, x.mean((0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(found.facts.std, x.std((0, 2, 3)), atol=1e-6)
+    given = opened(tmp_path / "photos", mean=[0.5], std=[0.25]).facts
+    assert (given.mean, given.std, given.given) == ([0.5], [0.25], True)
+    with pytest.raises(BadKeys, match=r"data\.mean: must have 1 or 3 numbers, one a channel, not 2"):
+        opened(tmp_path / "photos", mean=[0.5, 0.5], std=[0.2, 0.2])
+
+
+def test_classes_sort_by_number_then_name(tmp_path: Path) -> None:
+    assert opened(photos(tmp_path / "photos", ("10", "9", "b", "a"))).facts.classes == ["9", "10", "a", "b"]
+
+
+@pytest.mark.parametrize("part", ["val", "valid"])
+def test_other_names_of_the_test_folder_are_said(part: str, tmp_path: Path) -> None:
+    found = opened(photos(tmp_path / "photos", parts=("train", part)))
+    assert len(found.test) == 6
+    assert found.notes == [f"The test images are those of {tmp_path}/photos/{part}."]
+
+
+def test_of_test_and_val_the_test_images_are_read_and_that_is_said(tmp_path: Path) -> None:
+    found = opened(photos(tmp_path / "photos", parts=("train", "val", "test")))
+    root = tmp_path / "photos"
+    assert found.notes == [f"{root}/val is not read: the test images are those of {root}/test."]
+
+
+def test_classes_directly_below_give_a_fixed_stratified_share(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", each=10, parts=(".",))
+    found, again = opened(root, test=0.3), opened(root, test=0.3)
+    assert torch.bincount(found.test.labels).tolist() == [3, 3]
+    assert torch.bincount(found.train.labels).tolist() == [7, 7]
+    assert found.facts == again.facts
+    assert found.notes == [f"The test images are a fixed 30% of every class of {root}."]
+    assert len(opened(root).test) == 4
+    both = photos(tmp_path / "both")
+    with pytest.raises(BadKeys, match=r"data\.test: .* has test images of its own: remove the key"):
+        opened(both, test=0.3)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    assert opened(photos(tmp_path / "photos", ("bus", "train", "test"), each=5, parts=(".",))).facts.classes == [
+        "bus",
+        "test",
+        "train",
+    ]
+
+
+def test_what_is_hidden_and_what_is_no_image_is_left_out_and_counted(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    for name in (".DS_Store", "Thumbs.db", "._0.png"):
+        (root / "train" / "cat" / name).write_bytes(b"x")
+    (root / "test" / "dog" / "notes.txt").write_text("x")
+    (root / "train" / "labels.csv").write_text("x")  # beside the classes
+    (root / "train" / ".hidden").mkdir()
+    (root / "train" / "cat" / "__MACOSX").mkdir()
+    found = opened(root)
+    assert found.facts.classes == ["cat", "dog"]
+    assert found.notes == [f"{root}: hidden entries left out: 4.", f"{root}: files that are no images left out: 1."]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda r: (r / "train" / "owl").mkdir(), ["train/owl: holds no image"]),
+        (lambda r: draw(r / "test" / "owl" / "0.png"), ["test/owl: is no class of {r}/train"]),
+        (lambda r: [f.unlink() for f in (r / "test").rglob("*.png")], ["test: holds no image"]),
+        (lambda r: os.rename(r / "train", r / "tran"), ["has test/<class>/… but no train/<class>/… beside it"]),
+        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b"GIF89a"), ["train/cat/0.png: is damaged or no image"]),
+        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b""), ["train/cat/0.png: is damaged or no image"]),
+        (lambda r: draw(r / "train" / "cat" / "9.png", size=(9, 9)), ["data.size: is missing: the images have 2 sizes, from 8 x 6 to 9 x 9; such as size: 64"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_folder_is_told(spoil: Callable[[Path], object], said: list[str], tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    spoil(root)
+    lines = refused(root)
+    assert len(lines) == len(said)
+    assert all(part.replace("{r}", str(root)) in line for part, line in zip(said, lines, strict=True))
+
+
+def test_a_truncated_file_is_named_and_of_many_the_first_ten(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", each=15)
+    for file in sorted((root / "train").rglob("*.png")):
+        Image.effect_noise((64, 64), 90).convert("RGB").save(file)
+        file.write_bytes(file.read_bytes()[:-2_000])
+    lines = refused(root, size=8)
+    assert lines[0] == f"{root}/train/cat/0.png: is damaged or no image"
+    assert len(lines) == 11
+    assert lines[-1] == "and 20 more"
+    assert not list((tmp_path / "cache" / "kd").iterdir())  # nothing half done is kept
+
+
+def test_one_class_alone_and_no_folder_are_refused(tmp_path: Path) -> None:
+    assert "has 1 folders of classes: it takes two or more" in refused(photos(tmp_path / "one", ("cat",)))[0]
+    (tmp_path / "none").mkdir()
+    assert "has 0 folders of classes" in refused(tmp_path / "none")[0]
+
+
+def test_a_class_missing_from_the_test_images_is_named(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    for file in (root / "test" / "dog").iterdir():
+        file.unlink()
+    assert opened(root).notes == [f"{root}/test has no image of dog."]
+
+
+def test_a_link_to_a_folder_above_ends(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    (root / "train" / "cat" / "loop").symlink_to(root / "train" / "cat")
+    assert len(opened(root).train) == 6
+
+
+def test_test_images_that_lie_in_training_are_counted_and_named(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    draw(root / "test" / "cat" / "0.png", (0, 5, 1))
+    draw(root / "test" / "dog" / "1.png", (0, 10, 2))
+    (note,) = opened(root).notes
+    assert note.startswith("2 test images lie in the training set too, pixel for pixel, 1 of them with another label: ")
+    assert f"{root}/test/cat/0.png is {root}/train/cat/0.png" in note
+
+
+# How files are decoded.
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tiff", ".gif", ".PNG"])
+def test_every_format_is_read(suffix: str, tmp_path: Path) -> None:
+    file = draw(tmp_path / f"x{suffix}", (200, 30, 60), lossless=True)
+    assert images.to_bytes(images.open_image(file), None, 3)[:, 2, 2].tolist() == [200, 30, 60]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "wanted"),
+    [
+        ("RGBA", (200, 30, 60, 0), [0, 0, 0]),
+        ("RGBA", (200, 100, 50, 51), [40, 20, 10]),
+        ("LA", (200, 0), [0, 0, 0]),
+        ("L", 77, [77, 77, 77]),
+        ("1", 1, [255, 255, 255]),
+        ("I;16", 257 * 130, [130, 130, 130]),
+        ("CMYK", (0, 255, 255, 0), [255, 0, 0]),
+        ("P", 0, [200, 30, 60]),
+    ],
+)
+def test_every_mode_becomes_colours(mode: str, colour: object, wanted: list[int], tmp_path: Path) -> None:
+    file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    if mode == "P":
+        Image.new("RGB", (8, 6), (200, 30, 60)).quantize().save(file)
+    else:
+        draw(file, colour, mode=mode)
+    assert images.to_bytes(images.open_image(file), None, 3)[:, 2, 2].tolist() == wanted
+
+
+def test_a_photograph_is_turned_as_it_was_held(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4), "black")
+    image.paste((255, 255, 255), (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    array = images.to_bytes(images.open_image(tmp_path / "x.png"), None, 1)
+    assert array.shape == (1, 8, 4)
+    assert array[0, :, 0].tolist() == [255] * 4 + [0] * 4
+    assert images.header(tmp_path / "x.png") == images.Header(4, 8, False)
+
+
+def test_the_shorter_side_is_resized_and_the_middle_kept() -> None:
+    wide = Image.new("RGB", (40, 10), "white")
+    wide.paste((0, 0, 0), (15, 0, 25, 10))
+    assert images.to_bytes(wide, 5, 1)[:, :, 1:-1].tolist() == [[[0] * 3] * 5]
+    assert images.to_bytes(wide.rotate(90, expand=True), 5, 3).shape == (3, 5, 5)
+
+
+def test_grey_folders_have_one_channel_unless_they_are_to_have_three(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for i, name in enumerate(("a", "b")):
+            for k in range(3):
+                draw(tmp_path / "x" / part / name / f"{k}.png", 60 * i + 9 * k + 3 * (part == "test"), mode="L")
+    assert opened(tmp_path / "x").facts.shape == [1, 6, 8]
+    assert opened(tmp_path / "x", channels=3).facts.shape == [3, 6, 8]
+    draw(tmp_path / "x" / "train" / "a" / "7.png")
+    assert opened(tmp_path / "x").facts.shape == [3, 6, 8]
+
+
+# The cache.
+
+
+def test_a_second_start_decodes_nothing_and_a_changed_file_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = photos(tmp_path / "photos")
+    first = opened(root)
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "_fill", lambda *_: pytest.fail("decoded again"))
+        sources._read.cache_clear()
+        assert opened(root).facts == first.facts
+    draw(root / "train" / "cat" / "0.png", (255, 255, 255))
+    changed = opened(root)
+    assert changed.facts.fingerprint != first.facts.fingerprint
+    assert changed.train.store[0, 0, 0, 0] == 255
+
+
+def test_the_arrays_are_mapped_and_writing_to_them_changes_no_file(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    found = opened(root)
+    found.train.store[0] = 9
+    sources._read.cache_clear()
+    assert opened(root).train.store[0, 1, 0, 0] == 5
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (line,) = refused(photos(tmp_path / "photos"))
+    assert "decoded images go to" in line
+    assert "XDG_CACHE_HOME names another folder" in line
+
+
+# Arrays.
+
+
+def saved(path: Path, **arrays: object) -> Path:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def of_images(shape: tuple[int, ...], n: int, classes: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    images = np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8)
+    return images, np.arange(n) % classes
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"), [((6, 5), [1, 6, 5]), ((6, 5, 3), [3, 6, 5]), ((3, 6, 5), [3, 6, 5]), ((4, 6, 5), [4, 6, 5])]
+)
+def test_npz_files_hold_images_of_any_layout(shape: tuple[int, ...], wanted: list[int], tmp_path: Path) -> None:
+    x, y = of_images(shape, 8)
+    other, _ = of_images(shape, 4, seed=1)
+    found = open_dataset(Data(arrays=str(saved(tmp_path / "a.npz", x_train=x, y_train=y, x_test=other, y_test=y[:4]))))
+    assert found.facts.shape == wanted
+    moved = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2) if shape[-1] == 3 else x
+    np.testing.assert_array_equal(found.train.store, moved)
+
+
+def test_medmnist_files_are_read_as_they_are(tmp_path: Path) -> None:
+    x, y = of_images((28, 28, 3), 9, 3)
+    file = saved(tmp_path / "m.npz", train_images=x, train_labels=y[:, None], val_images=x, val_labels=y[:, None],
+                 test_images=255 - x, test_labels=y[:, None])  # fmt: skip
+    found = open_dataset(Data(arrays=str(file)))
+    assert found.facts.shape == [3, 28, 28]
+    assert found.train.labels.tolist() == y.tolist()
+    assert found.notes == [f"{file}: val_images, val_labels are left out."]
+
+
+def test_a_table_is_rows_of_floats_normalised_column_by_column(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal([5, 100, 0], [1, 30, 0], (40, 3)), np.arange(40) % 2
+    found = open_dataset(
+        Data(arrays=str(saved(tmp_path / "t.npz", x_train=x, y_train=y, x_test=x[:9] + 1, y_test=y[:9])))
+    )
+    assert found.facts.shape == [3, 1, 1]
+    assert found.facts.table
+    np.testing.assert_allclose(found.facts.mean, x.mean(0), atol=1e-4)
+    np.testing.assert_allclose(found.facts.std, [*x[:, :2].std(0), 1], rtol=1e-4)
+    np.testing.assert_allclose(found.train.inputs(torch.tensor([3]))[0, :, 0, 0], x[3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"x_train": None}, "must hold x_train, y_train, x_test, y_test and, if they have names, classes, not y_train, x_test, y_test"),
+        ({"x_train": np.full((8, 3), np.nan)}, "x_train holds nan in row 0, column 0: fill it in or leave it out"),
+        ({"x_train": np.zeros((8, 2, 2, 3), np.float32)}, "x_train must be bytes (uint8)"),
+        ({"y_train": np.eye(8)}, "y_train must be whole numbers from 0, [8]"),
+        ({"y_train": np.array(list("abababab"))}, "y_train must be whole numbers from 0, [8]"),
+        ({"x_test": np.zeros((4, 9, 9), np.uint8)}, "x_test and y_test must have the classes and the image size of training"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_arrays_is_told(change: dict[str, object], said: str, tmp_path: Path) -> None:
+    x, y = of_images((6, 5), 8)
+    good = {"x_train": x, "y_train": y, "x_test": x[:4], "y_test": y[:4]} | change
+    file = saved(tmp_path / "a.npz", **{name: array for name, array in good.items() if array is not None})
+    with pytest.raises(BadInput) as error:
+        open_dataset(Data(arrays=str(file)))
+    assert said in str(error.value)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 100])
+def test_a_damaged_npz_file_is_told_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(BadInput, match=r"a\.npz: cannot be read as \.npz"):
+        open_dataset(Data(arrays=str(tmp_path / "a.npz")))
+
+
+def test_an_npz_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+    x, y = of_images((6, 5), 8)
+    np.savez(tmp_path / "a.npz", x_train=np.array([{}], object), y_train=y, x_test=x, y_test=y)
+    with pytest.raises(BadInput, match="cannot be read as"):
+        open_dataset(Data(arrays=str(tmp_path / "a.npz")))
+
+
+# torchvision's.
+
+
+def idx(array: np.ndarray) -> bytes:
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def small_mnist(raw: Path, prefix: str = "") -> None:
+    """The files of a kind of MNIST, with 12 training and 4 test images of ten classes."""
+    raw.mkdir(parents=True)
+    for part, n in (("train", 20), ("t10k" if not prefix else "test", 10)):
+        x, y = of_images((28, 28), n, 10, seed=n)
+        for kind, array in (("images-idx3", x), ("labels-idx1", y.astype(np.uint8))):
+            (raw / f"{prefix}{part}-{kind}-ubyte").write_bytes(idx(array))
+
+
+def test_a_dataset_of_torchvisions_is_read_with_its_class_names(tmp_path: Path) -> None:
+    small_mnist(tmp_path / "data" / "FashionMNIST" / "raw")
+    found = open_dataset(Data(name="torchvision:FashionMNIST"), tmp_path / "data")
+    assert found.facts.classes[:2] == ["T-shirt/top", "Trouser"]
+    assert found.facts.shape == [1, 28, 28]
+    np.testing.assert_array_equal(found.train.store[:, 0], of_images((28, 28), 20, 10, seed=20)[0])
+    assert found.test.labels.tolist() == list(range(10))
+    resized = open_dataset(Data(name="torchvision:FashionMNIST", size=14, channels=3), tmp_path / "data")
+    assert resized.facts.shape == [3, 14, 14]
+
+
+def test_emnist_needs_its_split(tmp_path: Path) -> None:
+    small_mnist(tmp_path / "data" / "EMNIST" / "raw", "emnist-digits-")
+    found = open_dataset(Data(name="torchvision:EMNIST", split="digits"), tmp_path / "data")
+    assert found.facts.classes == [str(c) for c in range(10)]
+    with pytest.raises(BadKeys, match=r"data\.split: is missing: EMNIST has several"):
+        open_dataset(Data(name="torchvision:EMNIST"), tmp_path / "data")
+    with pytest.raises(BadKeys, match=r"data\.split: is for KMNIST to choose by: remove it"):
+        open_dataset(Data(name="torchvision:KMNIST", split="digits"), tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("CIFAR11", "data.name: torchvision has no dataset CIFAR11; did you mean CIFAR10?"),
+        ("FakeData", "data.name: FakeData has no parts train and test"),
+        ("MovingMNIST", "MovingMNIST is not there"),
+    ],
+)
+def test_what_torchvision_cannot_give_is_told(name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as error:
+        open_dataset(Data(name=f"torchvision:{name}"), tmp_path, download=False)
+    assert said in str(error.value)
+    assert len(error.value.lines) == 1
+
+
+def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    with pytest.raises(BadInput) as error:
+        open_dataset(Data(name="torchvision:CIFAR10"), tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}: CIFAR10 is not there and could not be downloaded (OSError: no network): put its files in {tmp_path}, "
+        "where torchvision looks for them"
+    )
