@@ -4,6 +4,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,8 +61,21 @@ class Header(NamedTuple):
     grey: bool
 
 
-def header(file: Path) -> Header | str:
-    """The header of an image file, or what is wrong with it."""
+def headers(files: Sequence[Path]) -> list[Header]:
+    """The headers of image files. Raises BadInput with those that cannot be read."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(_header, files))
+    refuse([one for one in found if isinstance(one, str)])
+    return [one for one in found if isinstance(one, Header)]
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise BadInput with the first of many problems, if there are any."""
+    if problems:
+        raise BadInput(*problems[:10], *([f"and {len(problems) - 10:,} more"] if len(problems) > 10 else []))
+
+
+def _header(file: Path) -> Header | str:
     try:
         with Image.open(file) as image:
             width, height = image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # orientation
@@ -98,8 +112,7 @@ def list_folder(path: Path) -> Folder:
         problems += [f"{tests[0] / c}: is no class of {train}" for c in _classes(tests[0]) if c not in classes]
         notes += _of_tests(tests, classes, {i for _, i in of_test})
         problems += [] if of_test else [f"{tests[0]}: holds no image"]
-    if problems:
-        raise BadInput(*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else []))
+    refuse(problems)
     notes += [f"{path}: {what} left out: {n:,}." for what, n in ignored.items() if n]
     return Folder(path, classes, of_train, of_test, notes)
 

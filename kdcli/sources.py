@@ -21,7 +21,7 @@ from PIL import Image
 
 from kdcli import BadInput, BadKeys, code, failure
 from kdcli.config import Data, nearest
-from kdcli.images import TESTS, Labelled, header, list_folder, open_image, to_bytes
+from kdcli.images import TESTS, Labelled, headers, list_folder, open_image, refuse, to_bytes
 from kdcli.runs import Facts
 
 MNIST = "12176aed4628b392"  # the beginning of its fingerprint
@@ -296,16 +296,13 @@ def _folder(data: Data, out: Path) -> Found:
 def _common(data: Data, files: Sequence[Path]) -> int:
     """The channels of image files: as asked for, else 1 where all are grey. Raises BadInput where one cannot be read,
     BadKeys where they differ in size and none is asked for."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(header, files))
-    _raise([one for one in found if isinstance(one, str)])
-    headers = [one for one in found if not isinstance(one, str)]
-    sizes = {(one.width, one.height) for one in headers}
+    found = headers(files)
+    sizes = {(one.width, one.height) for one in found}
     if len(sizes) > 1 and not data.size:
         least, most = min(sizes, key=min), max(sizes, key=max)
         between = f"from {least[0]} x {least[1]} to {most[0]} x {most[1]}"
         raise BadKeys(("data.size", f"is missing: the images have {len(sizes):,} sizes, {between}; such as size: 64"))
-    return data.channels or (1 if all(one.grey for one in headers) else 3)
+    return data.channels or (1 if all(one.grey for one in found) else 3)
 
 
 def _fill(
@@ -339,12 +336,7 @@ def _fill(
         for block in track(blocks, doing, console=console, transient=True, disable=not console.is_terminal):
             problems += filter(None, pool.map(one, block))
     out.flush()
-    _raise(problems)
-
-
-def _raise(problems: Sequence[str]) -> None:
-    if problems:
-        raise BadInput(*problems[:10], *([f"and {len(problems) - 10:,} more"] if len(problems) > 10 else []))
+    refuse(problems)
 
 
 def _npz(file: Path) -> Found:

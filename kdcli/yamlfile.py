@@ -34,7 +34,7 @@ def parse_set(text: str) -> Override:
     if not equals or not all(key.split(".")):
         raise BadInput(f"--set {text}: write it as --set section.key=value, for example --set teacher.train.epochs=5")
     try:
-        return Override(key, yaml.load(value, _Loader), f"--set {text}")
+        return Override(key, yaml.load(value, Loader), f"--set {text}")
     except (yaml.YAMLError, ValueError, RecursionError):
         raise BadInput(f"--set {text}: the value is not YAML") from None
 
@@ -140,7 +140,7 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML with the numbers of YAML 1.2: 1e-3 is one; 010, 1_000 and 1:30 are not."""
 
 
@@ -148,12 +148,12 @@ _NUMBERS = {
     "tag:yaml.org,2002:int": r"[-+]?(0|[1-9]\d*)$",
     "tag:yaml.org,2002:float": r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$",
 }
-_Loader.yaml_implicit_resolvers = {
+Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+    Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -161,8 +161,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     origins, problems = {"": f"{path}:1"}, list[str]()
     try:
         text = path.read_text(encoding="utf-8")
-        _locate(yaml.compose(text, _Loader), "", str(path), origins, problems)
-        values = yaml.load(text, _Loader)
+        _locate(yaml.compose(text, Loader), "", str(path), origins, problems)
+        values = yaml.load(text, Loader)
     except RecursionError:
         raise BadInput(f"{path}: too large or too deep for an experiment file") from None
     except yaml.MarkedYAMLError as error:

@@ -230,7 +230,7 @@ def test_a_photograph_is_turned_as_it_was_held(tmp_path: Path) -> None:
     array = images.to_bytes(images.open_image(tmp_path / "x.png"), None, 1)
     assert array.shape == (1, 8, 4)
     assert array[0, :, 0].tolist() == [255] * 4 + [0] * 4
-    assert images.header(tmp_path / "x.png") == images.Header(4, 8, False)
+    assert images.headers([tmp_path / "x.png"]) == [images.Header(4, 8, False)]
 
 
 def test_the_shorter_side_is_resized_and_the_middle_kept() -> None:

@@ -1,0 +1,78 @@
+"""How long trainings take on this machine, from a few timed steps of each kind."""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from kdcli.config import Model, Train
+from kdcli.data import Dataset
+from kdcli.device import place, seeded
+from kdcli.fit import fit
+from kdcli.models import build
+from kdcli.runs import Places, Spec
+from kdcli.teacher import Teacher, predict
+
+ENOUGH = 0.3  # seconds of steps that are timed
+
+
+def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, places: Places) -> dict[str, float]:
+    """The seconds that the training of each spec takes, by name; `known` are the specs of their parents. Kinds that
+    differ in the numbers of a recipe alone are timed once."""
+    torch.set_num_threads(places.threads)
+    by_name, timed, found = {spec.name: spec for spec in known}, dict[str, tuple[float, float]](), {}
+    for spec in (s for s in specs if s.model and s.train):
+        model, train = spec.trained
+        live = spec.distill and train.augmented
+        teacher = [s.model for s in _members(by_name, spec.parents[0]) if s.model] if live else []
+        how = train.model_dump(include={"batch_size", "optimizer", "ema", "crop", "cutout", "mixup"})
+        kind = repr((model, how, train.augmented, bool(spec.distill), teacher))
+        if kind not in timed:
+            timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
+        a_step, an_image = timed[kind]
+        n = len(dataset.transfer_set(spec.omitted, spec.data.transfer))
+        steps = math.ceil(n / train.batch_size)
+        found[spec.name] = train.epochs * (steps * a_step + len(dataset.test) * an_image)
+    return found
+
+
+def _members(by_name: dict[str, Spec], name: str) -> list[Spec]:
+    """The spec of a run, or those of an ensemble's members; none of a run that is not planned."""
+    if name not in by_name:
+        return []
+    spec = by_name[name]
+    return [by_name[parent] for parent in spec.parents if parent in by_name] if spec.command == "ensemble" else [spec]
+
+
+def _timed(
+    model: Model, train: Train, spec: Spec, taught_by: Sequence[Model], dataset: Dataset, device: torch.device
+) -> tuple[float, float]:
+    """Seconds of a step, and of an image that errors are counted on."""
+    images = dataset.train.at(torch.zeros(train.batch_size, dtype=torch.int64)).to(device)
+    short = train.model_copy(update={"epochs": 1, "warmup": 0.0, "milestones": [1]})
+    logits = torch.zeros(1, train.batch_size, len(dataset.facts.classes), device=device)
+    with seeded(0, "estimate"):
+        net = place(build(model, dataset.facts), device)
+        nets = [place(build(m, dataset.facts), device).eval().requires_grad_(False) for m in taught_by]
+        live = Teacher(lambda _, x: torch.stack([teacher(x) for teacher in nets]))
+        teacher = live if nets else Teacher(lambda index, _: logits[:, index])
+        times = list[float]()
+        while len(times) < 3 or (sum(times) < ENOUGH and len(times) < 30):  # the first one warms up
+            start = time.perf_counter()
+            next(fit(net, images, short, 0, teacher=teacher if spec.distill else None, distill=spec.distill))
+            times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        predict(net, images)
+        an_image = (time.perf_counter() - start) / len(images)
+    return sorted(times[1:])[len(times) // 2 - 1], an_image
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader: `40 s`, `12 min`, `3 h 10 min`, `2.1 days`."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 2 * 24 * 60 else f"{minutes / 1440:.1f} days"

@@ -1,0 +1,108 @@
+"""`kd init` looks at a folder of images and writes the experiment file that fits it."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import jinja2
+import torch
+import yaml
+from torch import Tensor
+
+from kdcli.config import Experiment, Model
+from kdcli.data import Dataset, Split
+from kdcli.estimate import duration, seconds
+from kdcli.images import Folder, Header, headers, list_folder
+from kdcli.models import multiply_adds
+from kdcli.plan import distinct, plan, sample_net
+from kdcli.runs import Facts, Places
+from kdcli.sources import stratified
+from kdcli.yamlfile import Loader
+
+SEEN = 300_000  # images in a training: a first answer within hours on two cores
+SIZES = (32, 64)  # pixels; the second where the images are much larger than the first
+
+
+class Look(NamedTuple):
+    """What a folder of images holds, and the images that an experiment makes of them."""
+
+    folder: Folder
+    headers: list[Header]
+    train: Tensor  # labels
+    test: Tensor
+    size: int | None  # None where the images are small squares, all alike
+    notes: list[str]
+
+    @property
+    def median(self) -> float:
+        """Of the shorter sides, in pixels."""
+        return median(min(one.width, one.height) for one in self.headers)
+
+    @property
+    def facts(self) -> Facts:
+        channels = 1 if all(one.grey for one in self.headers) else 3
+        side, half = self.size or self.headers[0].width, [0.5] * channels
+        shape = [channels, side, side]
+        return Facts(fingerprint="", classes=self.folder.classes, shape=shape, white=255, mean=half, std=half)
+
+    def dataset(self) -> Dataset:
+        """A dataset with these labels whose images are all the same noise, to plan and to time."""
+        facts, noise = self.facts, torch.randint(256, (1, *self.facts.shape), dtype=torch.uint8)
+        train, test = (Split(noise, y, 255, torch.zeros(len(y), dtype=torch.int64)) for y in (self.train, self.test))
+        return Dataset(train, test, max(len(train) // 10, len(facts.classes)), facts)
+
+
+def experiment_file(path: Path, teacher: str, student: str, places: Places) -> str:
+    """A commented experiment file for a folder of images: its nets, sizes, epochs and time. Raises BadInput."""
+    look, name = _look(path), "".join(c if c.isascii() and c.isalnum() else "-" for c in path.absolute().name)
+    text = Path(__file__).with_name("init.yaml").read_text()
+    template = jinja2.Template(text, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    epochs, batch = min(max(round(SEEN / len(look.train)), 5), 60), 128 if len(look.train) >= 2_000 else 32
+    render = partial(
+        template.render,
+        look=look,
+        name=name.strip("-") or "photos",
+        path=json.dumps(str(path.absolute())),
+        teacher=json.dumps(teacher),
+        student=json.dumps(student),
+        costs=[_cost(net, look.facts) for net in (teacher, student)],
+        each=torch.bincount(look.train).tolist(),
+        sizes=sorted({(one.width, one.height) for one in look.headers}, key=lambda wh: wh[0] * wh[1]),
+        epochs=epochs,
+        batch=batch,
+        jitter=min(4, look.facts.shape[1] // 8),
+    )
+    workers = os.cpu_count() or 1 if places.device == "cpu" else 1
+    experiment, dataset = Experiment.model_validate(yaml.load(render(time=""), Loader)), look.dataset()
+    specs, at_work = (
+        distinct(plan([experiment], dataset)),
+        places._replace(threads=1 if workers > 1 else places.threads),
+    )
+    spent = sum(seconds(specs, specs, dataset, at_work).values()) / workers
+    at_once = f", {workers} trainings at once" if workers > 1 else ""
+    return render(time=f"about {duration(spent)} on this machine ({places.device}{at_once})")
+
+
+def _look(path: Path) -> Look:
+    """Read the headers of all images of a folder. Raises BadInput."""
+    folder = list_folder(path)
+    found = headers([file for file, _ in (*folder.train, *folder.test)])
+    train, test = (torch.tensor([c for _, c in part], dtype=torch.int64) for part in (folder.train, folder.test))
+    notes = list(folder.notes)
+    if not len(test):
+        at = torch.from_numpy(stratified(train.numpy(), round(0.2 * len(train)), folder.classes))
+        notes.append("A fixed 20% of every class becomes the test images: data.test sets another share.")
+        test, train = train[at], train[~torch.isin(torch.arange(len(train)), at)]
+    look = Look(folder, found, train, test, None, notes)
+    alike = len({(one.width, one.height) for one in found}) == 1 and found[0].width == found[0].height <= SIZES[1]
+    return look if alike else look._replace(size=SIZES[look.median > 1.5 * SIZES[0]])
+
+
+def _cost(name: str, facts: Facts) -> str:
+    """The parameters and the multiply-adds an image of a net. Raises BadInput where it does not fit the images."""
+    net = sample_net(Model(name=name), facts)
+    parameters = sum(p.numel() for p in net.parameters())
+    return f"{parameters / 1e6:.2g} M parameters, {multiply_adds(net, facts.shape) / 1e6:.3g} M multiply-adds an image"
