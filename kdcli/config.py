@@ -66,7 +66,8 @@ def _function(reference: str, info: ValidationInfo) -> str:
 
 def _source(name: str) -> str:
     if name not in ("digits", "mnist") and not name.startswith("torchvision:"):
-        raise problem("", f"must be digits, mnist or torchvision:CLASS, such as torchvision:CIFAR10, not {name!r}")
+        meant = nearest(name, ("digits", "mnist")).partition(" (known")[0]
+        raise problem("", f"must be digits, mnist or torchvision:CLASS, such as torchvision:CIFAR10, not {name!r}{meant}")
     return name
 
 

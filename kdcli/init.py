@@ -83,7 +83,7 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
     )
     spent = sum(seconds(specs, specs, dataset, at_work).values()) / workers
     at_once = f", {workers} trainings at once" if workers > 1 else ""
-    return render(time=f"about {duration(spent)} on this machine ({places.device}{at_once})")
+    return str(render(time=f"about {duration(spent)} on this machine ({places.device}{at_once})"))
 
 
 def _look(path: Path) -> Look:

@@ -25,7 +25,6 @@ from kdcli.images import TESTS, Labelled, headers, list_folder, open_image, refu
 from kdcli.runs import Facts
 
 MNIST = "12176aed4628b392"  # the beginning of its fingerprint
-MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 Array = NDArray[Any]
 
@@ -66,17 +65,13 @@ def _stamp(data: Data) -> str:
 @lru_cache(maxsize=2)
 def _read(how: str, stamp: str, root: Path, download: bool) -> tuple[Found, Facts]:
     data = Data.model_validate_json(how, context={"reading": True})
-    if data.name in ("digits", "mnist"):
-        found = _digits() if data.name == "digits" else _mnist(root, download)
+    if data.name == "digits":
+        found = _digits()
     elif data.function:
         found = _arrays(code.call(data.function), data.function)
     else:
         return _kept(hashlib.sha256(f"{how} {stamp} {root.absolute()}".encode()).hexdigest()[:16], data, root, download)
-    found, facts = found._replace(notes=_of_duplicates(found)), _facts(found)
-    if data.name == "mnist" and not facts.fingerprint.startswith(MNIST):
-        instead = "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
-        raise BadInput(f"{root}/MNIST/raw: these IDX files are not MNIST's, which `name: mnist` means: {instead}")
-    return found, facts
+    return found._replace(notes=_of_duplicates(found)), _facts(found)
 
 
 def _kept(key: str, data: Data, root: Path, download: bool) -> tuple[Found, Facts]:
@@ -111,7 +106,11 @@ def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
         found = _folder(data, folder)
     else:
         found = _torchvision(data, root, download, folder)
-    text = json.dumps({"facts": _facts(found).model_dump(), "notes": found.notes})
+    facts = _facts(found)
+    if data.name == "mnist" and not facts.fingerprint.startswith(MNIST):
+        instead = "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
+        raise BadInput(f"{root}/MNIST/raw: these files are not MNIST's, which `name: mnist` means: {instead}")
+    text = json.dumps({"facts": facts.model_dump(), "notes": found.notes})
     (folder / "facts.json").write_text(text)
 
 
@@ -172,50 +171,30 @@ def _digits() -> Found:
     return Found(images[train], labels[train], images[test], labels[test], classes, white=16)
 
 
-def _mnist(root: Path, download: bool) -> Found:
-    from torchvision.datasets import MNIST, mnist
-
-    raw = root / "MNIST" / "raw"
-    files, arrays = [raw / f"{name}-ubyte" for name in MNIST_FILES], list[Array]()
-    if not all(file.is_file() for file in files):
-        instead = f"put its four files in {raw}, name their folder with --data-dir or KD_DATA, or run the "
-        instead += "digits experiment, which needs no download"
-        _downloaded("MNIST", root, download, instead, lambda down: MNIST(str(root), download=down))
-    for file, read_file in zip(files, [mnist.read_image_file, mnist.read_label_file] * 2, strict=True):
-        try:
-            arrays.append(read_file(str(file)).numpy())
-        except OSError as error:
-            raise BadInput(f"{file}: cannot be read: {error.strerror or error}") from None
-        except Exception:  # torchvision asserts, or lets through what numpy raises
-            raise BadInput(f"{file}: is damaged or no IDX file: delete it to have it downloaded again") from None
-    x_train, y_train, x_test, y_test = arrays
-    for x, y in ((x_train, y_train), (x_test, y_test)):
-        if len(x) != len(y) or x.shape[1:] != x_train.shape[1:]:
-            raise BadInput(f"{raw}: its files do not belong together: {len(x)} images, {len(y)} labels")
-    return Found(x_train[:, None], y_train, x_test[:, None], y_test, [str(c) for c in range(10)])
-
-
-def _downloaded(name: str, root: Path, download: bool, instead: str, get: Callable[[bool], Any]) -> Any:
+def _downloaded(name: str, root: Path, download: bool, get: Callable[[bool], Any]) -> Any:
     """What `get` gives of a dataset that is there or, if it is not and may be, is downloaded and verified."""
-    absent, problem = f"{root}: {name} is not there", Exception()
+    problem, instead = "", f"put its files in {root}, where torchvision looks for them, or name another folder with "
+    instead += f"--data-dir or KD_DATA{'; the digits experiment needs no download' if name == 'MNIST' else ''}"
     for how in (False, True) if download else (False,):
         try:
             with code.quiet():
                 return get(how)
-        except BadInput:
-            raise
         except Exception as error:  # torchvision lets through whatever the network, the disk or gzip raised
-            problem = error
+            problem = failure(error)[:200]
+            absent = isinstance(error, FileNotFoundError) or "not found" in str(error)
+            if not how and not absent:
+                again = "delete its files to have them downloaded again"
+                raise BadInput(f"{root}: {name} is damaged or cannot be read ({problem}): {again}") from None
     if not download:
-        raise BadInput(f"{absent}, and --dry-run downloads nothing: {instead}")
-    raise BadInput(f"{absent} and could not be downloaded ({failure(problem)[:200]}): {instead}") from None
+        raise BadInput(f"{root}: {name} is not there, and --dry-run downloads nothing: {instead}")
+    raise BadInput(f"{root}: {name} is not there and could not be downloaded ({problem}): {instead}") from None
 
 
 def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:
     """A dataset of torchvision's: the parts that it calls train and test (or val, or valid)."""
     from torchvision import datasets
 
-    name = (data.name or "").removeprefix("torchvision:")
+    name = "MNIST" if data.name == "mnist" else (data.name or "").removeprefix("torchvision:")
     make, known = getattr(datasets, name, None), [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
     if name not in known or not inspect.isclass(make):
         raise BadKeys(("data.name", f"torchvision has no dataset {name}{nearest(name, known)}"))
@@ -227,7 +206,7 @@ def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:
         what = f"is for {name} to choose by: remove it" if data.split else f"is missing: {name} has several"
         raise BadKeys(("data.split", what))
     fixed: dict[str, Any] = {"root": str(root)} | ({"split": data.split} if data.split else {})
-    instead, classes = f"put its files in {root}, where torchvision looks for them", list[str]()
+    classes = list[str]()
     for part, names in (("train", ["train"]), ("test", TESTS)):
         ways = [{"train": part == "train"}] if "train" in takes else [{"split": name} for name in names]
 
@@ -238,10 +217,11 @@ def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:
                     return make(**way, **more)
             return make(**ways[-1], **more)
 
-        dataset = _downloaded(name, root, download, instead, get)
+        dataset = _downloaded(name, root, download, get)
         labels = _of_dataset(dataset, name, data, folder / f"x_{part}.npy")
         np.save(folder / f"y_{part}", labels)
-        found = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
+        numbers = range(int(labels.max()) + 1)
+        found = numbers if data.name == "mnist" else getattr(dataset, "classes", None) or numbers
         classes = classes or [str(c[0] if isinstance(c, tuple) else c) for c in found]
     whole = _mapped(folder, classes)
     return whole._replace(notes=_of_duplicates(whole))
@@ -252,7 +232,10 @@ def _of_dataset(dataset: Any, name: str, data: Data, file: Path) -> Array:
     labels = np.zeros(len(dataset), np.int64)
 
     def image(i: int) -> Image.Image:
-        shown, label = dataset[i]
+        try:
+            shown, label = dataset[i]
+        except Exception as error:
+            raise BadInput(f"{name}: image {i} cannot be read: {failure(error)}") from None
         if not isinstance(shown, Image.Image) or not isinstance(label, int | np.integer):
             raise BadKeys(("data.name", f"{name} does not give an image and the number of its class"))
         labels[i] = label

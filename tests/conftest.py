@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,12 @@ import torch
 
 from kdcli import cli
 from kdcli.runs import Facts
-from kdcli.sources import MNIST_FILES
 
 torch.set_num_threads(1)
+
+MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+CACHE = Path(tempfile.gettempdir(), f"kd-tests-{os.getuid()}")  # of decoded images, for all tests and later ones
+os.environ.setdefault("XDG_CACHE_HOME", str(CACHE))
 
 # The whole of an experiment on the embedded digits, small enough to train in a second.
 TINY = """\

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, Done, Shell, kd_here
+from conftest import MNIST_FILES, TINY, Done, Shell, kd_here
 from safetensors.torch import load_file
 
 from kdcli.runs import open_run
-from kdcli.sources import MNIST_FILES
 
 COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", "run")
 
@@ -142,7 +141,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "both lambdas 0": ("distill tiny.yaml --lambda1 0 --lambda2 0", "the student would learn nothing"),
     "a dataset that kd does not know": (
         "run tiny.yaml --set data.name=mnits",
-        "data.name: must be one of mnist, digits, not 'mnits'; did you mean mnist?",
+        "data.name: must be digits, mnist or torchvision:CLASS, such as torchvision:CIFAR10, not 'mnits'; did you mean mnist?",
     ),
     "too few to transfer": (
         "distill tiny.yaml --set data.transfer=9",

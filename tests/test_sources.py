@@ -431,6 +431,6 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch:
     with pytest.raises(BadInput) as error:
         open_dataset(Data(name="torchvision:CIFAR10"), tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: CIFAR10 is not there and could not be downloaded (OSError: no network): put its files in {tmp_path}, "
-        "where torchvision looks for them"
+        f"{tmp_path}: CIFAR10 is not there and could not be downloaded (OSError: no network): put its files "
+        f"in {tmp_path}, where torchvision looks for them, or name another folder with --data-dir or KD_DATA"
     )

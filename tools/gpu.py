@@ -41,11 +41,11 @@ from kdcli.fit import NOTHING, Fitted, fit
 from kdcli.models import build
 from kdcli.runs import Facts, State
 from kdcli.score import count_errors
-from kdcli.sources import MNIST_FILES
 from kdcli.teacher import Teacher, predict
 
 Forward = Callable[[Tensor], Tensor]
 
+MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 MNIST_FACTS = Facts(fingerprint="", classes=[str(c) for c in range(10)], shape=[1, 28, 28], white=255)
 
 
