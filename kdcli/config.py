@@ -67,7 +67,8 @@ def _function(reference: str, info: ValidationInfo) -> str:
 def _source(name: str) -> str:
     if name not in ("digits", "mnist") and not name.startswith("torchvision:"):
         meant = nearest(name, ("digits", "mnist")).partition(" (known")[0]
-        raise problem("", f"must be digits, mnist or torchvision:CLASS, such as torchvision:CIFAR10, not {name!r}{meant}")
+        such = "digits, mnist or torchvision:CLASS, such as torchvision:CIFAR10"
+        raise problem("", f"must be {such}, not {name!r}{meant}")
     return name
 
 

@@ -56,8 +56,9 @@ def seeded(seed: int, purpose: str, epoch: int = 0) -> Iterator[None]:
 
 
 def place(net: nn.Module, device: torch.device) -> nn.Module:
-    """The net on a device, laid out as its convolutions run fastest there."""
-    return net.to(device).to(memory_format=torch.channels_last) if device.type == "cuda" else net
+    """The net on a device, laid out as its convolutions run fastest: on two CPUs a step of resnet20 takes 0.8 x as long
+    (tools/bench_images.py)."""
+    return net.to(device).to(memory_format=torch.channels_last)
 
 
 def forward_of(net: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

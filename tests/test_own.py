@@ -70,8 +70,8 @@ def test_the_table_is_of_the_named_classes(document: dict[str, Any]) -> None:
 
 def test_a_state_with_batch_norm_is_kept_whole(own: Shell, document: dict[str, Any]) -> None:
     weights = load_file(own.folder / "runs" / run_of(document, "teacher") / "weights.safetensors")
-    assert {"1.running_mean", "1.running_var"} <= weights.keys()
-    assert bool((weights["1.running_mean"] != 0).all())
+    assert {"net.1.running_mean", "net.1.running_var", "mean", "scale"} <= weights.keys()
+    assert bool((weights["net.1.running_mean"] != 0).all())
 
 
 def test_the_page_names_the_classes_and_shows_the_images_as_they_are(own: Shell) -> None:
@@ -281,7 +281,11 @@ def test_code_that_fails_is_told_with_its_file_and_line(what: str, kd: Shell) ->
     [
         ("own_nets.py:make", "own_nets.py:made", "own_nets.py: has no function made"),
         ("own_nets.py:make", "nets.py:make", "own.yaml:5: teacher.model.name: there is no file "),
-        ("own_nets.py:make", "own_nets:make", "own.yaml:5: teacher.model.name: must be FILE.py:FUNCTION, such as"),
+        (
+            "own_nets.py:make",
+            "own_nets:make",
+            "own.yaml:5: teacher.model.name: must be resnet8 (…20, 56, 110), resnet8x4, wrn-40-2, torchvision:NAME",
+        ),
         ("{width: 16}", "{depth: 16}", "own_nets.py: make(classes, channels, depth): got an unexpected"),
         ("own_data.py:load", "own_data.py:lod", "own_data.py: has no function lod"),
         ("own_data.py:load", "data.py:load", "own.yaml:3: data.function: there is no file "),
