@@ -82,11 +82,11 @@ threads: 1
 data: {function: "own_data.py:load", heldout: 24}
 teacher:
   model: {name: "own_nets.py:make", args: {width: 16}}
-  train: {epochs: 8, batch_size: 16, optimizer: adam, lr: 1e-2, jitter: 1, ema: 0.9}
+  train: {epochs: 8, batch_size: 16, optimizer: adam, lr: 1e-2, jitter: 1, flip: true, crop: 0.7, cutout: 2, mixup: 0.1, ema: 0.9}
 ensemble: {members: 2}
 student:
   model: {name: "own_nets.py:make", args: {width: 4}}
-  train: {epochs: 8, batch_size: 16, optimizer: adamw, lr: 1e-2}
+  train: {epochs: 8, batch_size: 16, optimizer: adamw, lr: 1e-2, clip: 5, schedule: step, milestones: [1]}
 distill: {T: 4, lambda1: 0.9}
 omit_classes:
   - omit: [dog]
