@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from kdcli import BadInput, Failed, code, score
 from kdcli.config import Average, Section
-from kdcli.data import Split, open_dataset
 from kdcli.results import cost, log_probabilities
 from kdcli.runs import Run, settings, write_aside
-from kdcli.teacher import members, nets
+from kdcli.teacher import dataset_of, members, nets
 
 Form = Literal["onnx", "torch", "safetensors"]
 SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
@@ -72,7 +71,7 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
         raise BadInput(f"--out {file}: must be a file in a folder that exists, with a name that ends in {suffix}")
     if taken := [path for path in (file, card) if os.path.lexists(path)]:
         raise BadInput(f"{taken[0]}: is there already: remove it, or choose another --out")
-    test, model = test_split(run, data_dir), Probabilities(nets(run, CPU), run.spec.average).eval()
+    test, model = dataset_of(run, data_dir).test, Probabilities(nets(run, CPU), run.spec.average).eval()
     net = ", ".join(_described(member) for member in members(run))
     content = _content(run, net, model, form)
     asked = (model, _opened(file, content, form, model))
@@ -93,14 +92,6 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
     except OSError as error:
         raise BadInput(f"--out {file}: cannot be written: {error.strerror}") from None
     return exported
-
-
-def test_split(run: Run, data_dir: Path | None) -> Split:
-    """The test images of a run. Raises BadInput when its dataset is not there, or no longer what it was."""
-    dataset = open_dataset(run.spec.data, data_dir)
-    if dataset.facts != run.spec.dataset:
-        raise BadInput(f"{run.name}: its images are not those that it was trained on: they have changed since")
-    return dataset.test
 
 
 def _described(run: Run) -> str:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kdcli import BadInput, code, losses
 from kdcli.config import Section
-from kdcli.export import CPU, onnx_net, test_split
+from kdcli.export import CPU, onnx_net
 from kdcli.plan import orphaned
 from kdcli.runs import Places, Run
-from kdcli.teacher import Teacher, live
+from kdcli.teacher import Teacher, dataset_of, live
 
 
 class View(Section):
@@ -66,7 +66,7 @@ def predict(
     for i in test_images:
         if not asked.run:
             raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
-        test = test_split(asked.run, places.data_dir)
+        test = dataset_of(asked.run, places.data_dir).test
         if not 0 <= i < len(test):
             raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
         views, label = asked.views(test.inputs(torch.tensor([i]))), asked.classes[int(test.labels[i])]

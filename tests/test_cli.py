@@ -527,7 +527,7 @@ def test_a_student_of_other_weights_than_its_teacher_has_now_is_told(kd: Shell) 
     assert here(kd, "train-teacher", "tiny.yaml").code == 0
     assert here(kd, "distill", "tiny.yaml").code == 0  # the same weights again
     run.save("weights", {name: tensor + 1 for name, tensor in run.load("weights").items()})
-    run.finish(result, "")
+    run.finish(result)
     done = here(kd, "distill", "tiny.yaml")
     assert done.code == 2
     assert "was made from other weights than tiny/train-teacher/" in done.err

@@ -223,7 +223,7 @@ def test_images_that_have_changed_prove_nothing(tmp_path: Path) -> None:
     run = own.run(net=None)
     (tmp_path / "own_data.py").write_text(OWN_DATA.replace("195", "190"))
     data._read.cache_clear()
-    with pytest.raises(BadInput, match="its images are not those that it was trained on"):
+    with pytest.raises(BadInput, match="its images are not those that it was planned with"):
         export.export(run, "onnx", tmp_path / "net.onnx", None)
 
 

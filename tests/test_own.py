@@ -237,9 +237,12 @@ def test_changed_images_are_another_run_and_refused_for_finished_ones(trained_on
     (kd.folder / "own_data.py").write_text(OWN_DATA.replace("noise=60", "noise=61"))
     data._read.cache_clear()  # which lives as long as a command
     assert planned(kd)["run"] != old["run"]
-    done = kd_here(kd.folder, "predict", old["run"], "--test-image", "0")
-    assert done.code == 2
-    assert lines(done) == [f"{old['run']}: its images are not those that it was trained on: they have changed since"]
+    for words in (("predict", old["run"], "--test-image", "0"), ("export", old["run"]), ("report", old["run"])):
+        done = kd_here(kd.folder, *words)
+        assert done.code == 2
+        assert lines(done) == [
+            f"{old['run']}: its images are not those that it was planned with: they have changed since"
+        ]
     (kd.folder / "own_data.py").write_text(f"# the same images\n{OWN_DATA}")
     data._read.cache_clear()
     assert planned(kd) == old

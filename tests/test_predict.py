@@ -12,7 +12,7 @@ from test_export import DIGITS, Own, find, wanted
 
 from kdcli import BadInput, config, export
 from kdcli.predict import Predictions, predict, read_image
-from kdcli.teacher import nets
+from kdcli.teacher import dataset_of, nets
 
 DIGIT = np.kron(DIGITS.test.images[3, 0].numpy(), np.ones((10, 10), np.uint8)) * 15  # light on dark, 80 x 80
 RESAMPLING = Image.Resampling.NEAREST
@@ -49,7 +49,7 @@ def test_image_files_of_any_size_are_classified(trained: Shell, tmp_path: Path) 
 
 def test_colour_images_are_cropped_to_the_shape_of_the_nets(own: Own, tmp_path: Path) -> None:
     """A test image alone, and in the middle of a wider and of a higher sheet, is read as the test image."""
-    run, test = own.run(), export.test_split(own.run(), None)
+    run, test = own.run(), dataset_of(own.run(), None).test
     plain, inputs = Image.fromarray(test.images[4].permute(1, 2, 0).numpy()), test.inputs(torch.tensor([4]))
     wide, high = Image.new("RGB", (29, 6), "white"), Image.new("RGBA", (9, 16))
     wide.paste(plain, (10, 0))
