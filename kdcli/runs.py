@@ -226,9 +226,8 @@ class Run:
         path = self.path / "result.json"
         if not path.exists():
             return Unfinished(status="missing", run=self.name)
-        content = self._bytes(path.name)
-        with contextlib.suppress(ValidationError):
-            found = RESULT.validate_json(content)
+        with contextlib.suppress(OSError, ValidationError):
+            found = RESULT.validate_json(path.read_bytes())
             if isinstance(found, Unfinished) or found.checksum == _checksum(found):
                 return found
         raise BadInput(f"{path}: is damaged or edited: {self.remedy}")
@@ -287,21 +286,16 @@ class Run:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock of the directory, which is made if it is not there."""
-        while True:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                lock = (self.path / "lock").open("a")
-            except FileNotFoundError:  # removed between the two by `kd runs rm`
-                continue
-            except OSError as error:
-                where = f"--runs-dir {self.root}: cannot be written"
-                raise BadInput(f"{where}: {error.filename}: {error.strerror}") from None
-            with lock:
-                if not _hold(lock.fileno()):
-                    raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
-                if os.fstat(lock.fileno()).st_nlink:  # else `kd runs rm` has removed it in the meantime
-                    yield
-                    return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("a")
+        except OSError as error:
+            where = f"--runs-dir {self.root}: cannot be written"
+            raise BadInput(f"{where}: {error.filename}: {error.strerror}") from None
+        with lock:
+            if not _hold(lock.fileno()) or not os.fstat(lock.fileno()).st_nlink:  # without a link it is being removed
+                raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
+            yield
 
     def save_state(self, state: State) -> None:
         """Keep the training state, whole or not at all, and the one before it."""
@@ -364,12 +358,11 @@ class Run:
 
     def metrics(self) -> list[Epoch]:
         """The epochs in metrics.jsonl. Raises BadInput when it is damaged."""
-        path, result = self.path / "metrics.jsonl", self.finished()
-        if not path.exists() and not (result and path.name in result.sha256):
+        path = self.path / "metrics.jsonl"
+        if not path.exists() and not (self.spec.train and self.finished()):
             return []
-        content = self._verified(path.name) if result else self._bytes(path.name)
         try:
-            return [Epoch.model_validate_json(line) for line in content.splitlines()]
+            return [Epoch.model_validate_json(line) for line in self._content(path.name).splitlines()]
         except ValidationError:
             raise BadInput(f"{path}: is damaged: {self.remedy}") from None
 
@@ -381,33 +374,27 @@ class Run:
         """The tensors of `<kind>.safetensors`. Raises BadInput when the file is absent, damaged or truncated."""
         from safetensors.torch import load
 
-        return load(self._verified(f"{kind}.safetensors"))
+        return load(self._content(f"{kind}.safetensors"))
 
-    def _bytes(self, name: str) -> bytes:
-        """The content of a file. Raises BadInput when it cannot be read."""
-        path = self.path / name
+    def _content(self, name: str) -> bytes:
+        """The content of a file. Raises BadInput when it cannot be read or, of a completed run, is not as it was."""
+        path, result = self.path / name, self.finished()
         try:
-            return path.read_bytes()
+            content = path.read_bytes()
         except OSError as error:
             raise BadInput(f"{path}: cannot be read ({error.strerror}): {self.remedy}") from None
-
-    def _verified(self, name: str) -> bytes:
-        """The content of a file of a completed run. Raises BadInput when it is not the one that was written."""
-        content = self._bytes(name)
-        if hashlib.sha256(content).hexdigest() != self.result().sha256.get(name):
-            raise BadInput(f"{self.path / name}: is damaged or truncated (its checksum differs): {self.remedy}")
+        if result and hashlib.sha256(content).hexdigest() != result.sha256.get(name):
+            raise BadInput(f"{path}: is damaged or truncated (its checksum differs): {self.remedy}")
         return content
 
-    def finish(self, result: Result) -> Result:
+    def finish(self, result: Result) -> None:
         """Write, last of all, the result that makes the run completed."""
         files = [*sorted(self.path.glob("*.safetensors")), *self.path.glob("metrics.jsonl")]
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         result = result.model_copy(update={"sha256": checksums})
-        result = result.model_copy(update={"checksum": _checksum(result)})
-        self._write_result(result)
+        self._write_result(result.model_copy(update={"checksum": _checksum(result)}))
         for state in self.path.glob("state*"):
             state.unlink()
-        return result
 
     def environment(self) -> dict[str, Any]:
         """The record of where and by what the run was made; empty when it is gone or damaged."""
@@ -488,18 +475,15 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
 
 def _open(path: Path) -> Run:
     """The run in a directory. Raises BadInput when its config.yaml is not one that this kd wrote there."""
-    file, wrong = path / "config.yaml", ""
-    try:
+    file, wrong = path / "config.yaml", "is missing, damaged, or of another run"
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError, RecursionError
+    ):
         config = yaml.safe_load(file.read_text())
-        if (schema := config.pop("schema", 1)) == SCHEMA:
-            run = Run(path.parents[2], Spec.model_validate(config, context={"reading": True}))
-            if run.path == path:
-                return run
-            wrong = f"does not belong in this folder: {run.name} was expected"
-        else:
+        if (schema := config.pop("schema", 1)) != SCHEMA:
             wrong = f"is of another kd (its runs have schema {schema}, this one's {SCHEMA})"
-    except (OSError, ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError, RecursionError):
-        wrong = "is not a run's configuration" if file.exists() else "is missing"
+        elif (run := Run(path.parents[2], Spec.model_validate(config, context={"reading": True}))).path == path:
+            return run
     raise BadInput(f"{file}: {wrong}: delete {path} and train it again")
 
 
@@ -541,16 +525,15 @@ def survey(root: Path) -> list[Listed]:
                 with contextlib.suppress(OSError):
                     files[file.name] = file.stat()
         one: dict[str, Any] = {"run": str(folder.relative_to(root))}
-        one["status"] = "damaged" if files.keys() & {"config.yaml", "result.json"} else "missing"
-        changed = [file.st_mtime for name, file in files.items() if name != "report"]
+        one["status"] = "damaged" if files.keys() - {"lock"} else "missing"
         with contextlib.suppress(BadInput, OSError):
             run = _open(folder)
             train, result = run.spec.train, run.finished()
             more = {"epoch": len(run.metrics()), "epochs": train.epochs} if train else {}
             errors = result.test.errors if result else None
             one |= {"parents": run.spec.parents, "status": run.status(), "errors": errors} | more
-        size, age = sum(file.st_size for file in files.values()), time.time() - max(changed, default=time.time())
-        found.append(Listed(**one, bytes_=size, age_s=round(age)))
+        age = time.time() - max((file.st_mtime for file in files.values()), default=time.time())
+        found.append(Listed(**one, bytes_=sum(file.st_size for file in files.values()), age_s=round(age)))
     return found
 
 

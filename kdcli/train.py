@@ -22,11 +22,11 @@ Note = Callable[[str], None]
 
 
 @code.quiet()
-def train(spec: Spec, places: Places, tell: Tell, note: Note) -> Result:
+def train(spec: Spec, places: Places, tell: Tell, note: Note) -> None:
     """Train the net of a spec, or combine an ensemble, and write its run directory; continue where it was interrupted.
 
-    Raises BadInput when the images or a parent are not those of the spec, or another process is at it; RuntimeError
-    when the training diverges. What somebody's own code prints goes to stderr.
+    Raises BadInput when the images or a parent are not those of the spec, or another process is at it; Diverged when
+    the loss is not finite. What somebody's own code prints goes to stderr.
     """
     torch.set_num_threads(places.threads)
     run, device = Run(places.runs_dir, spec), select_device(places.device)
@@ -39,8 +39,10 @@ def train(spec: Spec, places: Places, tell: Tell, note: Note) -> Result:
     about["evaluated_on"] = "test images" if spec.data.evaluate_on == "test" else "held-out training images"
     with run.writing(shown, places.threads, parents), code.blaming(own_code):
         if spec.command == "ensemble":
-            return run.finish(Result(**about, **_combined(run, dataset)))
-        return run.finish(Result(**about, **_trained(run, dataset, places, device, tell, note)))
+            found = _combined(run, dataset)
+        else:
+            found = _trained(run, dataset, places, device, tell, note)
+        run.finish(Result(**about, **found))
 
 
 def _trained(
@@ -126,12 +128,11 @@ def _corrections(logits: dict[str, torch.Tensor], data: Dataset, omitted: list[s
         "heldout": score.fewest_errors_shift(logits["train"][held], train[held], classes),
         "prior": score.prior_shift(logits["train"], classes, float(torch.isin(train, absent).double().mean())),
     }
-
-    def corrected(shift: float) -> Correction:
+    found = {}
+    for name, shift in shifts.items():
         counted = score.count_errors(score.shift_bias(logits["test"], classes, shift), test)
-        return Correction(shift=shift, errors=counted.errors, per_class_errors=counted.per_class_errors)
-
-    return {name: corrected(shift) for name, shift in shifts.items()}
+        found[name] = Correction(shift=shift, errors=counted.errors, per_class_errors=counted.per_class_errors)
+    return found
 
 
 def _combined(run: Run, dataset: Dataset) -> dict[str, Any]:

@@ -737,7 +737,7 @@ def test_evaluation_leaves_out_what_it_cannot_score_and_says_so(kd: Shell) -> No
     for reason in (
         "data.evaluate_on is heldout, not test",
         f"its member tiny/train-teacher/{member.name} is gone",
-        "does not belong in this folder",
+        "is missing, damaged, or of another run",
     ):
         assert reason in done.err
     assert here(kd, "evaluate", "tiny.yaml", "--seeds", "4").code == 2

@@ -211,8 +211,13 @@ def test_a_net_that_torch_cannot_trace_is_refused_in_one_line(
 def test_a_file_that_differs_from_torch_is_not_written(
     bad: float, own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = export._opened
-    monkeypatch.setattr(export, "_opened", lambda *arguments: lambda x: opened(*arguments)(x) * bad)
+    written = export._written
+
+    def spoilt(run: Run, net: str, model: export.Probabilities, form: export.Form) -> tuple[bytes, export.Net]:
+        content, opened = written(run, net, model, form)
+        return content, lambda x: opened(x) * bad
+
+    monkeypatch.setattr(export, "_written", spoilt)
     with pytest.raises(Failed, match=r"differs from torch by .*: not written"):
         export.export(own.run(), "torch", tmp_path / "net.pt2", None)
     assert list(tmp_path.iterdir()) == []

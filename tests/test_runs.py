@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -303,33 +302,19 @@ def test_who_only_looks_refuses_no_writer(tmp_path: Path) -> None:
         timer.join()
 
 
-def vanishes(run: Run, function: Callable[..., Any], *, before: bool) -> Callable[..., Any]:
-    """The function, the first call of which happens just before or after somebody removes the run's folder."""
-    calls: list[None] = []
-
-    def replaced(*arguments: Any, **named: Any) -> Any:
-        calls.append(None)
-        if before and len(calls) == 1:
-            shutil.rmtree(run.path)
-        found = function(*arguments, **named)
-        if not before and len(calls) == 1:
-            shutil.rmtree(run.path)
-        return found
-
-    return replaced
-
-
-def test_a_folder_removed_between_mkdir_and_lock_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "mkdir", vanishes(Run(tmp_path, SPEC), Path.mkdir, before=False))
-    assert finished(tmp_path).status() == "completed"
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_a_folder_removed_around_the_lock_is_made_again(
-    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_that_is_removed_while_its_lock_is_taken_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_hold", vanishes(Run(tmp_path, SPEC), runs._hold, before=before))
-    assert finished(tmp_path).status() == "completed"
+    run, hold = Run(tmp_path, SPEC), runs._hold
+
+    def hold_and_vanish(descriptor: int) -> bool:
+        shutil.rmtree(run.path)
+        return hold(descriptor)
+
+    monkeypatch.setattr(runs, "_hold", hold_and_vanish)
+    with pytest.raises(BadInput, match="is being written by another kd"):
+        finished(tmp_path)
+    assert run.status() == "missing"
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -391,7 +376,7 @@ def test_a_later_kd_whose_results_say_more_finds_these_whole(tmp_path: Path) -> 
 def test_a_damaged_config_is_refused(content: str, tmp_path: Path) -> None:
     run = finished(tmp_path)
     (run.path / "config.yaml").write_text(content)
-    with pytest.raises(BadInput, match=r"config.yaml: is not a run's configuration: delete .* and train it again"):
+    with pytest.raises(BadInput, match=r"config.yaml: is missing, damaged, or of another run: delete .* and train it"):
         runs.open_run(tmp_path, run.name)
 
 
@@ -430,7 +415,7 @@ def test_a_renamed_or_edited_run_is_refused(tmp_path: Path) -> None:
     run = finished(tmp_path)
     config = run.path / "config.yaml"
     config.write_text(config.read_text().replace("seed: 3", "seed: 4"))
-    with pytest.raises(BadInput, match="does not belong in this folder"):
+    with pytest.raises(BadInput, match=r"config.yaml: is missing, damaged, or of another run"):
         runs.open_run(tmp_path, run.name)
     with pytest.raises(BadInput, match="there is no such run"):
         runs.open_run(tmp_path, "exp/train-teacher/9-0000000000")
