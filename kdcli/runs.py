@@ -327,15 +327,14 @@ class Run:
         return State(0, {})
 
     @contextlib.contextmanager
-    def logging(self) -> Iterator[Callable[[Epoch], None]]:
-        """How to log an epoch: a line of metrics.jsonl and, where tensorboard is installed, scalars for it, those of
-        the epochs before a continuation included."""
+    def tensorboard(self) -> Iterator[Callable[[Epoch], None]]:
+        """How to show an epoch in TensorBoard, where it is installed; those before a continuation are shown anew."""
         for old in self.path.glob("events.out.tfevents.*"):
             old.unlink()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            yield self.log
+            yield lambda _: None
             return
         with contextlib.closing(SummaryWriter(str(self.path), flush_secs=10)) as writer:
 
@@ -343,13 +342,9 @@ class Run:
                 for key, value in epoch.model_dump(exclude_none=True, exclude={"epoch"}).items():
                     writer.add_scalar(key, value, epoch.epoch)
 
-            def log(epoch: Epoch) -> None:
-                self.log(epoch)
-                show(epoch)
-
             for epoch in self.metrics():
                 show(epoch)
-            yield log
+            yield show
 
     def log(self, epoch: Epoch) -> None:
         """Append a line to metrics.jsonl."""
@@ -398,9 +393,8 @@ class Run:
 
     def environment(self) -> dict[str, Any]:
         """The record of where and by what the run was made; empty when it is gone or damaged."""
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            record = json.loads((self.path / "environment.json").read_text())
-            return record if isinstance(record, dict) else {}
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            return dict(json.loads((self.path / "environment.json").read_text()))
         return {}
 
     def _write_result(self, document: Result | Unfinished) -> None:

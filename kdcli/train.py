@@ -66,9 +66,10 @@ def _trained(
     if start.epochs:
         note(f"{run.name}: continued after epoch {start.epochs}")
     epochs = fit(net, images, how, stream, teacher=teacher, distill=spec.distill, start=start)
-    with run.logging() as log:
+    with run.tensorboard() as show:
         for epoch, fitted in _counted(epochs, how, len(images), test, before):
-            log(epoch)
+            run.log(epoch)
+            show(epoch)
             tell(run.name, how.epochs, epoch)
             if time.perf_counter() - saved >= places.save_every and epoch.epoch < how.epochs:
                 run.save_state(State(epoch.epoch, fitted.state()))

@@ -285,7 +285,7 @@ def test_code_that_fails_is_told_with_its_file_and_line(what: str, kd: Shell) ->
         ("own_nets.py:make", "own_nets.py:made", "own_nets.py: has no function made"),
         ("own_nets.py:make", "nets.py:make", "own.yaml:5: teacher.model.name: there is no file "),
         ("own_nets.py:make", "own_nets:make", "own.yaml:5: teacher.model.name: must be FILE.py:FUNCTION, such as"),
-        ("{width: 16}", "{depth: 16}", "own_nets.py: make(classes, channels, depth): got an unexpected"),
+        ("{width: 16}", "{depth: 16}", "own_nets.py: make() got an unexpected keyword argument 'depth'"),
         ("own_data.py:load", "own_data.py:lod", "own_data.py: has no function lod"),
         ("own_data.py:load", "data.py:load", "own.yaml:3: data.function: there is no file "),
     ],
