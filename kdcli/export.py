@@ -5,7 +5,6 @@ import copy
 import importlib
 import io
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -72,8 +71,7 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
     if taken := [path for path in (file, card) if os.path.lexists(path)]:
         raise BadInput(f"{taken[0]}: is there already: remove it, or choose another --out")
     test, model = dataset_of(run, data_dir).test, Probabilities(nets(run, CPU), run.spec.average).eval()
-    net = ", ".join(_described(member) for member in members(run))
-    content, opened = _written(run, net, model, form)
+    content, opened = _written(run, model, form)
     batches = torch.arange(len(test)).split(100)
     wanted, found = (torch.cat([ask(test.inputs(i)) for i in batches]) for ask in (model, opened))
     difference = float((wanted - found).abs().max())
@@ -81,6 +79,7 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
     if not difference <= TOLERANCE or errors != torch_errors:  # NaN is no agreement
         raise Failed(f"{file}: differs from torch by {difference:.2g}, {errors} errors: not written")
     proof = dict[str, Any](max_difference=difference, errors=errors, torch_errors=torch_errors, total=len(test))
+    net = ", ".join(_described(member) for member in members(run))
     exported = Exported(run=run.name, format=form, file=str(file), bytes=len(content), card=str(card), net=net, **proof)
     quality = score.quality(log_probabilities(run, len(test)), test.labels)
     text = Path(__file__).with_name("card.md").read_text()
@@ -102,11 +101,11 @@ def _described(run: Run) -> str:
     return "-".join(map(str, [torch.Size(facts.shape).numel(), *(model.hidden or []), len(facts.classes)]))
 
 
-def _written(run: Run, net: str, model: Probabilities, form: Form) -> tuple[bytes, Net]:
+def _written(run: Run, model: Probabilities, form: Form) -> tuple[bytes, Net]:
     """The net as a file, with what it is in the file's metadata, and the net in that file, opened again. Raises
     BadInput when torch cannot write such a net."""
     facts = run.spec.dataset
-    about = {"run": run.name, "net": net, "average": run.spec.average, "settings": json.dumps(settings(run.spec))}
+    about = {"run": run.name, "settings": json.dumps(settings(run.spec))}
     about |= {"classes": json.dumps(facts.classes), "shape": json.dumps(facts.shape)}
     if form == "safetensors":
         content = save({name: tensor.clone() for name, tensor in model.state_dict().items()}, about)
@@ -114,7 +113,6 @@ def _written(run: Run, net: str, model: Probabilities, form: Form) -> tuple[byte
         fresh.load_state_dict(load(content))
         return content, fresh
     said, quiet = io.StringIO(), warnings.catch_warnings(action="ignore")
-    logging.disable(logging.CRITICAL)  # of what torch tells its developers, a failure's reason is enough
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), quiet:
             return _traced(model, facts.shape, form, about)
@@ -124,8 +122,6 @@ def _written(run: Run, net: str, model: Probabilities, form: Form) -> tuple[byte
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         instead = "--format safetensors writes its weights alone"
         raise BadInput(f"{run.name}: its net cannot be exported as {form}: {reason}; {instead}") from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _traced(model: Probabilities, shape: Sequence[int], form: Form, about: dict[str, str]) -> tuple[bytes, Net]:

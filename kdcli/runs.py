@@ -366,9 +366,10 @@ class Run:
         write_aside(self.path / f"{kind}.safetensors", _packed(tensors))
 
     def load(self, kind: str) -> "dict[str, Tensor]":
-        """The tensors of `<kind>.safetensors`. Raises BadInput when the file is absent, damaged or truncated."""
+        """The tensors of `<kind>.safetensors`. Raises BadInput unless the run is completed and the file as it was."""
         from safetensors.torch import load
 
+        self.result()
         return load(self._content(f"{kind}.safetensors"))
 
     def _content(self, name: str) -> bytes:

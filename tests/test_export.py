@@ -213,8 +213,8 @@ def test_a_file_that_differs_from_torch_is_not_written(
 ) -> None:
     written = export._written
 
-    def spoilt(run: Run, net: str, model: export.Probabilities, form: export.Form) -> tuple[bytes, export.Net]:
-        content, opened = written(run, net, model, form)
+    def spoilt(run: Run, model: export.Probabilities, form: export.Form) -> tuple[bytes, export.Net]:
+        content, opened = written(run, model, form)
         return content, lambda x: opened(x) * bad
 
     monkeypatch.setattr(export, "_written", spoilt)

@@ -185,6 +185,9 @@ def test_an_unfinished_run_says_so_and_starts_again_clean(error: BaseException, 
     assert run.finished() is None
     with pytest.raises(BadInput, match=f"is {status}: cannot be a teacher; train it first"):
         run.result("a teacher")
+    run.save("weights", {"w": torch.ones(2)})
+    with pytest.raises(BadInput, match=f"is {status}: cannot be used; train it first"):
+        run.load("weights")
     notes: list[str] = []
     with run.writing("cpu", 1, {}):
         assert run.load_state(notes.append) == State(0, {})
