@@ -111,13 +111,13 @@ def _kept(run: Run, net: nn.Module, dataset: Dataset, device: torch.device, note
     logits = {name: predict(net, split.to(device)).cpu() for name, split in asked.items()}
     run.save("logits", logits)
     test = score.count_errors(logits["test"], dataset.test.labels)
+    found: dict[str, Any] = {"test": test}
     if spec.omitted:
-        return {"test": test, "bias": _corrections(logits, dataset, spec.omitted)}
-    if test.errors < guessing:
-        return {"test": test}
-    warning = f"is no better than guessing, which makes {guessing:,} errors: try a lower lr"
-    note(f"{run.name}: {test.errors:,} errors of {test.total:,}: {warning}")
-    return {"test": test, "warning": warning}
+        found["bias"] = _corrections(logits, dataset, spec.omitted)
+    elif test.errors >= guessing:
+        found["warning"] = f"is no better than guessing, which makes {guessing:,} errors: try a lower lr"
+        note(f"{run.name}: {test.errors:,} errors of {test.total:,}: {found['warning']}")
+    return found
 
 
 def _corrections(logits: dict[str, torch.Tensor], data: Dataset, omitted: list[str]) -> dict[str, Correction]:
