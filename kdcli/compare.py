@@ -10,10 +10,10 @@ from pydantic import Field
 
 from kdcli import BadInput
 from kdcli.config import Section
-from kdcli.export import test_split
 from kdcli.plan import data_settings, orphaned
 from kdcli.results import discordant
 from kdcli.runs import STUDENTS, TEACHERS, Run, Settings, changes, differences, list_runs, open_run, settings
+from kdcli.teacher import dataset_of
 from kdcli.verdict import Spread, Verdict, paired, spread
 
 Note = Callable[[str], None]
@@ -149,6 +149,6 @@ def _compared(root: Path, first: Group, own: Group, data_dir: Path | None) -> Di
     only = (0, 0)
     if len(pairs) == 1:
         a, b = (open_run(root, group.runs[i]) for group, i in zip((first, own), pairs[0], strict=True))
-        only = discordant(test_split(a, data_dir).labels, student=b, baseline=a)
+        only = discordant(dataset_of(a, data_dir).test.labels, student=b, baseline=a)
     fewer, seeds = [first.errors[i] - own.errors[j] for i, j in pairs], [first.seeds[i] for i, _ in pairs]
     return Comparison(group=own.group, changed=changed, seeds=seeds, **dict(paired(fewer, *only)))

@@ -5,7 +5,6 @@ import copy
 import importlib
 import io
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 
 from kdcli import BadInput, Failed, code, score
 from kdcli.config import Average, Section
-from kdcli.data import Split, open_dataset
 from kdcli.results import cost, log_probabilities
 from kdcli.runs import Run, settings, write_aside
-from kdcli.teacher import members, nets
+from kdcli.teacher import dataset_of, members, nets
 
 Form = Literal["onnx", "torch", "safetensors"]
 SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
@@ -72,16 +70,16 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
         raise BadInput(f"--out {file}: must be a file in a folder that exists, with a name that ends in {suffix}")
     if taken := [path for path in (file, card) if os.path.lexists(path)]:
         raise BadInput(f"{taken[0]}: is there already: remove it, or choose another --out")
-    test, model = test_split(run, data_dir), Probabilities(nets(run, CPU), run.spec.average).eval()
-    net = ", ".join(_described(member) for member in members(run))
-    content = _content(run, net, model, form)
-    asked = (model, _opened(file, content, form, model))
-    wanted, found = (torch.cat([net(test.inputs(i)) for i in torch.arange(len(test)).split(100)]) for net in asked)
+    test, model = dataset_of(run, data_dir).test, Probabilities(nets(run, CPU), run.spec.average).eval()
+    content, opened = _written(run, model, form)
+    batches = torch.arange(len(test)).split(100)
+    wanted, found = (torch.cat([ask(test.inputs(i)) for i in batches]) for ask in (model, opened))
     difference = float((wanted - found).abs().max())
     torch_errors, errors = (score.count_errors(p, test.labels).errors for p in (wanted, found))
     if not difference <= TOLERANCE or errors != torch_errors:  # NaN is no agreement
         raise Failed(f"{file}: differs from torch by {difference:.2g}, {errors} errors: not written")
     proof = dict[str, Any](max_difference=difference, errors=errors, torch_errors=torch_errors, total=len(test))
+    net = ", ".join(_described(member) for member in members(run))
     exported = Exported(run=run.name, format=form, file=str(file), bytes=len(content), card=str(card), net=net, **proof)
     quality = score.quality(log_probabilities(run, len(test)), test.labels)
     text = Path(__file__).with_name("card.md").read_text()
@@ -95,14 +93,6 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
     return exported
 
 
-def test_split(run: Run, data_dir: Path | None) -> Split:
-    """The test images of a run. Raises BadInput when its dataset is not there, or no longer what it was."""
-    dataset = open_dataset(run.spec.data, data_dir)
-    if dataset.facts.fingerprint != run.spec.dataset.fingerprint:
-        raise BadInput(f"{run.name}: its images are not those that it was trained on: they have changed since")
-    return dataset.test
-
-
 def _described(run: Run) -> str:
     """The function that makes the net of a run, or the widths of a perceptron's layers: `784-800-800-10`."""
     facts, (model, _) = run.spec.dataset, run.spec.trained
@@ -111,65 +101,56 @@ def _described(run: Run) -> str:
     return "-".join(map(str, [torch.Size(facts.shape).numel(), *(model.hidden or []), len(facts.classes)]))
 
 
-def _content(run: Run, net: str, model: Probabilities, form: Form) -> bytes:
-    """The net as a file, with what it is in the file's metadata. Raises BadInput when torch cannot write such a net."""
+def _written(run: Run, model: Probabilities, form: Form) -> tuple[bytes, Net]:
+    """The net as a file, with what it is in the file's metadata, and the net in that file, opened again. Raises
+    BadInput when torch cannot write such a net."""
     facts = run.spec.dataset
-    about = {"run": run.name, "net": net, "average": run.spec.average, "settings": json.dumps(settings(run.spec))}
+    about = {"run": run.name, "settings": json.dumps(settings(run.spec))}
     about |= {"classes": json.dumps(facts.classes), "shape": json.dumps(facts.shape)}
     if form == "safetensors":
-        return save({name: tensor.clone() for name, tensor in model.state_dict().items()}, about)
-    if form == "onnx":
-        _ = [_library(name) for name in ("onnx", "onnxscript", "onnxruntime")]
+        content = save({name: tensor.clone() for name, tensor in model.state_dict().items()}, about)
+        fresh = copy.deepcopy(model)
+        fresh.load_state_dict(load(content))
+        return content, fresh
     said, quiet = io.StringIO(), warnings.catch_warnings(action="ignore")
-    logging.disable(logging.CRITICAL)  # of what torch tells its developers, a failure's reason is enough
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), quiet:
             return _traced(model, facts.shape, form, about)
+    except BadInput:
+        raise
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__:
-            cause = cause.__cause__
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         instead = "--format safetensors writes its weights alone"
         raise BadInput(f"{run.name}: its net cannot be exported as {form}: {reason}; {instead}") from error
-    finally:
-        logging.disable(logging.NOTSET)
 
 
-def _traced(model: Probabilities, shape: Sequence[int], form: Form, about: dict[str, str]) -> bytes:
+def _traced(model: Probabilities, shape: Sequence[int], form: Form, about: dict[str, str]) -> tuple[bytes, Net]:
     program = torch.export.export(model, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names folders of this machine
     if form == "torch":
         torch.export.save(program, buffer := io.BytesIO(), extra_files=about)
-        return buffer.getvalue()
+        content = buffer.getvalue()
+        return content, torch.export.load(io.BytesIO(content)).module()
+    _library("onnxscript")
     made: Any = torch.onnx.export(program, input_names=["inputs"], output_names=["probabilities"])
     made.model.metadata_props.update(about)
-    return bytes(made.model_proto.SerializeToString())
+    content = made.model_proto.SerializeToString()
+    return content, onnx_net(content)[0]
 
 
-def _opened(file: Path, content: bytes, form: Form, model: Probabilities) -> Net:
-    if form == "onnx":
-        return onnx_net(file, content)[0]
-    if form == "torch":
-        return torch.export.load(io.BytesIO(content)).module()
-    fresh = copy.deepcopy(model)
-    fresh.load_state_dict(load(content))
-    return fresh
-
-
-def onnx_net(file: Path, content: bytes | None = None) -> tuple[Net, list[str], list[int]]:
-    """The net in a file that `kd export` wrote, or is to write with this content; the names of its classes; the shape
-    [C, H, W] of its images. Raises BadInput when it is none."""
-    if content is None and not file.is_file():
+def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int]]:
+    """The net in a file that `kd export` wrote, or in its content; the names of its classes; the shape [C, H, W] of its
+    images. Raises BadInput when it is none."""
+    if isinstance(file, Path) and not file.is_file():
         raise BadInput(f"{file}: there is no such file")
     runtime = _library("onnxruntime")
     try:
-        session = runtime.InferenceSession(content or file.read_bytes(), providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
         classes, shape = json.loads(about["classes"]), json.loads(about["shape"])
     except Exception:  # the runtime has a dozen kinds of its own
-        raise BadInput(f"{file}: is not a net that kd exported") from None
+        raise BadInput(f"{file!s}: is not a net that kd exported as onnx: export it so, or name the run") from None
     return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), classes, shape
 
 

@@ -1,6 +1,5 @@
 """`kd predict` asks a finished run, or an exported ONNX file, about images."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,10 +10,12 @@ from torch import Tensor
 
 from kdcli import BadInput, code, losses
 from kdcli.config import Section
-from kdcli.export import CPU, onnx_net, test_split
+from kdcli.export import CPU, SUFFIXES, onnx_net
 from kdcli.plan import orphaned
-from kdcli.runs import Places, Run
-from kdcli.teacher import Teacher, live
+from kdcli.runs import Places, Run, open_run
+from kdcli.teacher import Teacher, dataset_of, live
+
+Asked = list[tuple[str, float, Teacher]]  # what, at which temperature, through what
 
 
 class View(Section):
@@ -55,56 +56,50 @@ def predict(
 ) -> Predictions:
     """What a run, or an exported ONNX file, says of image files and of test images by number; beside it what its
     teacher says, at each temperature. Raises BadInput for what is no image, no run, or out of range."""
-    asked = _Asked(places, name, temperatures, note)
-    grey, images = asked.shape[0] == 1, []
+    run = None
+    if Path(name).suffix.lower() in SUFFIXES.values():
+        if list(temperatures) != [1]:
+            raise BadInput("--T: an exported file has T = 1 built in: name the run instead")
+        net, classes, shape = onnx_net(Path(name))
+        asked: Asked = [("net", 1.0, Teacher(lambda _, x: net(x)[None].log()))]
+    else:
+        run = places.open(name)
+        classes, shape, asked = run.spec.dataset.classes, run.spec.dataset.shape, _of_run(run, temperatures, note)
+    grey, images = shape[0] == 1, []
     if invert and not grey:
-        raise BadInput(f"--invert: is for nets of grey images, and those of {name} have {asked.shape[0]} channels")
+        raise BadInput(f"--invert: is for nets of grey images, and those of {name} have {shape[0]} channels")
     for file in files:
-        inputs = read_image(file, asked.shape, invert)
+        inputs = read_image(file, shape, invert)
         light = grey and float(inputs.mean()) > 0.5
-        images.append(Prediction(image=str(file), views=asked.views(inputs), mostly_ink=light))
+        images.append(Prediction(image=str(file), views=_views(asked, inputs), mostly_ink=light))
     for i in test_images:
-        if not asked.run:
+        if not run:
             raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
-        test = test_split(asked.run, places.data_dir)
+        test = dataset_of(run, places.data_dir).test
         if not 0 <= i < len(test):
             raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
-        views, label = asked.views(test.inputs(torch.tensor([i]))), asked.classes[int(test.labels[i])]
+        views, label = _views(asked, test.inputs(torch.tensor([i]))), classes[int(test.labels[i])]
         images.append(Prediction(image=f"test image {i}", label=label, views=views))
-    return Predictions(run=asked.run.name if asked.run else name, classes=asked.classes, images=images)
+    return Predictions(run=run.name if run else name, classes=classes, images=images)
 
 
-class _Asked:
-    """The net of a finished run, with the teacher that a student has, or the net in an exported file."""
+def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]) -> Asked:
+    """What to ask of a finished run: itself and, of a student, its teacher, unless that is gone."""
+    run.result("asked")
+    own, parent = live(run, CPU), run.spec.parents[0] if run.spec.distill else ""
+    teacher = open_run(run.root, parent) if parent and (run.root / parent).is_dir() else None
+    if teacher and not orphaned(teacher):
+        of_teacher = live(teacher, CPU)
+        return [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
+    if parent:
+        note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
+    return [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
 
-    def __init__(self, places: Places, name: str, temperatures: Sequence[float], note: Callable[[str], None]) -> None:
-        self.run: Run | None = None
-        suffix = Path(name).suffix.lower()
-        if suffix in (".safetensors", ".pt2"):
-            raise BadInput(f"{name}: kd predict reads runs and .onnx files: name the run, or export it as onnx")
-        if suffix == ".onnx":
-            if list(temperatures) != [1]:
-                raise BadInput("--T: an exported file has T = 1 built in: name the run instead")
-            net, self.classes, self.shape = onnx_net(Path(name))
-            self.nets = [("net", 1.0, Teacher(lambda _, x: net(x)[None].log()))]
-            return
-        self.run = run = places.open(name)
-        run.result("asked")
-        self.classes, self.shape, own = run.spec.dataset.classes, run.spec.dataset.shape, live(run, CPU)
-        self.nets = [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
-        if run.spec.distill:
-            parent = run.spec.parents[0]
-            teacher = places.open(parent) if (places.runs_dir / parent).is_dir() else None
-            if teacher and not orphaned(teacher):
-                of_teacher = live(teacher, CPU)
-                self.nets = [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
-            else:
-                note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
 
-    def views(self, inputs: Tensor) -> list[View]:
-        """What is said of an image [1, C, H, W]."""
-        log_p = [losses.average(net.logits(torch.tensor([0]), inputs), T, net.average)[0] for _, T, net in self.nets]
-        return [View(net=name, T=T, p=p.exp().tolist()) for (name, T, _), p in zip(self.nets, log_p, strict=True)]
+def _views(asked: Asked, inputs: Tensor) -> list[View]:
+    """What is said of an image [1, C, H, W]."""
+    log_p = [losses.average(net.logits(torch.tensor([0]), inputs), T, net.average)[0] for _, T, net in asked]
+    return [View(net=name, T=T, p=p.exp().tolist()) for (name, T, _), p in zip(asked, log_p, strict=True)]
 
 
 def read_image(file: Path, shape: Sequence[int], invert: bool) -> Tensor:
@@ -132,17 +127,14 @@ def read_image(file: Path, shape: Sequence[int], invert: bool) -> Tensor:
 
 def _opened(file: Path) -> Image.Image:
     """An image file as RGBA, held as the camera was."""
-    too_large = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
     try:
-        with too_large, Image.open(file) as image:
+        with Image.open(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):
                 return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGBA")
             if image.mode in ("I", "F"):
                 raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
             return image.convert("RGBA")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise BadInput(f"{file}: is too large: {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
-    except (OSError, SyntaxError) as error:
-        reason = getattr(error, "strerror", None) or "is not an image that can be read"
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or f"is not an image that can be read: {error}"
         raise BadInput(f"{file}: {reason}") from None

@@ -6,7 +6,6 @@
     state                and state.previous, while it trains: the training state to continue from
     weights.safetensors  and logits.safetensors (of the test images, a teacher's of the training images too)
     result.json          the status, the errors, the checksums of the files above; completed runs are never overwritten
-    report.md            the same for a reader
 
 A file is written aside and renamed, so that it is whole or absent. Nothing read here can execute code.
 """
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from kdcli import BadInput, __version__, failure
 from kdcli.config import Average, Data, Distill, Model, Section, Train
@@ -43,7 +42,8 @@ SAVE_EVERY = 30.0  # seconds of training that an interruption may cost
 SCHEMA = 2  # of what a run directory holds; those of another are refused
 Settings = dict[str, Any]  # nested
 Command = Literal["train-teacher", "ensemble", "baseline", "distill", "omit-classes"]
-Status = Literal["missing", "running", "interrupted", "failed", "diverged", "completed"]
+Pending = Literal["missing", "running", "interrupted", "failed", "diverged"]
+Status = Pending | Literal["completed"]
 TEACHERS: tuple[Command, ...] = ("train-teacher", "ensemble")
 STUDENTS: tuple[Command, ...] = ("baseline", "distill", "omit-classes")
 COMMANDS = (*TEACHERS, *STUDENTS)
@@ -179,10 +179,17 @@ class Result(Section):
 class Unfinished(Section):
     """What result.json says while there is no result."""
 
-    status: Status
+    status: Pending
     run: str
     parents: dict[str, str] = {}
     error: str | None = None
+
+
+RESULT = TypeAdapter[Result | Unfinished](Result | Unfinished)
+
+
+class Diverged(RuntimeError):
+    """The loss of a training, or what its net says, is not finite."""
 
 
 class Places(NamedTuple):
@@ -224,27 +231,16 @@ class Run:
     def remedy(self) -> str:
         return f"delete {self.path} and train it again"
 
-    def head(self) -> dict[str, Any]:
-        """What every result begins with."""
-        spec = self.spec
-        return {"command": spec.command, "experiment": spec.experiment, "run": self.name, "seed": spec.seed}
-
     def read(self) -> Result | Unfinished:
         """What result.json says; an absent one says that the run is missing. Raises BadInput when it is damaged."""
         path = self.path / "result.json"
-        try:
-            content = json.loads(path.read_text())
-            completed = isinstance(content, dict) and content.get("status") == "completed"
-            found = Result.model_validate(content) if completed else Unfinished.model_validate(content)
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             return Unfinished(status="missing", run=self.name)
-        except ValidationError:
-            raise BadInput(f"{path}: is not a run's result: {self.remedy}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(f"{path}: cannot be read ({error}): {self.remedy}") from None
-        if isinstance(found, Result) and found.checksum != _checksum(found):
-            raise BadInput(f"{path}: is damaged or edited (its checksum differs): {self.remedy}")
-        return found
+        with contextlib.suppress(OSError, ValidationError):
+            found = RESULT.validate_json(path.read_bytes())
+            if isinstance(found, Unfinished) or found.checksum == _checksum(found):
+                return found
+        raise BadInput(f"{path}: is damaged or edited: {self.remedy}")
 
     def finished(self) -> Result | None:
         """The result of a completed run; None of another. Raises BadInput when it is damaged."""
@@ -275,16 +271,14 @@ class Run:
         """Hold the run for writing, all of it anew but what it can continue from; the status is right however the body
         ends. `parents`: the checksums of the weights that it is made from. Raises BadInput when another process holds
         it, or when it was begun with other weights of its parents."""
-        with self._locked() as before:
+        with self._locked():
+            before = self.read()
             if isinstance(before, Result):
                 raise BadInput(f"{self.name}: was finished by another kd in the meantime; ask again to see it")
-            begun = any((self.path / name).exists() for name in STATES)
-            if begun and before.parents != parents:
+            if any((self.path / name).exists() for name in STATES) and before.parents != parents:
                 raise BadInput(f"{self.name}: was begun with other weights than its teacher has now: {self.remedy}")
-            for leftover in self.path.iterdir():
-                if leftover.suffix in (".safetensors", ".tmp") or leftover.name in ("result.json", "report.md"):
-                    leftover.unlink()
-            self._write_result(Unfinished(status="running", run=self.name, parents=parents))
+            begun = Unfinished(status="running", run=self.name, parents=parents)
+            self._write_result(begun)
             config = {"schema": SCHEMA} | self.spec.model_dump(exclude_none=True)
             write_aside(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
             record = json.dumps(environment(device, threads), indent=1) + "\n"
@@ -292,34 +286,26 @@ class Run:
             try:
                 yield
             except BaseException as error:
-                if self.read().status == "running":
-                    with contextlib.suppress(OSError):  # of a full disk the error itself is the one to tell
-                        self.end("failed" if isinstance(error, Exception) else "interrupted", failure(error))
+                status = "failed" if isinstance(error, Exception) else "interrupted"
+                how = {"status": "diverged" if isinstance(error, Diverged) else status, "error": failure(error)}
+                with contextlib.suppress(OSError):  # of a full disk the error itself is the one to tell
+                    if self.read() == begun:
+                        self._write_result(begun.model_copy(update=how))
                 raise
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[Result | Unfinished]:
-        """Hold the lock of the directory, which is made if it is not there; gives what result.json says."""
-        while True:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                lock = (self.path / "lock").open("a")
-            except FileNotFoundError:  # removed between the two by `kd runs rm`
-                continue
-            except OSError as error:
-                what = self.path if self.root.is_dir() and os.access(self.root, os.W_OK) else f"--runs-dir {self.root}"
-                raise BadInput(f"{what}: cannot be written: {error.strerror}") from None
-            with lock:
-                if not _hold(lock.fileno()):
-                    raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
-                if os.fstat(lock.fileno()).st_nlink:  # else `kd runs rm` has removed it in the meantime
-                    yield self.read()
-                    return
-
-    def end(self, status: Status, error: str) -> None:
-        """Say how the run ended, if not completed."""
-        parents = self.read().parents
-        self._write_result(Unfinished(status=status, run=self.name, parents=parents, error=error or None))
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the directory, which is made if it is not there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("a")
+        except OSError as error:
+            where = f"--runs-dir {self.root}: cannot be written"
+            raise BadInput(f"{where}: {error.filename}: {error.strerror}") from None
+        with lock:
+            if not _hold(lock.fileno()) or not os.fstat(lock.fileno()).st_nlink:  # without a link it is being removed
+                raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
+            yield
 
     def save_state(self, state: State) -> None:
         """Keep the training state, whole or not at all, and the one before it."""
@@ -351,45 +337,37 @@ class Run:
         return State(0, {})
 
     @contextlib.contextmanager
-    def logging(self) -> Iterator[Callable[[Epoch], None]]:
-        """How to log an epoch: a line of metrics.jsonl and, where tensorboard is installed, scalars for it, those of
-        the epochs before a continuation included."""
+    def tensorboard(self) -> Iterator[Callable[[Epoch], None]]:
+        """How to show an epoch in TensorBoard, where it is installed; those before a continuation are shown anew."""
         for old in self.path.glob("events.out.tfevents.*"):
             old.unlink()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            yield self.log
+            yield lambda _: None
             return
         with contextlib.closing(SummaryWriter(str(self.path), flush_secs=10)) as writer:
 
-            def log(epoch: Epoch, *, again: bool = False) -> None:
-                if not again:
-                    self.log(epoch)
+            def show(epoch: Epoch) -> None:
                 for key, value in epoch.model_dump(exclude_none=True, exclude={"epoch"}).items():
                     writer.add_scalar(key, value, epoch.epoch)
 
             for epoch in self.metrics():
-                log(epoch, again=True)
-            yield log
+                show(epoch)
+            yield show
 
     def log(self, epoch: Epoch) -> None:
         """Append a line to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        try:
-            with path.open("a") as file:
-                file.write(epoch.model_dump_json(exclude_none=True) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(epoch.model_dump_json(exclude_none=True) + "\n")
 
     def metrics(self) -> list[Epoch]:
         """The epochs in metrics.jsonl. Raises BadInput when it is damaged."""
-        path, result = self.path / "metrics.jsonl", self.finished()
-        if not path.is_file() and not (result and path.name in result.sha256):
+        path = self.path / "metrics.jsonl"
+        if not path.exists() and not (self.spec.train and self.finished()):
             return []
-        content = self._verified(path.name) if result else path.read_bytes()
         try:
-            return [Epoch.model_validate_json(line) for line in content.splitlines()]
+            return [Epoch.model_validate_json(line) for line in self._content(path.name).splitlines()]
         except ValidationError:
             raise BadInput(f"{path}: is damaged: {self.remedy}") from None
 
@@ -398,40 +376,36 @@ class Run:
         write_aside(self.path / f"{kind}.safetensors", _packed(tensors))
 
     def load(self, kind: str) -> "dict[str, Tensor]":
-        """The tensors of `<kind>.safetensors`. Raises BadInput when the file is absent, damaged or truncated."""
+        """The tensors of `<kind>.safetensors`. Raises BadInput unless the run is completed and the file as it was."""
         from safetensors.torch import load
 
-        return load(self._verified(f"{kind}.safetensors"))
+        self.result()
+        return load(self._content(f"{kind}.safetensors"))
 
-    def _verified(self, name: str) -> bytes:
-        """The content of a file of a completed run. Raises BadInput when it is not the one that was written."""
-        path = self.path / name
+    def _content(self, name: str) -> bytes:
+        """The content of a file. Raises BadInput when it cannot be read or, of a completed run, is not as it was."""
+        path, result = self.path / name, self.finished()
         try:
             content = path.read_bytes()
         except OSError as error:
-            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise BadInput(f"{path}: {what}: {self.remedy}") from None
-        if hashlib.sha256(content).hexdigest() != self.result().sha256.get(name):
+            raise BadInput(f"{path}: cannot be read ({error.strerror}): {self.remedy}") from None
+        if result and hashlib.sha256(content).hexdigest() != result.sha256.get(name):
             raise BadInput(f"{path}: is damaged or truncated (its checksum differs): {self.remedy}")
         return content
 
-    def finish(self, result: Result, report: str) -> Result:
-        """Write the report and, last of all, the result that makes the run completed."""
-        write_aside(self.path / "report.md", report.encode())
+    def finish(self, result: Result) -> None:
+        """Write, last of all, the result that makes the run completed."""
         files = [*sorted(self.path.glob("*.safetensors")), *self.path.glob("metrics.jsonl")]
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         result = result.model_copy(update={"sha256": checksums})
-        result = result.model_copy(update={"checksum": _checksum(result)})
-        self._write_result(result)
-        for name in STATES:
-            (self.path / name).unlink(missing_ok=True)
-        return result
+        self._write_result(result.model_copy(update={"checksum": _checksum(result)}))
+        for state in self.path.glob("state*"):
+            state.unlink()
 
     def environment(self) -> dict[str, Any]:
         """The record of where and by what the run was made; empty when it is gone or damaged."""
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            record = json.loads((self.path / "environment.json").read_text())
-            return record if isinstance(record, dict) else {}
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            return dict(json.loads((self.path / "environment.json").read_text()))
         return {}
 
     def _write_result(self, document: Result | Unfinished) -> None:
@@ -506,19 +480,16 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
 
 def _open(path: Path) -> Run:
     """The run in a directory. Raises BadInput when its config.yaml is not one that this kd wrote there."""
-    file, remedy = path / "config.yaml", f"delete {path} and train it again"
-    try:
+    file, wrong = path / "config.yaml", "is missing, damaged, or of another run"
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError, RecursionError
+    ):
         config = yaml.safe_load(file.read_text())
-        if (schema := config.pop("schema", 1)) == SCHEMA:
-            run = Run(path.parents[2], Spec.model_validate(config, context={"reading": True}))
-    except (OSError, ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError, RecursionError):
-        what = "is not a run's configuration" if os.path.isfile(file) else "is missing"
-        raise BadInput(f"{file}: {what}: {remedy}") from None
-    if schema != SCHEMA:
-        raise BadInput(f"{file}: is of another kd (its runs have schema {schema}, this one's {SCHEMA}): {remedy}")
-    if run.path != path:
-        raise BadInput(f"{file}: does not belong in this folder: {run.name} was expected")
-    return run
+        if (schema := config.pop("schema", 1)) != SCHEMA:
+            wrong = f"is of another kd (its runs have schema {schema}, this one's {SCHEMA})"
+        elif (run := Run(path.parents[2], Spec.model_validate(config, context={"reading": True}))).path == path:
+            return run
+    raise BadInput(f"{file}: {wrong}: delete {path} and train it again")
 
 
 def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Callable[[str], None]) -> list[Run]:
@@ -551,31 +522,23 @@ class Listed(Section):
 
 def survey(root: Path) -> list[Listed]:
     """What `kd runs` lists: every run directory below `root`, those included that cannot be read."""
-    root = Path(os.path.abspath(root))
-    folders = [folder for command in COMMANDS for folder in root.glob(f"*/{command}/*/")]
-    return [_surveyed(root, folder) for folder in sorted(folders)]
-
-
-def _surveyed(root: Path, folder: Path) -> Listed:
-    files = {}
-    with contextlib.suppress(OSError):  # it may be removed meanwhile
-        for file in folder.iterdir():
-            with contextlib.suppress(OSError):
-                files[file.name] = file.stat()
-    changed = [file.st_mtime for name, file in files.items() if name != "report"]
-    found = Listed(
-        run=str(folder.relative_to(root)),
-        status="damaged" if files.keys() & {"config.yaml", "result.json"} else "missing",
-        bytes_=sum(file.st_size for file in files.values()),
-        age_s=round(time.time() - max(changed, default=time.time())),
-    )
-    with contextlib.suppress(BadInput, OSError):
-        run = _open(folder)
-        more: dict[str, Any] = {"parents": run.spec.parents, "status": run.status()}
-        if run.spec.train:
-            more |= {"epoch": len(run.metrics()), "epochs": run.spec.train.epochs}
-        result = run.finished()
-        return found.model_copy(update=more | {"errors": result.test.errors if result else None})
+    root, found = Path(os.path.abspath(root)), []
+    for folder in sorted(folder for command in COMMANDS for folder in root.glob(f"*/{command}/*/")):
+        files = {}
+        with contextlib.suppress(OSError):  # it may be removed meanwhile
+            for file in folder.iterdir():
+                with contextlib.suppress(OSError):
+                    files[file.name] = file.stat()
+        one: dict[str, Any] = {"run": str(folder.relative_to(root))}
+        one["status"] = "damaged" if files.keys() - {"lock"} else "missing"
+        with contextlib.suppress(BadInput, OSError):
+            run = _open(folder)
+            train, result = run.spec.train, run.finished()
+            more = {"epoch": len(run.metrics()), "epochs": train.epochs} if train else {}
+            errors = result.test.errors if result else None
+            one |= {"parents": run.spec.parents, "status": run.status(), "errors": errors} | more
+        age = time.time() - max((file.st_mtime for file in files.values()), default=time.time())
+        found.append(Listed(**one, bytes_=sum(file.st_size for file in files.values()), age_s=round(age)))
     return found
 
 
@@ -591,23 +554,20 @@ def remove(folders: Sequence[Path]) -> None:
     """Delete run directories, in order. Raises BadInput when a kd is writing one, before any is deleted, or when the
     system does not let one go."""
     with contextlib.ExitStack() as held:
-        for folder in folders:
-            try:
-                is_file = not (folder / "lock").is_dir()
-                if is_file and not _hold(held.enter_context((folder / "lock").open("a")).fileno()):
+        try:
+            for folder in folders:
+                lock = folder / "lock"
+                if lock.is_file() and not _hold(held.enter_context(lock.open("a")).fileno()):
                     raise BadInput(f"{folder}: is being written by a kd: stop that first; nothing was removed")
-            except OSError as error:
-                raise BadInput(f"{folder}: cannot be removed: {error.strerror}; nothing was removed") from None
-        for folder in folders:
-            try:
-                if (folder / "result.json").is_file():
-                    (folder / "result.json").unlink()  # first: what is half removed is not completed
+            for folder in folders:
+                with contextlib.suppress(OSError):  # first: what is half removed is not completed
+                    (folder / "result.json").unlink()
                 shutil.rmtree(folder)
-            except OSError as error:
-                raise BadInput(f"{error.filename}: cannot be removed: {error.strerror}") from None
-            with contextlib.suppress(OSError):  # not empty
-                folder.parent.rmdir()
-                folder.parent.parent.rmdir()
+                with contextlib.suppress(OSError):  # not empty
+                    folder.parent.rmdir()
+                    folder.parent.parent.rmdir()
+        except OSError as error:
+            raise BadInput(f"{error.filename}: cannot be removed: {error.strerror}") from None
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
@@ -628,14 +588,11 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of the checkout that kd runs from, `-dirty` when it was changed since; None when installed."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    checkout = Path(__file__).parents[1]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if git("ls-files", "__init__.py"):
-            return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+        if (checkout / ".git").exists():
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None
 
 

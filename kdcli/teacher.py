@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kdcli import BadInput, code
 from kdcli.config import Average
-from kdcli.data import Split
+from kdcli.data import Dataset, Split, open_dataset
 from kdcli.device import place
 from kdcli.models import build
 from kdcli.runs import Run, open_run
@@ -22,6 +23,14 @@ class Teacher:
 
     logits: Callable[[Tensor, Tensor], Tensor]
     average: Average = "arithmetic"
+
+
+def dataset_of(run: Run, data_dir: Path | None) -> Dataset:
+    """The dataset of a run. Raises BadInput when it is not there, or no longer what it was."""
+    dataset = open_dataset(run.spec.data, data_dir)
+    if dataset.facts.fingerprint != run.spec.dataset.fingerprint:
+        raise BadInput(f"{run.name}: its images are not those that it was planned with: they have changed since")
+    return dataset
 
 
 def members(run: Run) -> list[Run]:

@@ -10,6 +10,7 @@ from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
 from kdcli.plan import Job, check, distinct, find_teacher, part, plan, usable
 from kdcli.runs import Places, Run
+from kdcli.teacher import dataset_of
 from kdcli.yamlfile import Loaded, Override
 
 NO_CHANGE = ("threads", "expect", "paper", "grid")  # sections that a `--set` may set though no run changes
@@ -98,7 +99,7 @@ def prepare_run(name: str, places: Places, note: Callable[[str], None]) -> Work:
     subject, jobs = results.about_run(run, note)
     for job in jobs:
         usable(places.open(job.spec.name), run.spec, "reported")
-    dataset, folder = open_dataset(run.spec.data, places.data_dir), places.runs_dir / run.name / "report"
+    dataset, folder = dataset_of(run, places.data_dir), places.runs_dir / run.name / "report"
     return Work(subject, folder, dataset, jobs, jobs, places)
 
 

@@ -62,7 +62,7 @@ def test_what_is_printed_is_no_part_of_kds_document(
         ("def make():\n    raise ValueError('two\\nlines')\n", ":2: ValueError: two lines"),
         ("def mkae(): pass\n", ": has no function make"),
         ("make = 3\n", ": has no function make"),
-        ("def make(wanted): pass\n", "missing a required argument: 'wanted'"),
+        ("def make(wanted): pass\n", ": make() missing 1 required positional argument: 'wanted'"),
         ("def make():\n    raise SystemExit(0)\n", ":2: SystemExit"),
         ("\x00", ": SyntaxError: "),
     ],

@@ -211,8 +211,13 @@ def test_a_net_that_torch_cannot_trace_is_refused_in_one_line(
 def test_a_file_that_differs_from_torch_is_not_written(
     bad: float, own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = export._opened
-    monkeypatch.setattr(export, "_opened", lambda *arguments: lambda x: opened(*arguments)(x) * bad)
+    written = export._written
+
+    def spoilt(run: Run, model: export.Probabilities, form: export.Form) -> tuple[bytes, export.Net]:
+        content, opened = written(run, model, form)
+        return content, lambda x: opened(x) * bad
+
+    monkeypatch.setattr(export, "_written", spoilt)
     with pytest.raises(Failed, match=r"differs from torch by .*: not written"):
         export.export(own.run(), "torch", tmp_path / "net.pt2", None)
     assert list(tmp_path.iterdir()) == []
@@ -223,7 +228,7 @@ def test_images_that_have_changed_prove_nothing(tmp_path: Path) -> None:
     run = own.run(net=None)
     (tmp_path / "own_data.py").write_text(OWN_DATA.replace("195", "190"))
     sources._read.cache_clear()
-    with pytest.raises(BadInput, match="its images are not those that it was trained on"):
+    with pytest.raises(BadInput, match="its images are not those that it was planned with"):
         export.export(run, "onnx", tmp_path / "net.onnx", None)
 
 

@@ -191,7 +191,7 @@ def test_a_net_that_does_not_fit_is_refused_with_the_shapes(function: str, messa
     [
         ("no_net", "must return a torch.nn.Module, not int"),
         ("absent", "nets.py: has no function absent"),
-        ("fails", "missing a required argument: 'width'"),
+        ("fails", "fails() missing 1 required positional argument: 'width'"),
     ],
 )
 def test_what_makes_no_net_is_told(function: str, message: str, nets: Path) -> None:

@@ -237,9 +237,12 @@ def test_changed_images_are_another_run_and_refused_for_finished_ones(trained_on
     (kd.folder / "own_data.py").write_text(OWN_DATA.replace("noise=60", "noise=61"))
     sources._read.cache_clear()  # which lives as long as a command
     assert planned(kd)["run"] != old["run"]
-    done = kd_here(kd.folder, "predict", old["run"], "--test-image", "0")
-    assert done.code == 2
-    assert lines(done) == [f"{old['run']}: its images are not those that it was trained on: they have changed since"]
+    for words in (("predict", old["run"], "--test-image", "0"), ("export", old["run"]), ("report", old["run"])):
+        done = kd_here(kd.folder, *words)
+        assert done.code == 2
+        assert lines(done) == [
+            f"{old['run']}: its images are not those that it was planned with: they have changed since"
+        ]
     (kd.folder / "own_data.py").write_text(f"# the same images\n{OWN_DATA}")
     sources._read.cache_clear()
     assert planned(kd) == old
@@ -281,12 +284,8 @@ def test_code_that_fails_is_told_with_its_file_and_line(what: str, kd: Shell) ->
     [
         ("own_nets.py:make", "own_nets.py:made", "own_nets.py: has no function made"),
         ("own_nets.py:make", "nets.py:make", "own.yaml:5: teacher.model.name: there is no file "),
-        (
-            "own_nets.py:make",
-            "own_nets:make",
-            "own.yaml:5: teacher.model.name: must be resnet8 (…20, 56, 110), resnet8x4, wrn-40-2, torchvision:NAME",
-        ),
-        ("{width: 16}", "{depth: 16}", "own_nets.py: make(classes, channels, depth): got an unexpected"),
+        ("own_nets.py:make", "own_nets:make", "own.yaml:5: teacher.model.name: must be resnet8 (…20, 56, 110)"),
+        ("{width: 16}", "{depth: 16}", "own_nets.py: make() got an unexpected keyword argument 'depth'"),
         ("own_data.py:load", "own_data.py:lod", "own_data.py: has no function lod"),
         ("own_data.py:load", "data.py:load", "own.yaml:3: data.function: there is no file "),
     ],

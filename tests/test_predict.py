@@ -12,7 +12,7 @@ from test_export import DIGITS, Own, find, wanted
 
 from kdcli import BadInput, config, export
 from kdcli.predict import Predictions, predict, read_image
-from kdcli.teacher import nets
+from kdcli.teacher import dataset_of, nets
 
 DIGIT = np.kron(DIGITS.test.store[3, 0].numpy(), np.ones((10, 10), np.uint8)) * 15  # light on dark, 80 x 80
 RESAMPLING = Image.Resampling.NEAREST
@@ -51,7 +51,7 @@ def test_image_files_of_any_size_are_classified(trained: Shell, tmp_path: Path) 
 
 def test_colour_images_are_cropped_to_the_shape_of_the_nets(own: Own, tmp_path: Path) -> None:
     """A test image alone, and in the middle of a wider and of a higher sheet, is read as the test image."""
-    run, test = own.run(), export.test_split(own.run(), None)
+    run, test = own.run(), dataset_of(own.run(), None).test
     plain, inputs = Image.fromarray(test.store[4].permute(1, 2, 0).numpy()), test.inputs(torch.tensor([4]))
     wide, high = Image.new("RGB", (29, 6), "white"), Image.new("RGBA", (9, 16))
     wide.paste(plain, (10, 0))
@@ -184,7 +184,10 @@ def test_nets_of_other_channels_are_asked_of_test_images_alone(own: Own, tmp_pat
         ("RUN --test-image 1 --T hot", "--T hot: must be numbers from 0.001 to 10000"),
         ("RUN absent.png", "absent.png: No such file or directory"),
         ("RUN tiny.yaml", "tiny.yaml: is not an image that can be read"),
-        ("net.safetensors x.png", "net.safetensors: kd predict reads runs and .onnx files"),
+        (
+            "net.safetensors x.png",
+            "net.safetensors: is not a net that kd exported as onnx: export it so, or name the run",
+        ),
         ("absent.onnx x.png", "absent.onnx: there is no such file"),
         ("other.onnx x.png", "other.onnx: is not a net that kd exported"),
         ("tiny/distill/0-0 x.png", "tiny/distill/0-0: there is no such run"),
@@ -198,8 +201,9 @@ def test_the_wrong_thing_typed(words: str, line: str, trained: Shell, tmp_path: 
     (tmp_path / "other.onnx").write_bytes(b"not a net")
     Image.new("L", (40, 40), 200).save(tmp_path / "blank.png")
     Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "deep.tiff")
+    (tmp_path / "net.safetensors").write_bytes(b"weights alone")
     words = words.replace("RUN", find(trained, "student").name)
-    for name in ("other.onnx", "blank.png", "deep.tiff"):
+    for name in ("net.safetensors", "other.onnx", "blank.png", "deep.tiff"):
         words = words.replace(name, str(tmp_path / name))
     done = kd_here(trained.folder, "predict", *words.split())
     assert (done.code, done.out) == (2, "")

@@ -124,7 +124,7 @@ def slow_ending(patch: pytest.MonkeyPatch) -> None:
                 time.sleep(LIMIT)
 
     stopping(patch)
-    patch.setattr(Run, "end", end)
+    patch.setattr(runs, "failure", end)
 
 
 def no_big_files(patch: pytest.MonkeyPatch) -> None:
@@ -390,7 +390,7 @@ def test_a_student_continues_only_with_the_teacher_that_it_began_with(tmp_path: 
     teacher, student = open_run(folder / "runs", str(the_run(folder))), the_run(folder, "distill")
     weights, result = teacher.load("weights"), teacher.result()
     teacher.save("weights", {name: 1.01 * t if t.is_floating_point() else t for name, t in weights.items()})
-    teacher.finish(result, "")
+    teacher.finish(result)
     done, name = kd_here(folder, *STUDENT), student.relative_to(folder / "runs")
     assert done.code == 2
     told = f"{name}: was begun with other weights than its teacher has now: delete runs/{name} and train it again"
@@ -399,7 +399,7 @@ def test_a_student_continues_only_with_the_teacher_that_it_began_with(tmp_path: 
     assert not (student / "weights.safetensors").exists()
 
     teacher.save("weights", weights)
-    teacher.finish(result, "")
+    teacher.finish(result)
     done = kd_here(folder, *STUDENT)
     assert done.code == 0, done.err
     assert "continued after epoch 2" in done.err

@@ -29,8 +29,10 @@ def torture(folder: Path, experiment: str, kills: int) -> str:
     """Kill trainings of an experiment's teacher until there were so many; says how many fell where."""
     draws, found, compared = random.Random(0), Counter[str](), 0
     whole, shell = Shell(folder / "whole"), Shell(folder / "killed")
+    start(whole, 1, experiment).communicate()  # what only the first one pays, such as to start the server of forks
+    shutil.rmtree(whole.folder / "runs")
     began = time.monotonic()
-    finish(whole, EPOCHS, experiment)
+    start(whole, EPOCHS, experiment).communicate()
     wanted, longest = outcome(whole.folder), time.monotonic() - began
     while found.total() < kills:
         with start(shell, EPOCHS, experiment) as process:
