@@ -204,8 +204,8 @@ class Train(Section):
             if getattr(self, key) is not None:
                 yield key, f"belongs to the schedule step, not to {self.schedule}: remove it"
         falls = self.milestones or []
-        if self.schedule == "step" and (not falls or sorted(set(falls)) != falls or falls[-1] >= self.epochs):
-            yield "milestones", f"must be ascending epochs before the last, {self.epochs}, such as [1]"
+        if self.schedule == "step" and (not falls or sorted(set(falls)) != falls):
+            yield "milestones", "must be ascending epochs, such as [60, 80]"
         if self.warmup >= self.epochs:
             yield "warmup", f"must be shorter than the {self.epochs} epochs, not {self.warmup:g}"
 

@@ -105,10 +105,14 @@ def _written(run: Run, model: Probabilities, form: Form) -> tuple[bytes, Net]:
     """The net as a file, with what it is in the file's metadata, and the net in that file, opened again. Raises
     BadInput when torch cannot write such a net."""
     facts = run.spec.dataset
-    about = {"run": run.name, "settings": json.dumps(settings(run.spec))}
+    about = {
+        "run": run.name,
+        "middle": str(run.spec.data.folder is not None),
+        "settings": json.dumps(settings(run.spec)),
+    }
     about |= {"classes": json.dumps(facts.classes), "shape": json.dumps(facts.shape)}
     if form == "safetensors":
-        content = save({name: tensor.clone() for name, tensor in model.state_dict().items()}, about)
+        content = save({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, about)
         fresh = copy.deepcopy(model)
         fresh.load_state_dict(load(content))
         return content, fresh
@@ -139,9 +143,9 @@ def _traced(model: Probabilities, shape: Sequence[int], form: Form, about: dict[
     return content, onnx_net(content)[0]
 
 
-def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int]]:
+def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int], bool]:
     """The net in a file that `kd export` wrote, or in its content; the names of its classes; the shape [C, H, W] of its
-    images. Raises BadInput when it is none."""
+    images, and whether they are the middles of photographs. Raises BadInput when it is none."""
     if isinstance(file, Path) and not file.is_file():
         raise BadInput(f"{file}: there is no such file")
     runtime = _library("onnxruntime")
@@ -151,7 +155,8 @@ def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int]]:
         classes, shape = json.loads(about["classes"]), json.loads(about["shape"])
     except Exception:  # the runtime has a dozen kinds of its own
         raise BadInput(f"{file!s}: is not a net that kd exported as onnx: export it so, or name the run") from None
-    return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), classes, shape
+    middle = about.get("middle") == "True"
+    return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), classes, shape, middle
 
 
 def _library(name: str) -> Any:

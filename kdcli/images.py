@@ -35,20 +35,22 @@ def open_image(file: Path, least: int = 0) -> Image.Image:
             if image.has_transparency_data:
                 return image.convert("RGBA")
             return image.convert("L" if image.mode in GREY else "RGB")
+    except BadInput:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadInput(f"{file}: is too large: {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or no image'}") from None
 
 
-def to_bytes(image: Image.Image, size: int | None, channels: int) -> NDArray[np.uint8]:
-    """An image as bytes [C, H, W]: its shorter side resized to `size`, the middle of the longer one kept; what is
-    transparent is black."""
+def to_bytes(image: Image.Image, size: tuple[int, int] | None, channels: int) -> NDArray[np.uint8]:
+    """An image as bytes [C, H, W], of this width and height if they are given: as much of its middle as has their
+    shape, resized; what is transparent is black."""
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     image = image.convert("L" if channels == 1 else "RGB")
-    if size and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    if size and image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     array = np.asarray(image)
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 

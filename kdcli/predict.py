@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from kdcli import BadInput, code, losses
 from kdcli.config import Section
 from kdcli.export import CPU, SUFFIXES, onnx_net
+from kdcli.images import open_image, to_bytes
 from kdcli.plan import orphaned
 from kdcli.runs import Places, Run, open_run
 from kdcli.teacher import Teacher, dataset_of, live
@@ -60,16 +61,17 @@ def predict(
     if Path(name).suffix.lower() in SUFFIXES.values():
         if list(temperatures) != [1]:
             raise BadInput("--T: an exported file has T = 1 built in: name the run instead")
-        net, classes, shape = onnx_net(Path(name))
+        net, classes, shape, middle = onnx_net(Path(name))
         asked: Asked = [("net", 1.0, Teacher(lambda _, x: net(x)[None].log()))]
     else:
         run = places.open(name)
+        middle = run.spec.data.folder is not None
         classes, shape, asked = run.spec.dataset.classes, run.spec.dataset.shape, _of_run(run, temperatures, note)
     grey, images = shape[0] == 1, []
     if invert and not grey:
         raise BadInput(f"--invert: is for nets of grey images, and those of {name} have {shape[0]} channels")
     for file in files:
-        inputs = read_image(file, shape, invert)
+        inputs = read_image(file, shape, invert, middle)
         light = grey and float(inputs.mean()) > 0.5
         images.append(Prediction(image=str(file), views=_views(asked, inputs), mostly_ink=light))
     for i in test_images:
@@ -102,39 +104,25 @@ def _views(asked: Asked, inputs: Tensor) -> list[View]:
     return [View(net=name, T=T, p=p.exp().tolist()) for (name, T, _), p in zip(asked, log_p, strict=True)]
 
 
-def read_image(file: Path, shape: Sequence[int], invert: bool) -> Tensor:
+def read_image(file: Path, shape: Sequence[int], invert: bool, middle: bool = False) -> Tensor:
     """An image file of any size as inputs [1, C, H, W] for a `shape` of 1 or 3 channels; what is transparent is ground.
-    Grey ones are wholly seen, light on dark, centred on the ground; of colour images as much of the middle as has the
-    shape. Raises BadInput."""
+    Of colour images, and where `middle` says so, as much of the middle as has the shape is seen, as in training on a
+    folder; grey ones are else wholly seen, light on dark, centred on the ground. Raises BadInput."""
     channels, height, width = shape
     if channels not in (1, 3):
         raise BadInput(f"{file}: image files are read with 1 or 3 channels, and this net takes {channels}")
-    image, size = _opened(file), (0, 0)
-    if channels == 1:  # a sheet with the shape of the net's images, of a strip not as huge as it is long
+    if channels == 3 or middle:
+        array = to_bytes(open_image(file, min(height, width)), (width, height), channels)
+    else:
+        image = open_image(file).convert("LA")
         image.thumbnail((2_000, 2_000), Image.Resampling.BOX)
-        size = round(image.height * width / height), round(image.width * height / width)
-    size = max(size[0], image.width), max(size[1], image.height)
-    sheet = Image.new("L" if channels == 1 else "RGB", size, 255 if invert else 0)
-    sheet.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2), image)
-    to, how = (width, height), Image.Resampling
-    seen = sheet.resize(to, how.BOX) if channels == 1 else ImageOps.fit(sheet, to, how.BILINEAR)
-    values = torch.from_numpy(np.asarray(seen, np.float32) / 255)
-    inputs = values.view(1, height, width, channels).permute(0, 3, 1, 2).contiguous()
+        # a sheet with the shape of the net's images, of a strip not as huge as it is long
+        w, h = image.size
+        size = max(w, round(h * width / height)), max(h, round(w * height / width))
+        sheet = Image.new("L", size, 255 if invert else 0)
+        sheet.paste(image.getchannel("L"), ((size[0] - w) // 2, (size[1] - h) // 2), image.getchannel("A"))
+        array = to_bytes(sheet.resize((width, height), Image.Resampling.BOX), None, 1)
+    inputs = torch.from_numpy(array.astype(np.float32) / 255)[None]
     if channels == 1 and float(inputs.max() - inputs.min()) < 1 / 16:
         raise BadInput(f"{file}: is blank")
     return 1 - inputs if invert else inputs
-
-
-def _opened(file: Path) -> Image.Image:
-    """An image file as RGBA, held as the camera was."""
-    try:
-        with Image.open(file) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGBA")
-            if image.mode in ("I", "F"):
-                raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
-            return image.convert("RGBA")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or f"is not an image that can be read: {error}"
-        raise BadInput(f"{file}: {reason}") from None

@@ -295,12 +295,13 @@ def _fill(
     from rich.console import Console
     from rich.progress import track
 
-    first = to_bytes(image(0), size, channels)
+    shape = (size, size) if size else None
+    first = to_bytes(image(0), shape, channels)
     out = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *first.shape))
 
     def one(i: int) -> str:
         try:
-            array = to_bytes(image(int(i)), size, channels)
+            array = to_bytes(image(int(i)), shape, channels)
         except BadKeys:
             raise
         except BadInput as error:

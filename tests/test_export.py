@@ -181,7 +181,7 @@ def test_a_geometric_ensemble_is_exported_as_one(own: Own, tmp_path: Path) -> No
     inputs = 20 * torch.rand(7, 3, 6, 9)
     for run in (geometric, arithmetic):
         export.export(run, "onnx", tmp_path / f"{run.spec.average}.onnx", None)
-        net, _, _ = export.onnx_net(tmp_path / f"{run.spec.average}.onnx")
+        net, *_ = export.onnx_net(tmp_path / f"{run.spec.average}.onnx")
         assert torch.allclose(net(inputs).double(), wanted(run, inputs), atol=1e-6)
     assert not torch.allclose(wanted(geometric, inputs), wanted(arithmetic, inputs), atol=1e-4)
 

@@ -183,7 +183,7 @@ def test_nets_of_other_channels_are_asked_of_test_images_alone(own: Own, tmp_pat
         ("RUN --test-image 1 --T 0", "--T 0: must be numbers from 0.001 to 10000"),
         ("RUN --test-image 1 --T hot", "--T hot: must be numbers from 0.001 to 10000"),
         ("RUN absent.png", "absent.png: No such file or directory"),
-        ("RUN tiny.yaml", "tiny.yaml: is not an image that can be read"),
+        ("RUN tiny.yaml", "tiny.yaml: is damaged or no image"),
         (
             "net.safetensors x.png",
             "net.safetensors: is not a net that kd exported as onnx: export it so, or name the run",

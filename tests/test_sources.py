@@ -236,8 +236,8 @@ def test_a_photograph_is_turned_as_it_was_held(tmp_path: Path) -> None:
 def test_the_shorter_side_is_resized_and_the_middle_kept() -> None:
     wide = Image.new("RGB", (40, 10), "white")
     wide.paste((0, 0, 0), (15, 0, 25, 10))
-    assert images.to_bytes(wide, 5, 1)[:, :, 1:-1].tolist() == [[[0] * 3] * 5]
-    assert images.to_bytes(wide.rotate(90, expand=True), 5, 3).shape == (3, 5, 5)
+    assert images.to_bytes(wide, (5, 5), 1)[:, :, 1:-1].tolist() == [[[0] * 3] * 5]
+    assert images.to_bytes(wide.rotate(90, expand=True), (5, 5), 3).shape == (3, 5, 5)
 
 
 def test_grey_folders_have_one_channel_unless_they_are_to_have_three(tmp_path: Path) -> None:
