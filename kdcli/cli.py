@@ -16,7 +16,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
-from kdcli.config import Experiment, Kind, Row, Section
+from kdcli.config import Experiment, Kind, Section
 from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
 
@@ -168,10 +168,9 @@ class Call:
         for flag, value in (("T", self.T), ("lambda1", self.lambda1), ("lambda2", self.lambda2)):
             self.override(f"--{flag}", value, f"distill.{flag}")
         if self.epochs is not None:
-            experiment = self.load()
-            own = ["baseline"] if experiment.baseline.train else []
-            own += [f"omit_classes.{i}" for i, entry in enumerate(experiment.omit_classes) if entry.train]
-            self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in ("student", *own)))
+            self.override(
+                "--epochs", self.epochs, *(f"{section}.train.epochs" for section in self.load().student_trains)
+            )
         self.run(kind, baseline)
 
     def report(self, work: "Work") -> "tuple[Summary, Path]":
@@ -317,14 +316,13 @@ def evaluate(
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
-    from kdcli.plan import KINDS, Job, evaluable
+    from kdcli.plan import evaluable
     from kdcli.results import Evaluations, evaluate
 
     seeds = work.subject.seeds if call.seed is not None else None
-    found = evaluable(work.planned, work.places, run or [], seeds, call.display.note, call.retype())
+    found = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
     if call.dry_run:
-        kinds = [(KINDS[one.spec.command], one.spec) for one, _ in found]
-        return call.describe(replace(work, jobs=[Job(Row(name=kind, kind=kind), spec) for kind, spec in kinds]))
+        return call.describe(replace(work, jobs=found))
     name, classes = work.subject.experiment, work.dataset.facts.classes
     document = Evaluations(experiment=name, classes=classes, runs=evaluate(found, work.dataset, work.places))
     call.present(document, *show.evaluations(document))

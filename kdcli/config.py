@@ -217,9 +217,9 @@ class Row(Section):
 
     name: str
     kind: Kind
-    learns_from: Literal["", "teacher", "ensemble"] = ""  # of students and omissions
+    learns_from: Literal["", "teacher", "ensemble"] = ""  # of a baseline: the student beside it does
     of_baselines: bool = False  # of ensembles and their members
-    entry: int = 0  # of omissions: which of omit_classes
+    omission: Omission | None = None
 
 
 Count = Annotated[float, Field(ge=0)]
@@ -278,19 +278,27 @@ class Experiment(Section):
     def rows(self) -> list[Row]:
         """The kinds of nets that the experiment compares, in the order of the final table; then the members."""
         taught_by = self.distill.teacher
-        rows = [Row(name="teacher", kind="teacher"), Row(name="baseline", kind="baseline")]
+        rows = [Row(name="teacher", kind="teacher"), Row(name="baseline", kind="baseline", learns_from=taught_by)]
         rows += [Row(name="student", kind="student", learns_from=taught_by)]
         if self.ensemble:
             rows.insert(1, Row(name="ensemble", kind="ensemble"))
             rows.insert(3, Row(name="ensemble of baselines", kind="ensemble", of_baselines=True))
             if taught_by == "teacher":
                 rows += [Row(name="student of ensemble", kind="student", learns_from="ensemble")]
-        for i, entry in enumerate(self.omit_classes):
-            rows += [Row(name=entry.label, kind="omission", learns_from=taught_by, entry=i)]
+        for entry in self.omit_classes:
+            rows += [Row(name=entry.label, kind="omission", learns_from=taught_by, omission=entry)]
         if self.ensemble:
+            of_baselines: dict[str, Any] = {"of_baselines": True, "learns_from": taught_by}
             rows += [Row(name="member", kind="member")]
-            rows += [Row(name="member of the baselines", kind="member", of_baselines=True)]
+            rows += [Row(name="member of the baselines", kind="member", **of_baselines)]
         return rows
+
+    @property
+    def student_trains(self) -> dict[str, Train]:
+        """The sections that say how a net of the student's kind is trained: the student's, and those of their own."""
+        own = {"baseline": self.baseline.train}
+        own |= {f"omit_classes.{i}": entry.train for i, entry in enumerate(self.omit_classes)}
+        return {"student": self.student.train} | {section: train for section, train in own.items() if train}
 
     @property
     def table(self) -> list[str]:

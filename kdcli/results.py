@@ -14,7 +14,7 @@ from kdcli import code, losses, score
 from kdcli.config import BIASES, Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
-from kdcli.plan import KINDS, Job, orphaned
+from kdcli.plan import KINDS, Job, distinct, orphaned
 from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, differences, environment, list_runs, open_run
 from kdcli.score import Latency
 from kdcli.teacher import kept_logits, members, nets, predict
@@ -340,8 +340,8 @@ def made(jobs: Sequence[Job], places: Places) -> Made:
 
 
 @code.quiet()
-def evaluate(runs: Sequence[tuple[Run, str | None]], dataset: Dataset, places: Places) -> list[Evaluation]:
-    """Runs, each with the name of the run that it is compared with, scored from their weights on the test images."""
+def evaluate(jobs: Sequence[Job], dataset: Dataset, places: Places) -> list[Evaluation]:
+    """Each run of some jobs, scored from its weights on the test images and held against its teacher."""
     device = torch.device(places.device)
     test = dataset.test.to(device)
 
@@ -355,7 +355,7 @@ def evaluate(runs: Sequence[tuple[Run, str | None]], dataset: Dataset, places: P
             return None
         return losses.average(torch.stack([predict(net, test) for net in nets(run, device)]), 1.0, run.spec.average)
 
-    return [_evaluation(run, beside, log_p, test, places) for run, beside in runs]
+    return [_evaluation(Run(places.runs_dir, job.spec), job.teacher, log_p, test, places) for job in distinct(jobs)]
 
 
 def _evaluation(

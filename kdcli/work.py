@@ -28,7 +28,8 @@ class Work:
 
     def unfinished(self) -> list[str]:
         """The names of the runs that are not there yet."""
-        return [s.name for s in distinct(self.jobs) if Run(self.places.runs_dir, s).finished() is None]
+        runs = [Run(self.places.runs_dir, job.spec) for job in distinct(self.jobs)]
+        return [run.name for run in runs if run.finished() is None]
 
     def documents(self) -> list[results.Document]:
         """The documents of the jobs, which are all finished."""
@@ -37,8 +38,7 @@ class Work:
     def summary(self) -> tuple[results.Summary, list[results.Evaluation]]:
         """What the finished jobs say together, and the scores of each run."""
         shown = self.shown()
-        once = {job.spec.name: (Run(self.places.runs_dir, job.spec), job.teacher) for job in shown}
-        evaluations = results.evaluate(list(once.values()), self.dataset, self.places)
+        evaluations = results.evaluate(shown, self.dataset, self.places)
         found = results.documents(shown, self.places, self.dataset.test.labels)
         made = results.made(self.jobs, self.places)
         return results.summarise(self.subject, shown, found, evaluations, self.dataset, made), evaluations
@@ -109,7 +109,9 @@ def _refuse_idle(override: Override, command: str, before: list[Job], after: lis
     one, other = ([(j.row.name, j.spec.name) for j in jobs if j.row.kind != "member"] for jobs in (before, after))
     rows = dict.fromkeys(row for row, run in (*one, *other) if (row, run) in set(one) ^ set(other))
     where = f"it changes: {', '.join(rows)}" if rows else "it changes no run of this experiment"
-    own = _trained_apart(experiment, override.key) if override.key.startswith("student.train") else []
+    rest = override.key.removeprefix("student.train")
+    own = [f"{section}.train{rest}" for section in experiment.student_trains if section != "student"]
+    own = own if rest != override.key else []
     hint = f"; set for nets with a train of their own: {', '.join(own)}" if own else ""
     raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}{hint}")
 
@@ -120,10 +122,3 @@ def _does(jobs: Sequence[Job], command: str) -> set[str | None]:
         dataset, data = jobs[0].spec.dataset, jobs[0].spec.data
         return {dataset.fingerprint, data.evaluate_on, *(job.teacher for job in jobs if job.row.kind == "baseline")}
     return {job.spec.name for job in part(jobs, command)}
-
-
-def _trained_apart(experiment: Experiment, key: str) -> list[str]:
-    """The keys of the nets of the student's kind that have a `train` of their own."""
-    rest = key.removeprefix("student.")
-    own = [f"omit_classes.{i}.{rest}" for i, entry in enumerate(experiment.omit_classes) if entry.train]
-    return own + ([f"baseline.{rest}"] if experiment.baseline.train else [])
