@@ -298,14 +298,16 @@ def omit_classes(
     keep: Annotated[str | None, Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
 ) -> None:
     """Distil with classes missing from the transfer set, then correct the bias."""
-    entries = call.load().omit_classes
-    if omit is not None or keep is not None:
-        wanted = yamlfile.omission(omit, keep)
-        entries = [entry for entry in entries if entry.label == wanted.label] or [wanted]
-        flags = " ".join(f"--{flag} {text}" for flag, text in (("omit", omit), ("keep", keep)) if text is not None)
-        given = [entry.model_dump(exclude_unset=True) for entry in entries]
-        call.overrides.append(Override("omit_classes", given, flags))
-    if not entries:
+    named = {flag: text.split(",") for flag, text in (("omit", omit), ("keep", keep)) if text is not None}
+    if named:
+        flags = " ".join(f"--{flag} {','.join(classes)}" for flag, classes in named.items())
+        described = call.load().omit_classes
+        rowless = [Override(section, {}, flags) for section in ("expect", "paper")]  # they may name other entries
+        call.overrides += [*rowless, Override("omit_classes", [named], flags)]
+        (wanted,) = call.load().omit_classes
+        same = [entry.model_dump(exclude_unset=True) for entry in described if entry.label == wanted.label]
+        call.overrides[-1] = Override("omit_classes", same or [named], flags)
+    if not call.load().omit_classes:
         raise BadInput(f"{call.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
     call.distil("omission")
 

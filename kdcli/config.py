@@ -1,7 +1,6 @@
 """The experiment file's sections: what can be said in one, with types, bounds and a description of each key."""
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -223,19 +222,11 @@ class Row(Section):
 
 
 Count = Annotated[float, Field(ge=0)]
-
-
-def _paper(given: Any) -> list[float]:
-    numbers = given if isinstance(given, list) else [given]
-    if len(numbers) not in (1, 2) or not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
-        raise problem("", f"must be a number of errors, or two: in all, and on the classes never seen; not {given!r}")
-    return [float(n) for n in numbers]
-
-
-Paper = Annotated[Any, BeforeValidator(_paper)]
+OneOrMore = BeforeValidator(lambda given: given if isinstance(given, list) else [given])
+Paper = Annotated[list[Count], OneOrMore, Field(min_length=1, max_length=2)]
 Values = Annotated[list[Any], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Seeds = Annotated[list[Seed], BeforeValidator(lambda s: s if isinstance(s, list) else [s]), Field(min_length=1)]
+Seeds = Annotated[list[Seed], OneOrMore, Field(min_length=1)]
 
 
 class Experiment(Section):
@@ -260,8 +251,6 @@ class Experiment(Section):
             yield "seed", f"names a seed twice: {self.seed}"
         if self.distill.teacher == "ensemble" and self.ensemble is None:
             yield "distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"
-        if len({entry.label for entry in self.omit_classes}) < len(self.omit_classes):
-            yield "omit_classes", "names the same classes twice"
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.table:
                 yield f"{section}.{row}", f"is not a row of this experiment{nearest(row, self.table)}"

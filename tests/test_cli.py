@@ -64,7 +64,11 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "--set without =": ("distill tiny.yaml --set T", "write it as --set section.key=value"),
     "unknown class": ("omit-classes tiny.yaml --omit 11", "--omit 11: omit_classes.0.omit: there is no class 11"),
     "class by another name": ("omit-classes tiny.yaml --omit three", "there is no class three (known: 0, 1, 2, 3"),
-    "omit and keep": ("omit-classes tiny.yaml --omit 3 --keep 7", "--omit 3 --keep 7: needs either omit or keep"),
+    "omit and keep": (
+        "omit-classes tiny.yaml --omit 3 --keep 7",
+        "--omit 3 --keep 7: omit_classes.0: needs either omit or keep",
+    ),
+    "a class twice": ("omit-classes tiny.yaml --omit 3,3", "--omit 3,3: omit_classes.0.omit: names a class twice"),
     "all classes": (
         "omit-classes tiny.yaml --omit 0,1,2,3,4,5,6,7,8,9",
         "must leave one class out and one in",
@@ -241,6 +245,18 @@ def test_what_the_images_do_not_allow_is_told_with_its_line(old: str, new: str, 
     assert len(list((kd.folder / "runs/tiny").glob("*/*/config.yaml"))) == 9  # those of before
 
 
+def test_classes_may_be_omitted_that_the_file_does_not_name(kd: Shell) -> None:
+    """One that it names keeps its recipe; what it says of other rows stands in nobody's way."""
+    own = TINY.replace("- omit: [3]\n", "- omit: [3]\n    train: {epochs: 1, lr: 0.1}\n  - omit: [4]\n")
+    (kd.folder / "tiny.yaml").write_text(f"{own}paper: {{omit 4: 9}}\nexpect: {{omit 4: 99}}\n")
+    for classes, epochs in (("3", 1), ("5,6", None)):
+        done = kd_here(kd.folder, "omit-classes", "tiny.yaml", "--omit", classes, "--dry-run", "--json")
+        assert done.code == 0, done.err
+        (entry,) = done.json["resolved"]["omit_classes"]
+        assert entry["omit"] == classes.split(",")
+        assert entry.get("train", {}).get("epochs") == epochs
+
+
 def test_a_set_that_an_entry_of_its_own_does_not_hear_names_the_key_to_use(kd: Shell) -> None:
     own = TINY.replace("- omit: [3]\n", "- omit: [3]\n    train: {epochs: 1, lr: 0.1}\n")
     (kd.folder / "tiny.yaml").write_text(f"{own}baseline: {{train: {{epochs: 1, lr: 0.1}}}}\n")
@@ -250,7 +266,7 @@ def test_a_set_that_an_entry_of_its_own_does_not_hear_names_the_key_to_use(kd: S
     assert line.startswith(
         "--set student.train.epochs=2: changes nothing that kd omit-classes does; it changes: student"
     )
-    assert line.endswith("omit_classes.0.train.epochs, baseline.train.epochs")
+    assert line.endswith("baseline.train.epochs, omit_classes.0.train.epochs")
     words = ("omit-classes", "tiny.yaml", "--json", "--set", "omit_classes.0.train.epochs=2")
     assert here(kd, *words).json["last_epoch"]["epoch"] == 2
     assert here(kd, *words, "--epochs", "3").json["last_epoch"]["epoch"] == 3
