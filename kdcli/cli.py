@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic_core import to_json
 from rich.console import Console
 from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
-from kdcli.config import Experiment, Kind, Section
+from kdcli.config import Experiment, Section
 from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
 
 if TYPE_CHECKING:  # they need torch, which help and wrong usage do without
-    from kdcli.results import Document, Summary
+    from kdcli.results import Summary
     from kdcli.work import Work
 
 app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False)
@@ -29,21 +30,18 @@ runs_app = typer.Typer(invoke_without_command=True, help="List the runs, or remo
 app.add_typer(runs_app, name="runs")
 
 
+def _runs(incomplete: str) -> list[str]:
+    """For the shell's completion: the groups of the runs in ./runs and, once one is typed whole, its runs."""
+    names = [one.run for one in survey(Path("runs"))]
+    groups = dict.fromkeys(name.rpartition("/")[0] for name in names)
+    found = [group for group in groups if group.startswith(incomplete)]
+    return found or [name for name in names if name.startswith(incomplete)]
+
+
 def _experiments(incomplete: str) -> list[str]:
-    """For the shell's completion: experiments and, for `kd report`, once a slash is typed, runs."""
+    """Experiments and, for `kd report`, once a slash is typed, runs."""
     names = [name for name in yamlfile.experiments() if name.startswith(incomplete)]
     return names or (_runs(incomplete) if "/" in incomplete else [])
-
-
-def _runs(incomplete: str) -> list[str]:
-    """The runs in ./runs."""
-    return [one.run for one in survey(Path("runs")) if one.run.startswith(incomplete)]
-
-
-def _groups(incomplete: str) -> list[str]:
-    """What `kd compare` takes: the groups of the runs in ./runs and, once one is typed whole, its runs."""
-    groups = dict.fromkeys(one.run.rpartition("/")[0] for one in survey(Path("runs")))
-    return [group for group in groups if group.startswith(incomplete)] or _runs(incomplete)
 
 
 NameArgument = partial(Argument, autocompletion=_experiments)
@@ -52,8 +50,12 @@ RunOption = partial(Option, metavar="RUN", autocompletion=_runs)
 
 # Which of the options of a Call a command has, in the order of its help.
 READING = ("data_dir", "runs_dir", "as_json", "debug")
-TRAINING = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
-DISTILLING = ("T", "lambda1", "lambda2", "teacher", "epochs", *TRAINING)
+DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
+TRAINING = ("epochs", *DESCRIBED)
+DISTILLING = ("T", "lambda1", "lambda2", "teacher", *TRAINING)
+# Those that set a key of the experiment file.
+KEYS = {"T": "distill.T", "lambda1": "distill.lambda1", "lambda2": "distill.lambda2"}
+KEYS |= {"members": "ensemble.members", "average": "ensemble.average", "threads": "threads"}
 
 
 @dataclass
@@ -68,6 +70,9 @@ class Call:
         float | None, Option(help="Weight of the hard labels; left out, here and in the file: 1 - lambda1.")
     ] = None
     teacher: Annotated[str | None, RunOption(help="Learn from this run instead.")] = None
+    baseline: Annotated[bool, Option(help="Compare with hard labels alone.")] = True
+    members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None
+    average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None
     epochs: Annotated[int | None, Option(help="Epochs of each training of this command.")] = None
     sets: Annotated[
         list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any key: teacher.train.epochs=5.")
@@ -89,7 +94,8 @@ class Call:
     def __post_init__(self) -> None:
         self.display = show.Display()
         self.overrides = [yamlfile.parse_set(text) for text in self.sets or []]
-        self.override("--threads", self.threads, "threads")
+        for option, key in KEYS.items():
+            self.override(f"--{option}", getattr(self, option), key)
         if self.seed is not None:
             self.overrides.append(Override("seed", yamlfile.parse_seeds(self.seed), f"--seeds {self.seed}"))
 
@@ -100,78 +106,69 @@ class Call:
             self.overrides += [Override(key, value, f"{flag} {shown}") for key in keys]
 
     def load(self) -> Experiment:
-        """The experiment as overridden. Raises BadInput where it has a grid that the command cannot walk."""
-        experiment = yamlfile.load(self.experiment, self.overrides).experiment
-        if experiment.grid and self.command not in ("run", "report"):
-            keys = " ".join(f"--set {key}=…" for key in experiment.grid)
-            raise BadInput(f"{self.experiment}: has a grid, which `kd run` walks; for one of its points: {keys}")
-        return experiment
+        """The experiment as overridden."""
+        return yamlfile.load(self.experiment, self.overrides).experiment
 
-    def prepare(self, baseline: bool = True) -> "Work":
-        """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
-        from kdcli import plan, work
-
-        places = self.places(self.load().threads)
-        part = work.prepare(self.command, self.experiment, self.overrides, places, self.teacher, baseline, self.dry_run)
-        if self.command in ("distill", "omit-classes"):
-            plan.require_teachers(part.jobs, part.planned, places, self.retype(), self.display.note)
-        return part
-
-    def finished(self) -> "Work":
-        """The work of reporting an experiment, or a single run. Raises BadInput where a run is missing."""
-        name, path = self.experiment, Path(self.experiment)
-        if {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS}):
-            work = self.prepare()
-            if missing := work.unfinished():
-                train = f"train them: kd run {self.retype(whole=True)}"
-                raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0]}; {train}")
-            return work
-        if self.overrides or self.dry_run:
-            raise BadInput(
-                f"{name}: is a run, not an experiment: --set, --seed, --threads and --dry-run change nothing"
-            )
-        from kdcli.work import prepare_run
-
-        return prepare_run(name, self.places(), self.display.note)
-
-    def places(self, threads: int | None = None) -> Places:
+    def places(self) -> Places:
         from kdcli.device import select_device
 
-        return Places(self.runs_dir, self.data_dir, str(select_device(self.device)), threads or os.cpu_count() or 1)
+        return Places(self.runs_dir, self.data_dir, str(select_device(self.device)))
+
+    def prepare(self) -> "Work":
+        """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
+        from kdcli.work import prepare
+
+        places, named = self.places(), self.teacher
+        return prepare(self.command, self.experiment, self.overrides, places, named, self.baseline, self.dry_run)
 
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished."""
         from kdcli.engine import obtain
 
-        of_workers = work.places._replace(threads=self.load().threads or 1)
-        at_once = self.jobs or os.cpu_count() or 1
         try:
-            obtain(work.jobs, work.places, of_workers, at_once, self.display.epoch, self.display.note)
+            obtain(work.jobs, work.places, self.load().threads, self.jobs, self.display.epoch, self.display.note)
         finally:
             self.display.close()
 
-    def run(self, kind: Kind, baseline: bool = True) -> None:
-        """Do the command's part of the plan and print what comes out, a document a run of a kind."""
-        work = self.prepare(baseline)
+    def train(self) -> None:
+        """Train the nets that the command is about and print what comes out. --epochs is for every one of them."""
+        sections = ["teacher"] if self.command in TEACHERS else self.load().student_trains
+        self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in sections))
+        work = self.prepare()
+        from kdcli.plan import require_teachers
+        from kdcli.results import documents
+
+        require_teachers(work.jobs, work.planned, work.places, self.retype(), self.display.note)
         if self.dry_run:
             return self.describe(work)
         self.obtain(work)
-        found = work.documents()
-        shown = [d for d in found if d.kind == kind]
-        whole = Several(command=self.command, experiment=shown[0].experiment, runs=shown)
+        found = documents(work.jobs, work.places, work.dataset.test.labels)
+        mine = [d for d in found if d.command == self.command]
+        whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
-        self.present(shown[0] if len(shown) == 1 else whole, *tables)
-        self.display.note(f"next: {self.next(shown)}".rstrip())
+        self.present(mine[0] if len(mine) == 1 else whole, *tables)
+        of_ensemble = " --set distill.teacher=ensemble" if self.command == "ensemble" else ""
+        seeds = f" --seeds {self.seed}" if self.seed is not None else ""
+        report = shlex.join(["kd", "report", mine[0].run, *self.where()])
+        distill = f"kd distill {self.retype()}{of_ensemble}{seeds}"
+        self.display.note(f"next: {distill if self.command in TEACHERS else report}")
 
-    def distil(self, kind: Kind, baseline: bool = True) -> None:
-        """Train students; --epochs is for every one of them, whichever section trains it."""
-        for flag, value in (("T", self.T), ("lambda1", self.lambda1), ("lambda2", self.lambda2)):
-            self.override(f"--{flag}", value, f"distill.{flag}")
-        if self.epochs is not None:
-            self.override(
-                "--epochs", self.epochs, *(f"{section}.train.epochs" for section in self.load().student_trains)
-            )
-        self.run(kind, baseline)
+    def finished(self) -> "Work":
+        """The work of reporting an experiment, or a single run. Raises BadInput where a run is missing."""
+        from kdcli.plan import unfinished
+        from kdcli.work import prepare_run
+
+        name, path = self.experiment, Path(self.experiment)
+        if {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS}):
+            work = self.prepare()
+            if missing := unfinished(work.jobs, work.places):
+                train = f"train them: kd run {self.retype(whole=True)}"
+                raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0].name}; {train}")
+            return work
+        if self.overrides or self.dry_run:
+            options = "--set, --seed, --threads and --dry-run"
+            raise BadInput(f"{name}: is a run, not an experiment: {options} change nothing")
+        return prepare_run(name, self.places(), self.display.note)
 
     def report(self, work: "Work") -> "tuple[Summary, Path]":
         """Show the table and write the report of finished runs; returns them and the page."""
@@ -179,7 +176,7 @@ class Call:
 
         summary, evaluations = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
-        files = write_report(summary, evaluations, work.shown(), work.dataset, work.places, work.folder)
+        files = write_report(summary, evaluations, work.shown, work.dataset, work.places, work.folder)
         self.display.note(f"wrote {work.folder}: {', '.join(file.name for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
@@ -192,17 +189,17 @@ class Call:
 
         from kdcli.plan import describe
 
-        resolved = self.load().model_dump(exclude_none=True)
-        places, runs = work.places, describe(work.jobs, work.dataset, work.places.runs_dir)
-        document = Several(command=self.command, dry_run=True, device=places.device, runs=runs, resolved=resolved)
+        resolved, device = self.load().model_dump(exclude_none=True), work.places.device
+        runs = describe(work.jobs, work.dataset, work.places.runs_dir)
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=80)
-        text += f"# device: {places.device}, threads: {places.threads}"
+        text += f"# device: {device}, threads: {work.places.threads}"
+        document = {"command": self.command, "dry_run": True, "device": device, "runs": runs, "resolved": resolved}
         self.present(document, text, show.planned(runs), "# --dry-run: nothing was written")
 
-    def present(self, document: Section, *parts: show.Table | str) -> None:
+    def present(self, document: Section | dict[str, Any], *parts: show.Table | str) -> None:
         """The document as JSON, or tables and lines for a person, on stdout."""
         if self.as_json:
-            return print(document.model_dump_json(indent=1, exclude_none=True, by_alias=True))
+            return print(to_json(document, indent=1, exclude_none=True, by_alias=True, inf_nan_mode="null").decode())
         console = Console()
         for part in parts:
             console.print(part, highlight=False, markup=False, soft_wrap=True)
@@ -218,31 +215,9 @@ class Call:
         """The words that name the runs folder, unless it is the usual one."""
         return ["--runs-dir", str(self.runs_dir)] if self.runs_dir != Path("runs") else []
 
-    def next(self, documents: "Sequence[Document]") -> str:
-        """What to type after a command."""
-        seeds = shlex.join(["--seeds", self.seed] if self.seed is not None else [])
-        if self.command in TEACHERS:
-            of_ensemble = " --set distill.teacher=ensemble" if self.command == "ensemble" else ""
-            return f"kd distill {self.retype()}{of_ensemble} {seeds}"
-        name = documents[0].experiment
-        several = self.command == "distill" and len(documents) > 1 and documents[0].baseline
-        words = ["compare", f"{name}/baseline", f"{name}/distill"] if several else ["report", documents[0].run]
-        return shlex.join(["kd", *words, *self.where()])
-
-
-class Several(Section):
-    """The document of a command about several runs."""
-
-    command: str
-    experiment: str | None = None
-    dry_run: bool | None = None
-    device: str | None = None
-    runs: list[Any]
-    resolved: dict[str, Any] | None = None
-
 
 def command(
-    name: str, shared: Sequence[str] = TRAINING, register: Callable[[Callable[..., None]], object] | None = None
+    name: str, shared: Sequence[str] = DESCRIBED, register: Callable[[Callable[..., None]], object] | None = None
 ) -> Callable[[Callable[..., None]], None]:
     """Register a function of a Call and options of its own as a command that has these of a Call's options as well."""
 
@@ -263,32 +238,24 @@ def command(
     return decorate
 
 
-@command("train-teacher", ("epochs", *TRAINING))
+@command("train-teacher", TRAINING)
 def train_teacher(call: Call) -> None:
     """Train the teacher from hard labels."""
-    call.override("--epochs", call.epochs, "teacher.train.epochs")
-    call.run("teacher")
+    call.train()
 
 
-@command("ensemble", ("epochs", *TRAINING))
-def ensemble(
-    call: Call,
-    members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None,
-    average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None,
-) -> None:
+@command("ensemble", ("members", "average", *TRAINING))
+def ensemble(call: Call) -> None:
     """Train several teachers and average their predictions."""
-    call.override("--members", members, "ensemble.members")
-    call.override("--average", average, "ensemble.average")
-    call.override("--epochs", call.epochs, "teacher.train.epochs")
     if call.load().ensemble is None:
         raise BadInput("ensemble: the experiment has no such section: add `ensemble: {members: 5}` or --members 5")
-    call.run("ensemble")
+    call.train()
 
 
-@command("distill", DISTILLING)
-def distill(call: Call, baseline: Annotated[bool, Option(help="Compare with hard labels alone.")] = True) -> None:
+@command("distill", (*DISTILLING, "baseline"))
+def distill(call: Call) -> None:
     """Train the student on the teacher's soft targets, beside the same student on hard labels alone."""
-    call.distil("student", baseline)
+    call.train()
 
 
 @command("omit-classes", DISTILLING)
@@ -309,7 +276,7 @@ def omit_classes(
         call.overrides[-1] = Override("omit_classes", same or [named], flags)
     if not call.load().omit_classes:
         raise BadInput(f"{call.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
-    call.distil("omission")
+    call.train()
 
 
 @command("evaluate")
@@ -322,11 +289,11 @@ def evaluate(
     from kdcli.results import Evaluations, evaluate
 
     seeds = work.subject.seeds if call.seed is not None else None
-    found = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
+    jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
     if call.dry_run:
-        return call.describe(replace(work, jobs=found))
+        return call.describe(replace(work, jobs=jobs))
     name, classes = work.subject.experiment, work.dataset.facts.classes
-    document = Evaluations(experiment=name, classes=classes, runs=evaluate(found, work.dataset, work.places))
+    document = Evaluations(experiment=name, classes=classes, runs=evaluate(jobs, work.dataset, work.places))
     call.present(document, *show.evaluations(document))
     call.display.note(f"next: kd report {call.retype()}")
 
@@ -381,9 +348,7 @@ def report(
 @command("compare", READING)
 def compare_runs(
     call: Call,
-    names: Annotated[
-        list[str], Argument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.", autocompletion=_groups)
-    ],
+    names: Annotated[list[str], RunArgument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
     as_markdown: Annotated[bool, Option("--md", help="Print Markdown on stdout.")] = False,
     match: Annotated[
         str, Option(metavar="TEXT", help="Of the others only those with this in their name or settings: T=4.")
@@ -471,7 +436,7 @@ def runs(
     if elsewhere and not call.runs_dir.is_dir():
         raise BadInput(f"--runs-dir {call.runs_dir}: there is no such folder")
     listed.sort(key=rank)
-    call.present(Several(command="runs", runs=listed), show.runs_table(listed))
+    call.present({"command": "runs", "runs": listed}, show.runs_table(listed))
 
 
 @command("runs rm", ("runs_dir", "debug"), runs_app.command("rm"))

@@ -17,8 +17,8 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 from kdcli import BadInput, Failed, failure
-from kdcli.plan import Job, distinct, usable
-from kdcli.runs import Places, Run, Spec, git_commit
+from kdcli.plan import Job, distinct, unfinished, usable
+from kdcli.runs import Places, Spec, git_commit
 from kdcli.train import Note, Tell, train
 
 
@@ -41,29 +41,29 @@ def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
     return Ended(spec.name)
 
 
-def obtain(jobs: Sequence[Job], places: Places, of_workers: Places, at_once: int, tell: Tell, note: Note) -> None:
+def obtain(
+    jobs: Sequence[Job], places: Places, threads: int | None, at_once: int | None, tell: Tell, note: Note
+) -> None:
     """Train the jobs that are not finished; of those that are, check that they can be used, and say so.
 
-    A run alone works with `places`, several at once with `of_workers`."""
-    missing, finished, commit = list[Spec](), dict[str, list[str]](), git_commit()
-    for spec in (job.spec for job in distinct(jobs)):
-        if Run(places.runs_dir, spec).finished() is None:
-            missing.append(spec)
-            continue
+    A run alone works with `places`, several at once with a thread each, or `threads`."""
+    missing = {run.name: run.spec for run in unfinished(jobs, places)}
+    finished, commit = dict[str, list[str]](), git_commit()
+    for spec in (job.spec for job in distinct(jobs) if job.spec.name not in missing):
         run = usable(places.open(spec.name), spec, "shown")
         made_by = run.environment().get("git_commit")
         finished.setdefault(f", by commit {made_by or 'unknown'}" if made_by != commit else "", []).append(run.name)
     for made_by, (first, *others) in finished.items():
         note(f"{first}{f' and {len(others)} more' if others else ''}: finished before{made_by}")
-    trained = sum(spec.train is not None for spec in missing)  # to combine members is not worth a process
-    alone = at_once == 1 or trained < 2 or places.device != "cpu"
-    run_all(missing, places if alone else of_workers, 1 if alone else at_once, tell, note)
+    at_once = at_once or os.cpu_count() or 1
+    if sum(spec.train is not None for spec in missing.values()) < 2 or places.device != "cpu":
+        at_once = 1  # to combine members is not worth a process
+    run_all(missing, places if at_once == 1 else places._replace(threads=threads or 1), at_once, tell, note)
 
 
-def run_all(specs: Sequence[Spec], places: Places, at_once: int, tell: Tell, note: Note) -> None:
-    """Train specs, each after those among them that it is made from. One that fails takes no other down but those that
+def run_all(waiting: dict[str, Spec], places: Places, at_once: int, tell: Tell, note: Note) -> None:
+    """Train specs, taken out by their names, each after those among them that it is made from. One that fails takes no other down but those that
     need it: when all have ended, raises what went wrong, BadInput where the input was wrong for each, else Failed."""
-    waiting = {spec.name: spec for spec in specs}
     unfinished, problems = set(waiting), list[Ended]()
 
     def ready() -> Spec | None:

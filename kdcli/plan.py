@@ -251,6 +251,12 @@ def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Plan
 # What is there and can be used.
 
 
+def unfinished(jobs: Iterable[Job], places: Places) -> list[Run]:
+    """The runs of some jobs that are still to be trained, each once."""
+    runs = [Run(places.runs_dir, job.spec) for job in distinct(jobs)]
+    return [run for run in runs if run.finished() is None]
+
+
 def usable(run: Run, like: Spec, role: str) -> Run:
     """The run itself, if it is finished, whole, of the same data as `like`, and made from the weights that its parents
     have; else raises BadInput."""
@@ -296,11 +302,11 @@ def find_teacher(places: Places, name: str | None) -> Run | None:
 
 
 def require_teachers(jobs: Sequence[Job], planned: Sequence[Job], places: Places, retype: str, note: Note) -> None:
-    """Raise BadInput where a run that students are made from is not finished: with the runs that come close, how they
-    differ, and what to type."""
-    described = {job.spec.name: Run(places.runs_dir, job.spec) for job in planned}
-    needed = dict.fromkeys(name for job in jobs for name in job.spec.parents)
-    absent = [run for name in needed if (run := described.get(name)) and run.finished() is None]
+    """Raise BadInput where a run that jobs are made from is neither one of them nor finished: with the runs that come
+    close, how they differ, and what to type."""
+    have = {job.spec.name for job in jobs}
+    needed = dict.fromkeys(name for job in jobs for name in job.spec.parents if name not in have)
+    absent = unfinished([job for job in planned if job.spec.name in needed], places)
     seeds, lines = ",".join(str(run.spec.seed) for run in absent), list[str]()
     for run in absent:
         typed = f"train it: kd {run.spec.command} {retype} --seed {seeds}"

@@ -1,15 +1,16 @@
 """What a command is to do, known and checked before anything is trained; and the summary of what was done."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdcli import BadInput, results, yamlfile
 from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
-from kdcli.plan import Job, check, distinct, find_teacher, part, plan, usable
-from kdcli.runs import Places, Run
+from kdcli.plan import Job, Note, check, find_teacher, part, plan, usable
+from kdcli.runs import Places
 from kdcli.yamlfile import Loaded, Override
 
 NO_CHANGE = ("threads", "expect", "paper", "grid")  # sections that a `--set` may set though no run changes
@@ -26,26 +27,17 @@ class Work:
     jobs: list[Job]
     places: Places
 
-    def unfinished(self) -> list[str]:
-        """The names of the runs that are not there yet."""
-        runs = [Run(self.places.runs_dir, job.spec) for job in distinct(self.jobs)]
-        return [run.name for run in runs if run.finished() is None]
-
-    def documents(self) -> list[results.Document]:
-        """The documents of the jobs, which are all finished."""
-        return results.documents(self.jobs, self.places, self.dataset.test.labels)
-
-    def summary(self) -> tuple[results.Summary, list[results.Evaluation]]:
-        """What the finished jobs say together, and the scores of each run."""
-        shown = self.shown()
-        evaluations = results.evaluate(shown, self.dataset, self.places)
-        found = results.documents(shown, self.places, self.dataset.test.labels)
-        made = results.made(self.jobs, self.places)
-        return results.summarise(self.subject, shown, found, evaluations, self.dataset, made), evaluations
-
+    @property
     def shown(self) -> list[Job]:
         """The jobs that have a place in a table: members have none."""
         return [job for job in self.jobs if job.row.kind != "member"]
+
+    def summary(self) -> tuple[results.Summary, list[results.Evaluation]]:
+        """What the finished jobs say together, and the scores of each run."""
+        evaluations = results.evaluate(self.shown, self.dataset, self.places)
+        found = results.documents(self.shown, self.places, self.dataset.test.labels)
+        made = results.made(self.jobs, self.places)
+        return results.summarise(self.subject, self.shown, found, evaluations, self.dataset, made), evaluations
 
 
 def prepare(
@@ -53,46 +45,43 @@ def prepare(
 ) -> Work:
     """Read the experiment and its data, check both, and plan. Raises BadInput for all that can be known before a run is
     trained. `teacher`: the run that --teacher names; `dry`: nothing is downloaded."""
-    points = yamlfile.points(name, overrides)
-    with points[0].located():
-        dataset = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
-    for point in points:
-        with point.located():
-            check(point.experiment, dataset)
-    named = find_teacher(places, teacher)
 
-    def planned(points: Sequence[Loaded]) -> list[Job]:
-        data = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
-        return plan([point.experiment for point in points], data, named)
+    def planned(overrides: list[Override]) -> tuple[list[Loaded], Dataset, list[Job]]:
+        points = yamlfile.points(name, overrides)
+        with points[0].located():
+            dataset = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
+        for point in points:
+            with point.located():
+                check(point.experiment, dataset)
+        return points, dataset, plan([point.experiment for point in points], dataset, find_teacher(places, teacher))
 
-    def before(override: Override) -> list[Job]:
-        """The plan without it; none where it changes no setting, or the experiment cannot do without it."""
-        try:
-            others = yamlfile.points(name, [other for other in overrides if other is not override])
-            same = [point.experiment for point in others] == [point.experiment for point in points]
-            return [] if same else planned(others)
-        except BadInput:
-            return []
-
-    whole, about = planned(points), _about(name, overrides, points, places.runs_dir)
-    work = Work(*about, dataset, whole, part(whole, command, baseline), places)
+    points, dataset, jobs = planned(overrides)
+    experiment = points[0].experiment
+    if experiment.grid and command not in ("run", "report"):
+        keys = " ".join(f"--set {key}=…" for key in experiment.grid)
+        raise BadInput(f"{name}: has a grid, which `kd run` walks; for one of its points: {keys}")
     for override in overrides:
         if override.origin.startswith("--set ") and override.key.split(".")[0] not in NO_CHANGE:
-            _refuse_idle(override, command, before(override), whole, points[0].experiment)
-    return work
+            try:
+                others, _, before = planned([other for other in overrides if other is not override])
+            except BadInput:  # the experiment cannot do without it
+                continue
+            if [other.experiment for other in others] != [point.experiment for point in points]:
+                _refuse_idle(override, command, before, jobs, experiment)
+    subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points])
+    places = places._replace(threads=experiment.threads or os.cpu_count() or 1)
+    return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
 
 
-def _about(name: str, overrides: list[Override], points: list[Loaded], runs_dir: Path) -> tuple[results.Subject, Path]:
-    """What the report of an experiment is about, and its folder: a trial's report replaces no other."""
-    stem, own = Path(points[0].file).stem, points[0].experiment.name
-    parts = ["report", *([stem] if stem != own else [])]
+def _folder(subject: results.Subject, overrides: list[Override], places: Places) -> Path:
+    """Of the report of an experiment: a trial's replaces no other."""
+    parts = ["report"] if subject.file == subject.experiment else ["report", subject.file]
     if changes := [o.origin for o in overrides if o.key not in ("seed", "threads")]:
         parts.append(hashlib.sha256(repr(changes).encode()).hexdigest()[:6])
-    subject = results.about(yamlfile.load(name, overrides).experiment, stem, [point.at for point in points])
-    return subject, runs_dir / own / "-".join(parts)
+    return places.runs_dir / subject.experiment / "-".join(parts)
 
 
-def prepare_run(name: str, places: Places, note: Callable[[str], None]) -> Work:
+def prepare_run(name: str, places: Places, note: Note) -> Work:
     """The work of reporting one finished run beside its teacher and its baseline. Raises BadInput."""
     run = places.open(name)
     subject, jobs = results.about_run(run, note)
@@ -104,16 +93,16 @@ def prepare_run(name: str, places: Places, note: Callable[[str], None]) -> Work:
 
 def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job], experiment: Experiment) -> None:
     """Raise BadInput for a `--set` that changes the experiment but nothing that the command does."""
-    if not before or _does(before, command) != _does(after, command):
+    if _does(before, command) != _does(after, command):
         return
-    one, other = ([(j.row.name, j.spec.name) for j in jobs if j.row.kind != "member"] for jobs in (before, after))
-    rows = dict.fromkeys(row for row, run in (*one, *other) if (row, run) in set(one) ^ set(other))
+    one, other = ({(j.row.name, j.spec.name): j for j in jobs if j.row.kind != "member"} for jobs in (before, after))
+    rows = dict.fromkeys(row for row, run in one | other if ((row, run) in one) != ((row, run) in other))
     where = f"it changes: {', '.join(rows)}" if rows else "it changes no run of this experiment"
-    rest = override.key.removeprefix("student.train")
-    own = [f"{section}.train{rest}" for section in experiment.student_trains if section != "student"]
-    own = own if rest != override.key else []
-    hint = f"; set for nets with a train of their own: {', '.join(own)}" if own else ""
-    raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}{hint}")
+    own = [section for section in experiment.student_trains if section != "student"]
+    if own and override.key.startswith("student.train"):
+        keys = ", ".join(override.key.replace("student", section, 1) for section in own)
+        where += f"; set for nets with a train of their own: {keys}"
+    raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}")
 
 
 def _does(jobs: Sequence[Job], command: str) -> set[str | None]:
