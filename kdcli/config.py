@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -211,14 +211,11 @@ class Omission(Section):
         return f"{'keep' if self.omit is None else 'omit'} {','.join(names)}"
 
 
-class Row(Section):
+class Row(NamedTuple):
     """A row of the final table: nets of one kind, one a seed."""
 
     name: str
     kind: Kind
-    learns_from: Literal["", "teacher", "ensemble"] = ""  # of a baseline: the student beside it does
-    of_baselines: bool = False  # of ensembles and their members
-    omission: Omission | None = None
 
 
 Count = Annotated[float, Field(ge=0)]
@@ -266,21 +263,19 @@ class Experiment(Section):
     @property
     def rows(self) -> list[Row]:
         """The kinds of nets that the experiment compares, in the order of the final table; then the members."""
-        taught_by = self.distill.teacher
-        rows = [Row(name="teacher", kind="teacher"), Row(name="baseline", kind="baseline", learns_from=taught_by)]
-        rows += [Row(name="student", kind="student", learns_from=taught_by)]
-        if self.ensemble:
-            rows.insert(1, Row(name="ensemble", kind="ensemble"))
-            rows.insert(3, Row(name="ensemble of baselines", kind="ensemble", of_baselines=True))
-            if taught_by == "teacher":
-                rows += [Row(name="student of ensemble", kind="student", learns_from="ensemble")]
-        for entry in self.omit_classes:
-            rows += [Row(name=entry.label, kind="omission", learns_from=taught_by, omission=entry)]
-        if self.ensemble:
-            of_baselines: dict[str, Any] = {"of_baselines": True, "learns_from": taught_by}
-            rows += [Row(name="member", kind="member")]
-            rows += [Row(name="member of the baselines", kind="member", **of_baselines)]
-        return rows
+        ensemble = self.ensemble is not None
+        rows: list[tuple[str, Kind, bool]] = [
+            ("teacher", "teacher", True),
+            ("ensemble", "ensemble", ensemble),
+            ("baseline", "baseline", True),
+            ("ensemble of baselines", "ensemble", ensemble),
+            ("student", "student", True),
+            ("student of ensemble", "student", ensemble and self.distill.teacher == "teacher"),
+            *((entry.label, "omission", True) for entry in self.omit_classes),
+            ("member", "member", ensemble),
+            ("member of the baselines", "member", ensemble),
+        ]
+        return [Row(name, kind) for name, kind, is_there in rows if is_there]
 
     @property
     def student_trains(self) -> dict[str, Train]:

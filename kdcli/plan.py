@@ -3,29 +3,28 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdcli import BadInput, BadKeys, code, models
-from kdcli.config import Experiment, Kind, Model, Row, Section, nearest
+from kdcli.config import Experiment, Kind, Model, Omission, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
 from kdcli.runs import STUDENTS, TEACHERS, Command, Places, Run, Spec, differences, list_runs, open_run, settings
 from kdcli.teacher import members, weights_checksum
 
 Note = Callable[[str], None]
-COMMANDS: dict[Kind, Command] = {
-    "teacher": "train-teacher",
-    "member": "train-teacher",
+KINDS: dict[Command, Kind] = {
+    "train-teacher": "teacher",
     "ensemble": "ensemble",
     "baseline": "baseline",
-    "student": "distill",
-    "omission": "omit-classes",
+    "distill": "student",
+    "omit-classes": "omission",
 }
-KINDS: dict[Command, Kind] = {command: kind for kind, command in COMMANDS.items() if kind != "member"}
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,24 @@ class _Planner:
         self.net, self.ensemble = cache(self._net), cache(self._ensemble)
 
     def jobs(self, point: int) -> Iterator[Job]:
-        for row in self.experiment.rows:
-            for seed in self.experiment.seed:
-                for spec in self._specs(row, seed):
-                    yield Job(row, spec, point, self._taught_by(row, spec.seed) if row.learns_from else None)
+        e, teacher = self.experiment, self.experiment.distill.teacher
+        makers: dict[str, Callable[[int], list[Spec]]] = {
+            "teacher": lambda seed: [self.net("teacher", seed)],
+            "baseline": lambda seed: [self.net("baseline", seed)],
+            "member": partial(self.members, "teacher"),
+            "member of the baselines": partial(self.members, "baseline"),
+            "ensemble": lambda seed: [self.ensemble("teacher", seed)],
+            "ensemble of baselines": lambda seed: [self.ensemble("baseline", seed)],
+            "student": partial(self.student, teacher, None),
+            "student of ensemble": partial(self.student, "ensemble", None),
+        }
+        makers |= {entry.label: partial(self.student, teacher, entry) for entry in e.omit_classes}
+        for row, seed in product(e.rows, e.seed):
+            for spec in makers[row.name](seed):
+                beside = self.taught_by(teacher, spec.seed) if spec.command == "baseline" else None
+                yield Job(row, spec, point, spec.parents[0] if spec.distill else beside)
 
-    def _specs(self, row: Row, seed: int) -> list[Spec]:
-        """The spec of a row with a seed; of a row of members, one each."""
-        if row.kind == "member":
-            return self._members(seed, row.of_baselines)
-        if row.kind == "ensemble":
-            return [self.ensemble(seed, row.of_baselines)]
-        return [self._student(row, seed)] if row.kind in ("student", "omission") else [self.net(row.kind, seed)]
-
-    def _spec(self, command: Command, seed: int, **more: Any) -> Spec:
+    def spec(self, command: Command, seed: int, **more: Any) -> Spec:
         e, data = self.experiment, self.experiment.data
         held = command == "omit-classes" or data.evaluate_on == "heldout"
         seen = {"heldout": self.dataset.held if held else None}
@@ -79,47 +82,43 @@ class _Planner:
         where, facts = data.model_copy(update=seen), self.dataset.facts
         return Spec(experiment=e.name, command=command, seed=seed, dataset=facts, data=where, **more)
 
-    def _net(self, kind: Kind, seed: int, model: int | None = None) -> Spec:
-        """A teacher, with its own model or one of the ensemble's, or a baseline: from hard labels alone."""
+    def _net(self, kind: str, seed: int, number: int = 0) -> Spec:
+        """A baseline or a teacher, the latter with the model of this number: from hard labels alone."""
         e = self.experiment
         if kind == "baseline":
-            return self._spec("baseline", seed, model=e.student.model, train=e.baseline.train or e.student.train)
-        models = (e.ensemble and e.ensemble.models) or []
-        return self._spec(
-            "train-teacher", seed, model=e.teacher.model if model is None else models[model], train=e.teacher.train
-        )
+            return self.spec("baseline", seed, model=e.student.model, train=e.baseline.train or e.student.train)
+        models = [e.teacher.model, *((e.ensemble and e.ensemble.models) or [])]
+        return self.spec("train-teacher", seed, model=models[number], train=e.teacher.train)
 
-    def _members(self, seed: int, of_baselines: bool) -> list[Spec]:
+    def members(self, kind: str, seed: int) -> list[Spec]:
         """The members with this seed, the next, …"""
         ensemble = self.experiment.ensemble
         assert ensemble
-        if of_baselines:
-            return [self.net("baseline", seed + i) for i in range(ensemble.members)]
-        n = len(ensemble.models or [])
-        return [self.net("teacher", seed + i, i % n if n else None) for i in range(ensemble.members)]
+        n = len(ensemble.models or []) if kind == "teacher" else 0
+        return [self.net(kind, seed + i, i % n + 1 if n else 0) for i in range(ensemble.members)]
 
-    def _ensemble(self, seed: int, of_baselines: bool) -> Spec:
+    def _ensemble(self, kind: str, seed: int) -> Spec:
         ensemble = self.experiment.ensemble
         assert ensemble
-        names = [member.name for member in self._members(seed, of_baselines)]
-        return self._spec("ensemble", seed, average=ensemble.average, parents=names)
+        names = [member.name for member in self.members(kind, seed)]
+        return self.spec("ensemble", seed, average=ensemble.average, parents=names)
 
-    def _taught_by(self, row: Row, seed: int) -> str:
+    def taught_by(self, teacher: str, seed: int) -> str:
         """The teacher of the same seed, the one ensemble, that of the first seed, or the run that was named."""
-        if self.named and row.learns_from == self.experiment.distill.teacher:
+        if self.named and teacher == self.experiment.distill.teacher:
             return self.named.name
-        if row.learns_from == "ensemble":
-            return self.ensemble(self.experiment.seed[0], False).name
+        if teacher == "ensemble":
+            return self.ensemble("teacher", self.experiment.seed[0]).name
         return self.net("teacher", seed).name
 
-    def _student(self, row: Row, seed: int) -> Spec:
-        e, entry = self.experiment, row.omission
-        more = {"omitted": entry.omitted(self.dataset.facts.classes)} if entry else {}
-        train = (entry and entry.train) or e.student.train
-        distill, parents = e.distill.model_copy(update={"teacher": "teacher"}), [self._taught_by(row, seed)]
-        return self._spec(
-            COMMANDS[row.kind], seed, model=e.student.model, train=train, distill=distill, parents=parents, **more
-        )
+    def student(self, teacher: str, entry: Omission | None, seed: int) -> list[Spec]:
+        e = self.experiment
+        more: dict[str, Any] = {"model": e.student.model, "train": (entry and entry.train) or e.student.train}
+        more["distill"] = e.distill.model_copy(update={"teacher": "teacher"})  # the parents say which
+        more["parents"] = [self.taught_by(teacher, seed)]
+        if entry:
+            more["omitted"] = entry.omitted(self.dataset.facts.classes)
+        return [self.spec("omit-classes" if entry else "distill", seed, **more)]
 
 
 def part(jobs: Sequence[Job], command: str, baseline: bool = True) -> list[Job]:
@@ -357,5 +356,5 @@ def evaluable(
     for run in runs:
         spec, kind = usable(run, like, "evaluated").spec, KINDS[run.spec.command]
         beside = spec.parents[0] if spec.distill else described.get(spec.seed) if kind == "baseline" else None
-        jobs.append(Job(Row(name=kind, kind=kind), spec, teacher=beside))
+        jobs.append(Job(Row(kind, kind), spec, teacher=beside))
     return jobs
