@@ -328,8 +328,6 @@ def report(
     """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
     pictures."""
     names = [call.experiment, *(more or [])]
-    if len(set(names)) < len(names):
-        raise BadInput(f"kd report {shlex.join(names)}: names something twice")
     if len(names) > 1 and call.as_json:
         raise BadInput("--json: is one document: name one experiment or run")
     calls = [replace(call, experiment=name) for name in names]
@@ -477,18 +475,14 @@ def top(
         print(context.get_help())
 
 
-def main() -> None:
-    """Run `kd`: 0 done, 1 failed, 2 wrong usage or input, 3 an expectation missed, 130 or 143 interrupted."""
-    sys.exit(_main())
-
-
 def _interrupt(*_: object) -> None:
     """The first Ctrl-C ends the command in order; a second one ends it at once, which loses nothing either."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     raise KeyboardInterrupt
 
 
-def _main() -> int:
+def main() -> int:
+    """Run `kd`: 0 done, 1 failed, 2 wrong usage or input, 3 an expectation missed, 130 or 143 interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, _interrupt)
     try:

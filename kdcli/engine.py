@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from kdcli import BadInput, Failed, failure
 from kdcli.plan import Job, distinct, unfinished, usable
-from kdcli.runs import Places, Spec, git_commit
+from kdcli.runs import Places, Spec
 from kdcli.train import Note, Tell, train
 
 
@@ -48,13 +48,12 @@ def obtain(
 
     A run alone works with `places`, several at once with a thread each, or `threads`."""
     missing = {run.name: run.spec for run in unfinished(jobs, places)}
-    finished, commit = dict[str, list[str]](), git_commit()
-    for spec in (job.spec for job in distinct(jobs) if job.spec.name not in missing):
-        run = usable(places.open(spec.name), spec, "shown")
-        made_by = run.environment().get("git_commit")
-        finished.setdefault(f", by commit {made_by or 'unknown'}" if made_by != commit else "", []).append(run.name)
-    for made_by, (first, *others) in finished.items():
-        note(f"{first}{f' and {len(others)} more' if others else ''}: finished before{made_by}")
+    finished = [job.spec for job in distinct(jobs) if job.spec.name not in missing]
+    for spec in finished:
+        usable(places.open(spec.name), spec, "shown")
+    if finished:
+        more = f" and {len(finished) - 1} more" if len(finished) > 1 else ""
+        note(f"{finished[0].name}{more}: finished before")
     at_once = at_once or os.cpu_count() or 1
     if sum(spec.train is not None for spec in missing.values()) < 2 or places.device != "cpu":
         at_once = 1  # to combine members is not worth a process
@@ -62,8 +61,9 @@ def obtain(
 
 
 def run_all(waiting: dict[str, Spec], places: Places, at_once: int, tell: Tell, note: Note) -> None:
-    """Train specs, taken out by their names, each after those among them that it is made from. One that fails takes no other down but those that
-    need it: when all have ended, raises what went wrong, BadInput where the input was wrong for each, else Failed."""
+    """Train specs, each after those among them that it is made from, and take them out. One that fails takes no other
+    down but those that need it: when all have ended, raises what went wrong, BadInput where the input was wrong for
+    each, else Failed."""
     unfinished, problems = set(waiting), list[Ended]()
 
     def ready() -> Spec | None:

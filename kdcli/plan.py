@@ -14,7 +14,7 @@ from kdcli import BadInput, BadKeys, code, models
 from kdcli.config import Experiment, Kind, Model, Omission, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
-from kdcli.runs import STUDENTS, TEACHERS, Command, Places, Run, Spec, differences, list_runs, open_run, settings
+from kdcli.runs import STUDENTS, TEACHERS, Command, Facts, Places, Run, Spec, differences, list_runs, open_run, settings
 from kdcli.teacher import members, weights_checksum
 
 Note = Callable[[str], None]
@@ -166,20 +166,26 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     nets = {"teacher.model": e.teacher.model, "student.model": student}
     nets |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
     for key, model in nets.items():
-        shape, classes = tuple(dataset.facts.shape), len(dataset.facts.classes)
-        if model.name and (message := _net_problem(model.model_dump_json(exclude_unset=True), shape, classes)):
+        if message := try_net(model, dataset.facts)[1]:
             yield f"{key}.name", message
 
 
 @cache
-def _net_problem(model: str, shape: tuple[int, ...], classes: int) -> str:
-    """Why the net of a model section (as JSON) cannot classify images of this shape; empty if it can."""
+def _trial(model: str, shape: tuple[int, ...], classes: int) -> tuple[int, str]:
+    """How many parameters the net of a model section (as JSON) has, a perceptron without memory for them; and why it
+    cannot classify images of this shape, empty if it can."""
     section = Model.model_validate_json(model)
     try:
-        models.fits(sample_net(section, shape, classes), section, shape, classes)
+        with torch.device("meta" if section.hidden is not None else "cpu"), seeded(0, "sample"):
+            net = models.build(section, shape, classes)
+        models.fits(net, section, shape, classes)
     except BadInput as error:
-        return str(error).removeprefix("model: ")
-    return ""
+        return 0, str(error).removeprefix("model: ")
+    return sum(p.numel() for p in net.parameters()), ""
+
+
+def try_net(model: Model, facts: Facts) -> tuple[int, str]:
+    return _trial(model.model_dump_json(exclude_unset=True), tuple(facts.shape), len(facts.classes))
 
 
 def _of_omissions(experiment: Experiment, classes: list[str]) -> Iterator[tuple[str, str]]:
@@ -210,12 +216,6 @@ def _of_sizes(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
         yield "data.transfer", f"must be at most {len(dataset.train)}; left out it is all images"
 
 
-def sample_net(model: Model, shape: Sequence[int], classes: int) -> torch.nn.Module:
-    """A net to count and to try, not to train: a perceptron without memory for its weights."""
-    with torch.device("meta" if model.hidden is not None else "cpu"), seeded(0, "sample"):
-        return models.build(model, shape, classes)
-
-
 class Planned(Section):
     """A run as `--dry-run` shows it."""
 
@@ -231,18 +231,13 @@ class Planned(Section):
 def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Planned]:
     """Each run of some jobs, once: what it is, whether it is there, and its size."""
 
-    @cache
-    def parameters(model: str) -> int:
-        net = sample_net(Model.model_validate_json(model), dataset.facts.shape, len(dataset.facts.classes))
-        return sum(p.numel() for p in net.parameters())
-
     found = []
     for job in distinct(jobs):
         spec, more = job.spec, dict[str, int]()
         if spec.model and spec.train:
             n, size = len(dataset.transfer_set(spec.omitted, spec.data.transfer)), spec.train.batch_size
             more = {"samples": n, "batch_size": size, "steps": math.ceil(n / size) * spec.train.epochs}
-            more["parameters"] = parameters(spec.model.model_dump_json(exclude_unset=True))
+            more["parameters"] = try_net(spec.model, spec.dataset)[0]
         found.append(Planned(run=spec.name, row=job.row.name, status=Run(runs_dir, spec).status(), **more))
     return found
 

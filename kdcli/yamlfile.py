@@ -7,7 +7,7 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -84,8 +84,7 @@ class Loaded(NamedTuple):
         try:
             yield
         except BadKeys as error:
-            lines = [f"{_origin(key, self.origins)}: {key}: {text}" for key, text in error.problems]
-            raise BadInput(*dict.fromkeys(lines)) from None
+            raise _told(error.problems, self.origins) from None
 
 
 class _File(NamedTuple):
@@ -94,7 +93,7 @@ class _File(NamedTuple):
     path: Path
     values: dict[str, Any]
     origins: dict[str, str]
-    problems: list[str]
+    problems: list[tuple[str, str]]
 
 
 def load(name: str, overrides: Sequence[Override] = ()) -> Loaded:
@@ -130,19 +129,11 @@ def _loaded(file: _File, overrides: Sequence[Override], point: Sequence[Override
         experiment = Experiment.model_validate(values, context={"folder": file.path.parent})
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        problems += [_describe(e, origins) for e in errors if not _misspelled(e, errors)]
+        problems += [(_key(e), _message(e)) for e in errors if not _misspelled(e, errors)]
     if problems:
-        raise BadInput(*dict.fromkeys(problems))
-    return Loaded(experiment, str(file.path), origins, {key: _shown(value) for key, value, _ in point})
-
-
-def _shown(value: Any) -> str:
-    """A value of a grid as a table has room for it."""
-    if isinstance(value, dict):
-        return " ".join(f"{key}={_shown(v)}" for key, v in value.items())
-    if isinstance(value, list):
-        return " x ".join(map(_shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        raise _told(problems, origins)
+    at = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value, _ in point}
+    return Loaded(experiment, str(file.path), origins, at)
 
 
 class _Loader(yaml.SafeLoader):
@@ -169,7 +160,7 @@ def _read(path: Path) -> _File:
             if count > 10_000 or key.count(".") > 50:
                 raise RecursionError
             if first:
-                file.problems.append(f"{path}:{line}: {key}: duplicate key, first given on line {first}")
+                file.problems.append((key, f"duplicate key, first given on line {first}"))
             file.origins[key] = f"{path}:{line}"
         values = yaml.load(text, _Loader)
     except RecursionError:
@@ -237,10 +228,14 @@ def _origin(key: str, origins: dict[str, str]) -> str:
     return origins[key]
 
 
-def _describe(error: Any, origins: dict[str, str]) -> str:
-    """One line, `file:line: key: problem`, for one of pydantic's errors."""
-    key = ".".join(str(part) for part in (*error["loc"], error.get("ctx", {}).get("key", "")) if part != "")
-    return f"{_origin(key, origins)}: {key or 'experiment'}: {_message(error)}"
+def _told(problems: Iterable[tuple[str, str]], origins: dict[str, str]) -> BadInput:
+    """Problems of dotted keys, a line each: `file:line: key: problem`."""
+    return BadInput(*dict.fromkeys(f"{_origin(key, origins)}: {key or 'experiment'}: {text}" for key, text in problems))
+
+
+def _key(error: Any) -> str:
+    """The dotted key of one of pydantic's errors."""
+    return ".".join(str(part) for part in (*error["loc"], error.get("ctx", {}).get("key", "")) if part != "")
 
 
 def _misspelled(missing: Any, errors: Sequence[Any]) -> bool:

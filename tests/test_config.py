@@ -249,10 +249,10 @@ def grid(folder: Path, text: str, *sets: str) -> list[Loaded]:
 def test_a_grid_has_a_point_for_each_combination(tmp_path: Path) -> None:
     points = grid(tmp_path, "grid: {distill.T: [1, 2.5], student.model.hidden: [[8], [24, 8]]}")
     assert [point.at for point in points] == [
-        {"distill.T": "1", "student.model.hidden": "8"},
-        {"distill.T": "1", "student.model.hidden": "24 x 8"},
-        {"distill.T": "2.5", "student.model.hidden": "8"},
-        {"distill.T": "2.5", "student.model.hidden": "24 x 8"},
+        {"distill.T": "1", "student.model.hidden": "[8]"},
+        {"distill.T": "1", "student.model.hidden": "[24, 8]"},
+        {"distill.T": "2.5", "student.model.hidden": "[8]"},
+        {"distill.T": "2.5", "student.model.hidden": "[24, 8]"},
     ]
     found = [(point.experiment.distill.T, point.experiment.student.model.hidden) for point in points]
     assert found == [(1, [8]), (1, [24, 8]), (2.5, [8]), (2.5, [24, 8])]
@@ -267,7 +267,7 @@ def test_an_experiment_without_a_grid_is_one_point(tmp_path: Path) -> None:
 def test_a_key_set_by_hand_does_not_vary(tmp_path: Path) -> None:
     text = "grid: {distill.T: [1, 8], student.model.hidden: [[8], [24]]}"
     points = grid(tmp_path, text, "distill.T=3")
-    assert [point.at for point in points] == [{"student.model.hidden": "8"}, {"student.model.hidden": "24"}]
+    assert [point.at for point in points] == [{"student.model.hidden": "[8]"}, {"student.model.hidden": "[24]"}]
     assert {point.experiment.distill.T for point in points} == {3}
     assert [point.at for point in grid(tmp_path, text, "distill={T: 3, lambda1: 0.5}")] == [p.at for p in points]
     (point,) = grid(tmp_path, text, "distill.T=3", "student.model={hidden: [5]}")
