@@ -26,27 +26,19 @@ if TYPE_CHECKING:  # they need torch, which help and wrong usage do without
     from kdcli.work import Work
 
 app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False)
-runs_app = typer.Typer(invoke_without_command=True, help="List the runs, or remove some.")
-app.add_typer(runs_app, name="runs")
 
 
-def _runs(incomplete: str) -> list[str]:
-    """For the shell's completion: the groups of the runs in ./runs and, once one is typed whole, its runs."""
-    names = [one.run for one in survey(Path("runs"))]
-    groups = dict.fromkeys(name.rpartition("/")[0] for name in names)
-    found = [group for group in groups if group.startswith(incomplete)]
-    return found or [name for name in names if name.startswith(incomplete)]
+def _names(incomplete: str) -> list[str]:
+    """For the shell's completion: experiments, else groups of runs in ./runs and, once one is typed whole, its runs."""
+    if found := [name for name in yamlfile.experiments() if name.startswith(incomplete)]:
+        return found
+    runs = [one.run for one in survey(Path("runs")) if one.run.startswith(incomplete)]
+    groups = list(dict.fromkeys(run.rpartition("/")[0] for run in runs))
+    return runs if len(groups) < 2 else groups
 
 
-def _experiments(incomplete: str) -> list[str]:
-    """Experiments and, for `kd report`, once a slash is typed, runs."""
-    names = [name for name in yamlfile.experiments() if name.startswith(incomplete)]
-    return names or (_runs(incomplete) if "/" in incomplete else [])
-
-
-NameArgument = partial(Argument, autocompletion=_experiments)
-RunArgument = partial(Argument, autocompletion=_runs)
-RunOption = partial(Option, metavar="RUN", autocompletion=_runs)
+NameArgument = partial(Argument, autocompletion=_names)
+RunOption = partial(Option, metavar="RUN", autocompletion=_names)
 
 # Which of the options of a Call a command has, in the order of its help.
 READING = ("data_dir", "runs_dir", "as_json", "debug")
@@ -147,11 +139,12 @@ class Call:
         whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
         self.present(mine[0] if len(mine) == 1 else whole, *tables)
-        of_ensemble = " --set distill.teacher=ensemble" if self.command == "ensemble" else ""
-        seeds = f" --seeds {self.seed}" if self.seed is not None else ""
-        report = shlex.join(["kd", "report", mine[0].run, *self.where()])
-        distill = f"kd distill {self.retype()}{of_ensemble}{seeds}"
-        self.display.note(f"next: {distill if self.command in TEACHERS else report}")
+        more = ["--set", "distill.teacher=ensemble"] if self.command == "ensemble" else []
+        more += ["--seeds", self.seed] if self.seed is not None else []
+        following = f"distill {self.retype()} {shlex.join(more)}"
+        if self.command not in TEACHERS:
+            following = shlex.join(["report", mine[0].run, *self.where()])
+        self.display.note(f"next: kd {following}".rstrip())
 
     def finished(self) -> "Work":
         """The work of reporting an experiment, or a single run. Raises BadInput where a run is missing."""
@@ -165,9 +158,8 @@ class Call:
                 train = f"train them: kd run {self.retype(whole=True)}"
                 raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0].name}; {train}")
             return work
-        if self.overrides or self.dry_run:
-            options = "--set, --seed, --threads and --dry-run"
-            raise BadInput(f"{name}: is a run, not an experiment: {options} change nothing")
+        if self.overrides:
+            raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")
         return prepare_run(name, self.places(), self.display.note)
 
     def report(self, work: "Work") -> "tuple[Summary, Path]":
@@ -216,9 +208,7 @@ class Call:
         return ["--runs-dir", str(self.runs_dir)] if self.runs_dir != Path("runs") else []
 
 
-def command(
-    name: str, shared: Sequence[str] = DESCRIBED, register: Callable[[Callable[..., None]], object] | None = None
-) -> Callable[[Callable[..., None]], None]:
+def command(name: str, shared: Sequence[str] = DESCRIBED) -> Callable[[Callable[..., None]], None]:
     """Register a function of a Call and options of its own as a command that has these of a Call's options as well."""
 
     def decorate(body: Callable[..., None]) -> None:
@@ -233,7 +223,7 @@ def command(
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         call.__doc__ = body.__doc__
-        (register or app.command(name))(call)
+        app.command(name)(call)
 
     return decorate
 
@@ -317,7 +307,7 @@ def run(
         raise typer.Exit(3)
 
 
-@command("report")
+@command("report", ("experiment", "sets", "seed", "threads", "device", *READING))
 def report(
     call: Call,
     more: Annotated[
@@ -333,9 +323,6 @@ def report(
     calls = [replace(call, experiment=name) for name in names]
     works = [one.finished() for one in calls]  # all of them, before any is written
     for one, work in zip(calls, works, strict=True):
-        if one.dry_run:
-            one.describe(work)
-            continue
         _, page = one.report(work)
         if open_:
             import webbrowser
@@ -346,7 +333,7 @@ def report(
 @command("compare", READING)
 def compare_runs(
     call: Call,
-    names: Annotated[list[str], RunArgument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
+    names: Annotated[list[str], NameArgument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
     as_markdown: Annotated[bool, Option("--md", help="Print Markdown on stdout.")] = False,
     match: Annotated[
         str, Option(metavar="TEXT", help="Of the others only those with this in their name or settings: T=4.")
@@ -368,7 +355,7 @@ def compare_runs(
 @command("export", READING)
 def export_(
     call: Call,
-    run: Annotated[str, RunArgument(metavar="RUN", help="A finished run: a student, a teacher, an ensemble.")],
+    run: Annotated[str, NameArgument(metavar="RUN", help="A finished run: a student, a teacher, an ensemble.")],
     form: Annotated[Literal["onnx", "torch", "safetensors"], Option("--format", help="Of the file.")] = "onnx",
     out: Annotated[Path | None, Option(help="The file to write; left out: named after the run.")] = None,
 ) -> None:
@@ -386,7 +373,7 @@ def export_(
 @command("predict", READING)
 def predict_(
     call: Call,
-    net: Annotated[str, RunArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
+    net: Annotated[str, NameArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
     images: Annotated[list[Path] | None, Argument(metavar="IMAGE...", help="PNG or JPEG files.")] = None,
     test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="Repeat it.")] = None,
     temperatures: Annotated[str, Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
@@ -411,19 +398,21 @@ def predict_(
             note(f"{image.image}: is read as lighter than its ground; try it with{'out' if invert else ''} --invert")
 
 
-@command("runs", ("runs_dir", "as_json", "debug"), runs_app.callback())
+@command("runs", ("runs_dir", "as_json", "debug"))
 def runs(
     call: Call,
-    context: typer.Context,
-    match: Annotated[str, Option(metavar="TEXT", help="Only runs with this in their name or status.")] = "",
-    sort: Annotated[Literal["name", "errors", "age", "size"], Option(help="What to sort by.")] = "name",
+    rm: Annotated[Literal["rm"] | None, Argument(help="Remove runs, unless others were made from them.")] = None,
+    names: Annotated[list[str] | None, NameArgument(metavar="RUN...", help="To remove, by name or by path.")] = None,
+    match: Annotated[str, Option(metavar="TEXT", help="List only runs with this in their name or status.")] = "",
+    sort: Annotated[Literal["name", "errors", "age", "size"], Option(help="What to sort the list by.")] = "name",
+    force: Annotated[bool, Option("--force", help="Remove even if other runs were made from them.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Remove without asking.")] = False,
 ) -> None:
-    """List the runs: status, errors, age, size. `kd runs rm` removes some."""
-    elsewhere = call.runs_dir != Path("runs")
-    if context.invoked_subcommand is not None:
-        if match or call.as_json or sort != "name" or elsewhere:
-            raise BadInput("kd runs: the options of rm go behind it: kd runs rm --runs-dir DIR RUN…")
-        return
+    """List the runs: status, errors, age, size. `kd runs rm RUN…` removes some."""
+    if (match or call.as_json or sort != "name") if rm else (force or yes):
+        raise BadInput("kd runs: --match, --sort and --json are of the list, --force and --yes of rm")
+    if rm:
+        return remove_runs(call, names or [], force, yes)
 
     def rank(one: Listed) -> Any:
         return {"name": one.run, "errors": (one.errors is None, one.errors), "age": one.age_s, "size": -one.bytes_}[
@@ -431,20 +420,14 @@ def runs(
         ]
 
     listed = [one for one in survey(call.runs_dir) if match.lower() in f"{one.run} {one.status}".lower()]
-    if elsewhere and not call.runs_dir.is_dir():
+    if call.runs_dir != Path("runs") and not call.runs_dir.is_dir():
         raise BadInput(f"--runs-dir {call.runs_dir}: there is no such folder")
     listed.sort(key=rank)
     call.present({"command": "runs", "runs": listed}, show.runs_table(listed))
 
 
-@command("runs rm", ("runs_dir", "debug"), runs_app.command("rm"))
-def runs_rm(
-    call: Call,
-    names: Annotated[list[str], RunArgument(metavar="RUN...", help="Runs, by name or by path.")],
-    force: Annotated[bool, Option("--force", help="Even if other runs were made from them.")] = False,
-    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
-    """Remove runs, unless others were made from them."""
+def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> None:
+    """Remove runs, unless others were made from them. Raises BadInput."""
     folders = list(dict.fromkeys(find_folder(call.runs_dir, name) for name in names))
     listed, note = survey(call.runs_dir), call.display.note
     chosen = ["/".join(folder.parts[-3:]) for folder in folders]
@@ -456,10 +439,8 @@ def runs_rm(
     note("\n".join([*lines, f"{show.number_of_runs(len(chosen))}, {taken}"]))
     if not yes and not sys.stdin.isatty():
         raise BadInput("kd runs rm: asks before it removes, and nobody is there to answer: add --yes")
-    if not yes:
-        print("Remove them? [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            return note("nothing was removed")
+    if not yes and not typer.confirm("Remove them?", err=True):
+        return note("nothing was removed")
     remove(sorted(folders, key=lambda folder: folder.parent.name in TEACHERS))
     note(f"removed {show.number_of_runs(len(chosen))}")
 

@@ -230,7 +230,6 @@ class Planned(Section):
 
 def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Planned]:
     """Each run of some jobs, once: what it is, whether it is there, and its size."""
-
     found = []
     for job in distinct(jobs):
         spec, more = job.spec, dict[str, int]()
@@ -283,13 +282,10 @@ def orphaned(run: Run) -> str:
     return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
 
 
-def find_teacher(places: Places, name: str | None) -> Run | None:
+def find_teacher(places: Places, name: str) -> Run:
     """The run that --teacher names. Raises BadInput when there is none, or it is no teacher."""
-    if name is None:
-        return None
     run = places.open(name, "--teacher")
-    if run.spec.command not in TEACHERS:
-        kind = run.spec.command
+    if (kind := run.spec.command) not in TEACHERS:
         raise BadInput(f"--teacher {name}: is a {kind} run; a teacher is a train-teacher or ensemble run")
     run.result("a teacher")
     return run
@@ -304,9 +300,8 @@ def require_teachers(jobs: Sequence[Job], planned: Sequence[Job], places: Places
     seeds, lines = ",".join(str(run.spec.seed) for run in absent), list[str]()
     for run in absent:
         typed = f"train it: kd {run.spec.command} {retype} --seed {seeds}"
-        lines.append(
-            f"teacher {run.name}: is {(status := run.status())}; {typed if status != 'running' else 'wait for it'}"
-        )
+        status = run.status()
+        lines.append(f"teacher {run.name}: is {status}; {'wait for it' if status == 'running' else typed}")
         lines += [f"  close: {line}" for line in _close_runs(run, note)]
     if lines:
         raise BadInput(*lines)

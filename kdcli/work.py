@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcli import BadInput, results, yamlfile
-from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
 from kdcli.plan import Job, Note, check, find_teacher, part, plan, usable
 from kdcli.runs import Places
@@ -53,7 +52,8 @@ def prepare(
         for point in points:
             with point.located():
                 check(point.experiment, dataset)
-        return points, dataset, plan([point.experiment for point in points], dataset, find_teacher(places, teacher))
+        named = find_teacher(places, teacher) if teacher is not None else None
+        return points, dataset, plan([point.experiment for point in points], dataset, named)
 
     points, dataset, jobs = planned(overrides)
     experiment = points[0].experiment
@@ -67,7 +67,7 @@ def prepare(
             except BadInput:  # the experiment cannot do without it
                 continue
             if [other.experiment for other in others] != [point.experiment for point in points]:
-                _refuse_idle(override, command, before, jobs, experiment)
+                _refuse_idle(override, command, before, jobs)
     subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points])
     places = places._replace(threads=experiment.threads or os.cpu_count() or 1)
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
@@ -91,17 +91,13 @@ def prepare_run(name: str, places: Places, note: Note) -> Work:
     return Work(subject, folder, dataset, jobs, jobs, places)
 
 
-def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job], experiment: Experiment) -> None:
+def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job]) -> None:
     """Raise BadInput for a `--set` that changes the experiment but nothing that the command does."""
     if _does(before, command) != _does(after, command):
         return
     one, other = ({(j.row.name, j.spec.name): j for j in jobs if j.row.kind != "member"} for jobs in (before, after))
     rows = dict.fromkeys(row for row, run in one | other if ((row, run) in one) != ((row, run) in other))
     where = f"it changes: {', '.join(rows)}" if rows else "it changes no run of this experiment"
-    own = [section for section in experiment.student_trains if section != "student"]
-    if own and override.key.startswith("student.train"):
-        keys = ", ".join(override.key.replace("student", section, 1) for section in own)
-        where += f"; set for nets with a train of their own: {keys}"
     raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}")
 
 

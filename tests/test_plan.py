@@ -329,7 +329,6 @@ def test_a_plan_shows_each_run_once_with_its_size(tmp_path: Path) -> None:
 def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
     jobs = plan.plan(described(tmp_path), DIGITS)
     places = Places(tmp_path / "runs")
-    assert plan.find_teacher(places, None) is None
     with pytest.raises(BadInput, match="--teacher nonsense: there is no such run"):
         plan.find_teacher(places, "nonsense")
     for row, message in (("student", "is a distill run; a teacher is"), ("teacher", "is failed: cannot be a teacher")):
