@@ -44,7 +44,9 @@ RunOption = partial(Option, metavar="RUN", autocompletion=_names)
 READING = ("data_dir", "runs_dir", "as_json", "debug")
 DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
 TRAINING = ("epochs", *DESCRIBED)
-DISTILLING = ("T", "lambda1", "lambda2", "teacher", *TRAINING)
+ENSEMBLE = ("members", "average", *TRAINING)
+OMITTING = ("T", "lambda1", "lambda2", "teacher", *TRAINING)
+DISTILLING = (*OMITTING, "baseline")
 # Those that set a key of the experiment file.
 KEYS = {"T": "distill.T", "lambda1": "distill.lambda1", "lambda2": "distill.lambda2"}
 KEYS |= {"members": "ensemble.members", "average": "ensemble.average", "threads": "threads"}
@@ -130,6 +132,9 @@ class Call:
         from kdcli.plan import require_teachers
         from kdcli.results import documents
 
+        if not work.jobs:
+            key, flag = ("ensemble", "--members 5") if self.command == "ensemble" else ("omit_classes", "--omit 3")
+            raise BadInput(f"{self.experiment}: {key}: there is none: add the section, or {flag}")
         require_teachers(work.jobs, work.planned, work.places, self.retype(), self.display.note)
         if self.dry_run:
             return self.describe(work)
@@ -208,7 +213,9 @@ class Call:
         return ["--runs-dir", str(self.runs_dir)] if self.runs_dir != Path("runs") else []
 
 
-def command(name: str, shared: Sequence[str] = DESCRIBED) -> Callable[[Callable[..., None]], None]:
+def command(
+    name: str, shared: Sequence[str] = DESCRIBED, text: str | None = None
+) -> Callable[[Callable[..., None]], None]:
     """Register a function of a Call and options of its own as a command that has these of a Call's options as well."""
 
     def decorate(body: Callable[..., None]) -> None:
@@ -222,33 +229,17 @@ def command(name: str, shared: Sequence[str] = DESCRIBED) -> Callable[[Callable[
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in both]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
         call.__annotations__ = {p.name: p.annotation for p in parameters}
-        call.__doc__ = body.__doc__
-        app.command(name)(call)
+        app.command(name, help=text or body.__doc__)(call)
 
     return decorate
 
 
-@command("train-teacher", TRAINING)
-def train_teacher(call: Call) -> None:
-    """Train the teacher from hard labels."""
-    call.train()
+command("train-teacher", TRAINING, "Train the teacher from hard labels.")(Call.train)
+command("ensemble", ENSEMBLE, "Train several teachers and average their predictions.")(Call.train)
+command("distill", DISTILLING, "Train the student on soft targets, beside the same student on hard labels.")(Call.train)
 
 
-@command("ensemble", ("members", "average", *TRAINING))
-def ensemble(call: Call) -> None:
-    """Train several teachers and average their predictions."""
-    if call.load().ensemble is None:
-        raise BadInput("ensemble: the experiment has no such section: add `ensemble: {members: 5}` or --members 5")
-    call.train()
-
-
-@command("distill", (*DISTILLING, "baseline"))
-def distill(call: Call) -> None:
-    """Train the student on the teacher's soft targets, beside the same student on hard labels alone."""
-    call.train()
-
-
-@command("omit-classes", DISTILLING)
+@command("omit-classes", OMITTING)
 def omit_classes(
     call: Call,
     omit: Annotated[str | None, Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
@@ -264,8 +255,6 @@ def omit_classes(
         (wanted,) = call.load().omit_classes
         same = [entry.model_dump(exclude_unset=True) for entry in described if entry.label == wanted.label]
         call.overrides[-1] = Override("omit_classes", same or [named], flags)
-    if not call.load().omit_classes:
-        raise BadInput(f"{call.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
     call.train()
 
 
@@ -428,6 +417,8 @@ def runs(
 
 def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> None:
     """Remove runs, unless others were made from them. Raises BadInput."""
+    if not names:
+        raise BadInput("kd runs rm: name the runs to remove")
     folders = list(dict.fromkeys(find_folder(call.runs_dir, name) for name in names))
     listed, note = survey(call.runs_dir), call.display.note
     chosen = ["/".join(folder.parts[-3:]) for folder in folders]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kdcli import BadInput, BadKeys, code, models
-from kdcli.config import Experiment, Kind, Model, Omission, Row, Section, nearest
+from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
 from kdcli.runs import STUDENTS, TEACHERS, Command, Facts, Places, Run, Spec, differences, list_runs, open_run, settings
@@ -51,6 +51,7 @@ class _Planner:
 
     def __init__(self, experiment: Experiment, dataset: Dataset, named: Run | None) -> None:
         self.experiment, self.dataset, self.named = experiment, dataset, named
+        self.of = experiment.ensemble or Ensemble(members=2)  # the latter for no row
         self.net, self.ensemble = cache(self._net), cache(self._ensemble)
 
     def jobs(self, point: int) -> Iterator[Job]:
@@ -87,21 +88,17 @@ class _Planner:
         e = self.experiment
         if kind == "baseline":
             return self.spec("baseline", seed, model=e.student.model, train=e.baseline.train or e.student.train)
-        models = [e.teacher.model, *((e.ensemble and e.ensemble.models) or [])]
+        models = [e.teacher.model, *(self.of.models or [])]
         return self.spec("train-teacher", seed, model=models[number], train=e.teacher.train)
 
     def members(self, kind: str, seed: int) -> list[Spec]:
         """The members with this seed, the next, …"""
-        ensemble = self.experiment.ensemble
-        assert ensemble
-        n = len(ensemble.models or []) if kind == "teacher" else 0
-        return [self.net(kind, seed + i, i % n + 1 if n else 0) for i in range(ensemble.members)]
+        n = len(self.of.models or []) if kind == "teacher" else 0
+        return [self.net(kind, seed + i, i % n + 1 if n else 0) for i in range(self.of.members)]
 
     def _ensemble(self, kind: str, seed: int) -> Spec:
-        ensemble = self.experiment.ensemble
-        assert ensemble
         names = [member.name for member in self.members(kind, seed)]
-        return self.spec("ensemble", seed, average=ensemble.average, parents=names)
+        return self.spec("ensemble", seed, average=self.of.average, parents=names)
 
     def taught_by(self, teacher: str, seed: int) -> str:
         """The teacher of the same seed, the one ensemble, that of the first seed, or the run that was named."""

@@ -106,10 +106,10 @@ def points(name: str, overrides: Sequence[Override] = ()) -> list[Loaded]:
     """The points of a file's grid, or its one experiment. Raises BadInput as `load` does, or where two are the same."""
     file, found = _read(find(name)), list[Loaded]()
     whole = _loaded(file, overrides)
-    grid = whole.experiment.grid
-    places = {key: f"{_origin(f'grid.{key}', whole.origins)}: grid: {key}" for key in grid}
-    for values in itertools.product(*grid.values()):
-        chosen = [Override(key, value, f"{places[key]}={value}") for key, value in zip(grid, values, strict=True)]
+    for values in itertools.product(*whole.experiment.grid.values()):
+        at = dict(zip(whole.experiment.grid, values, strict=True))
+        place = {key: _origin(f"grid.{key}", whole.origins) for key in at}
+        chosen = [Override(key, value, f"{place[key]}: grid: {key}={value}") for key, value in at.items()]
         point = _loaded(file, overrides, chosen)
         if any(point.experiment == other.experiment for other in found):
             raise BadInput(f"{chosen[-1].origin}: is there twice")

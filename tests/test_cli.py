@@ -202,7 +202,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "runs rm tiny/distill/STUDENT --match x",
         "--match, --sort and --json are of the list, --force and --yes of rm",
     ),
-    "no such thing to do with runs": ("runs remove", "'remove' is not 'rm'"),
+    "removing nothing": ("runs rm --yes", "kd runs rm: name the runs to remove"),
+    "no classes to omit": ("omit-classes tiny.yaml --set omit_classes=[]", "tiny.yaml: omit_classes: "),
+    "no ensemble to train": ("ensemble tiny.yaml --set ensemble=null", "tiny.yaml: ensemble: "),
+    "no such thing to do with runs": ("runs remove", "'remove' is not one of 'rm'"),
     "removing a teacher in use": ("runs rm tiny/train-teacher/TEACHER", "these runs were made from them; remove them"),
 }
 
