@@ -60,26 +60,18 @@ class Call:
     experiment: Annotated[str, NameArgument(help="An experiment's name (mnist, digits) or its YAML file.")] = "mnist"
     T: Annotated[float | None, Option("--T", help="Temperature of the soft targets (distill.T).")] = None
     lambda1: Annotated[float | None, Option(help="Weight of the soft targets (distill.lambda1).")] = None
-    lambda2: Annotated[
-        float | None, Option(help="Weight of the hard labels; left out, here and in the file: 1 - lambda1.")
-    ] = None
+    lambda2: Annotated[float | None, Option(help="Weight of the hard labels; left out: 1 - lambda1.")] = None
     teacher: Annotated[str | None, RunOption(help="Learn from this run instead.")] = None
     baseline: Annotated[bool, Option(help="Compare with hard labels alone.")] = True
     members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None
     average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None
     epochs: Annotated[int | None, Option(help="Epochs of each training of this command.")] = None
-    sets: Annotated[
-        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any key: teacher.train.epochs=5.")
-    ] = None
+    sets: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any: distill.T=5.")] = None
     seed: Annotated[str | None, Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
     threads: Annotated[int | None, Option(help="CPU threads; left out: all cores for a run alone, else one.")] = None
-    jobs: Annotated[
-        int | None, Option(min=1, help="Runs trained at once, each on one thread; left out: one a core.")
-    ] = None
+    jobs: Annotated[int | None, Option(min=1, help="Runs at once, a thread each; left out: one a core.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    data_dir: Annotated[
-        Path | None, Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")
-    ] = None
+    data_dir: Annotated[Path | None, Option(help="Where MNIST lies, or goes; left out: $KD_DATA, or data.")] = None
     runs_dir: Annotated[Path, Option(help="Where the run directories lie.")] = Path("runs")
     as_json: Annotated[bool, Option("--json", help="Print one JSON document on stdout.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
@@ -299,14 +291,14 @@ def run(
 @command("report", ("experiment", "sets", "seed", "threads", "device", *READING))
 def report(
     call: Call,
-    more: Annotated[
-        list[str] | None, NameArgument(metavar="EXPERIMENT|RUN...", help="Runs, or more experiments.")
-    ] = None,
+    more: Annotated[list[str] | None, NameArgument(metavar="EXPERIMENT|RUN...", help="More, or runs.")] = None,
     open_: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
     pictures."""
     names = [call.experiment, *(more or [])]
+    if len(set(names)) < len(names):
+        raise BadInput(f"kd report {shlex.join(names)}: names something twice")
     if len(names) > 1 and call.as_json:
         raise BadInput("--json: is one document: name one experiment or run")
     calls = [replace(call, experiment=name) for name in names]
@@ -324,9 +316,7 @@ def compare_runs(
     call: Call,
     names: Annotated[list[str], NameArgument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
     as_markdown: Annotated[bool, Option("--md", help="Print Markdown on stdout.")] = False,
-    match: Annotated[
-        str, Option(metavar="TEXT", help="Of the others only those with this in their name or settings: T=4.")
-    ] = "",
+    match: Annotated[str, Option(metavar="TEXT", help="Only others with this in a name or a setting: T=4.")] = "",
     sort: Annotated[Literal["given", "errors"], Option(help="Order of the others.")] = "given",
 ) -> None:
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
@@ -404,9 +394,8 @@ def runs(
         return remove_runs(call, names or [], force, yes)
 
     def rank(one: Listed) -> Any:
-        return {"name": one.run, "errors": (one.errors is None, one.errors), "age": one.age_s, "size": -one.bytes_}[
-            sort
-        ]
+        errors = (one.errors is None, one.errors)
+        return {"name": one.run, "errors": errors, "age": one.age_s, "size": -one.bytes_}[sort]
 
     listed = [one for one in survey(call.runs_dir) if match.lower() in f"{one.run} {one.status}".lower()]
     if call.runs_dir != Path("runs") and not call.runs_dir.is_dir():

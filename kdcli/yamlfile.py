@@ -3,7 +3,6 @@
 Precedence, highest first: a flag, then `--set a.b=c`, then the grid and the experiment file, then the defaults.
 """
 
-import difflib
 import itertools
 import os
 import re
@@ -128,8 +127,7 @@ def _loaded(file: _File, overrides: Sequence[Override], point: Sequence[Override
     try:
         experiment = Experiment.model_validate(values, context={"folder": file.path.parent})
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-        problems += [(_key(e), _message(e)) for e in errors if not _misspelled(e, errors)]
+        problems += [(_key(e), _message(e)) for e in error.errors(include_url=False)]
     if problems:
         raise _told(problems, origins)
     at = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value, _ in point}
@@ -238,13 +236,6 @@ def _key(error: Any) -> str:
     return ".".join(str(part) for part in (*error["loc"], error.get("ctx", {}).get("key", "")) if part != "")
 
 
-def _misspelled(missing: Any, errors: Sequence[Any]) -> bool:
-    """Whether a missing key is there under a name much like it, which has an error of its own."""
-    *place, name = missing["loc"] or [""]
-    unknown = [str(e["loc"][-1]) for e in errors if e["type"] == "extra_forbidden" and [*e["loc"][:-1]] == place]
-    return missing["type"] == "missing" and bool(difflib.get_close_matches(str(name), unknown, n=1, cutoff=0.6))
-
-
 _MESSAGES = {
     "kd": "{message}",
     "missing": "is missing",
@@ -254,7 +245,6 @@ _MESSAGES = {
     "string_pattern_mismatch": "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', "
     "not {shown}",
     "too_long": "must have at most {max_length} entries, not {actual_length}",
-    "string_too_long": "must have at most {max_length} characters, not {length}",
 }
 
 
@@ -262,7 +252,7 @@ def _message(error: Any) -> str:
     kind, ctx, given = error["type"], error.get("ctx", {}), error["input"]
     shown = "nothing" if given is None else repr(given) if len(repr(given)) <= 40 else repr(given)[:37] + "…"
     if kind in _MESSAGES:
-        return _MESSAGES[kind].format(shown=shown, length=len(str(given)), **ctx)
+        return _MESSAGES[kind].format(shown=shown, **ctx)
     if kind == "extra_forbidden":
         return f"unknown key{nearest(str(error['loc'][-1]), _fields(error['loc'][:-1]))}"
     return re.sub("^Input should ", "must ", error["msg"]) + f", not {shown}"

@@ -157,7 +157,7 @@ def test_what_cannot_be_compared_is_told(grid: Shell, words: list[str], line: st
 
 def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell) -> None:
     document = json.loads((grid.folder / "run.json").read_text())
-    assert [list(p["at"].values()) for p in document["points"]] == [["1", "8"], ["1", "24"], ["8", "8"], ["8", "24"]]
+    assert [list(p["at"].values()) for p in document["points"]] == [["1", "[8]"], ["1", "[24]"], ["8", "[8]"], ["8", "[24]"]]
     assert len(runs(grid.folder, "train-teacher")) == 3
     assert len(runs(grid.folder, "baseline")) == 6
     assert len(runs(grid.folder, "distill")) == 24  # of the teacher and of the ensemble

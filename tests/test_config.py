@@ -26,8 +26,8 @@ def edited(old: str, new: str) -> str:
 
 
 MISTAKES = {
-    "misspelled key": (edited("  train: {epochs: 6", "  train: {epoch: 6"), "f:6: teacher.train.epoch: unknown key; did you mean epochs?"),
-    "misspelled section": (edited("distill:", "destill:"), "f:11: destill: unknown key; did you mean distill?"),
+    "misspelled key": (edited("batch_size", "batch_sise"), "f:6: teacher.train.batch_sise: unknown key; did you mean batch_size?"),
+    "misspelled section": (edited("ensemble:", "ensembel:"), "f:7: ensembel: unknown key; did you mean ensemble?"),
     "wrong type": (edited("epochs: 6", 'epochs: "6"'), "f:6: teacher.train.epochs: must be a valid integer, not '6'"),
     "a bool is no number": (edited("epochs: 6", "epochs: true"), "f:6: teacher.train.epochs: must be a valid integer, not True"),
     "not a section": (edited("data: {name: digits, heldout: 200}", "data: digits"), "f:3: data: must be a section of keys and values, not 'digits'"),
