@@ -9,10 +9,10 @@ def main() -> None:
     if importlib.util.find_spec("fcntl") is None:
         sys.exit("kd: runs on Linux and macOS: its run folders need POSIX file locks, which Windows lacks; use WSL")
     try:
-        from kdcli.cli import main
+        from kdcli.cli import main as run
     except KeyboardInterrupt:
         sys.exit(130)
-    main()
+    sys.exit(run())
 
 
 if __name__ == "__main__":

@@ -12,48 +12,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic_core import to_json
 from rich.console import Console
 from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
-from kdcli.config import Experiment, Kind, Row, Section
+from kdcli.config import Experiment, Section
 from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
 
 if TYPE_CHECKING:  # they need torch, which help and wrong usage do without
-    from kdcli.results import Document, Summary
+    from kdcli.results import Summary
     from kdcli.work import Work
 
 app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False)
-runs_app = typer.Typer(invoke_without_command=True, help="List the runs, or remove some.")
-app.add_typer(runs_app, name="runs")
 
 
-def _experiments(incomplete: str) -> list[str]:
-    """For the shell's completion: experiments and, for `kd report`, once a slash is typed, runs."""
-    names = [name for name in yamlfile.experiments() if name.startswith(incomplete)]
-    return names or (_runs(incomplete) if "/" in incomplete else [])
+def _names(incomplete: str) -> list[str]:
+    """For the shell's completion: experiments, else groups of runs in ./runs and, once one is typed whole, its runs."""
+    if found := [name for name in yamlfile.experiments() if name.startswith(incomplete)]:
+        return found
+    runs = [one.run for one in survey(Path("runs")) if one.run.startswith(incomplete)]
+    groups = list(dict.fromkeys(run.rpartition("/")[0] for run in runs))
+    return runs if len(groups) < 2 else groups
 
 
-def _runs(incomplete: str) -> list[str]:
-    """The runs in ./runs."""
-    return [one.run for one in survey(Path("runs")) if one.run.startswith(incomplete)]
-
-
-def _groups(incomplete: str) -> list[str]:
-    """What `kd compare` takes: the groups of the runs in ./runs and, once one is typed whole, its runs."""
-    groups = dict.fromkeys(one.run.rpartition("/")[0] for one in survey(Path("runs")))
-    return [group for group in groups if group.startswith(incomplete)] or _runs(incomplete)
-
-
-NameArgument = partial(Argument, autocompletion=_experiments)
-RunArgument = partial(Argument, autocompletion=_runs)
-RunOption = partial(Option, metavar="RUN", autocompletion=_runs)
+NameArgument = partial(Argument, autocompletion=_names)
+RunOption = partial(Option, metavar="RUN", autocompletion=_names)
 
 # Which of the options of a Call a command has, in the order of its help.
 READING = ("data_dir", "runs_dir", "as_json", "debug")
-TRAINING = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
-DISTILLING = ("T", "lambda1", "lambda2", "teacher", "epochs", *TRAINING)
+DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
+TRAINING = ("epochs", *DESCRIBED)
+ENSEMBLE = ("members", "average", *TRAINING)
+OMITTING = ("T", "lambda1", "lambda2", "teacher", *TRAINING)
+DISTILLING = (*OMITTING, "baseline")
+# Those that set a key of the experiment file.
+KEYS = {"T": "distill.T", "lambda1": "distill.lambda1", "lambda2": "distill.lambda2"}
+KEYS |= {"members": "ensemble.members", "average": "ensemble.average", "threads": "threads"}
 
 
 @dataclass
@@ -64,23 +60,18 @@ class Call:
     experiment: Annotated[str, NameArgument(help="An experiment's name (mnist, digits) or its YAML file.")] = "mnist"
     T: Annotated[float | None, Option("--T", help="Temperature of the soft targets (distill.T).")] = None
     lambda1: Annotated[float | None, Option(help="Weight of the soft targets (distill.lambda1).")] = None
-    lambda2: Annotated[
-        float | None, Option(help="Weight of the hard labels; left out, here and in the file: 1 - lambda1.")
-    ] = None
+    lambda2: Annotated[float | None, Option(help="Weight of the hard labels; left out: 1 - lambda1.")] = None
     teacher: Annotated[str | None, RunOption(help="Learn from this run instead.")] = None
+    baseline: Annotated[bool, Option(help="Compare with hard labels alone.")] = True
+    members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None
+    average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None
     epochs: Annotated[int | None, Option(help="Epochs of each training of this command.")] = None
-    sets: Annotated[
-        list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any key: teacher.train.epochs=5.")
-    ] = None
+    sets: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any: distill.T=5.")] = None
     seed: Annotated[str | None, Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
     threads: Annotated[int | None, Option(help="CPU threads; left out: all cores for a run alone, else one.")] = None
-    jobs: Annotated[
-        int | None, Option(min=1, help="Runs trained at once, each on one thread; left out: one a core.")
-    ] = None
+    jobs: Annotated[int | None, Option(min=1, help="Runs at once, a thread each; left out: one a core.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    data_dir: Annotated[
-        Path | None, Option(help="Where MNIST lies or is downloaded to; left out: $KD_DATA, else data.")
-    ] = None
+    data_dir: Annotated[Path | None, Option(help="Where MNIST lies, or goes; left out: $KD_DATA, or data.")] = None
     runs_dir: Annotated[Path, Option(help="Where the run directories lie.")] = Path("runs")
     as_json: Annotated[bool, Option("--json", help="Print one JSON document on stdout.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
@@ -89,7 +80,8 @@ class Call:
     def __post_init__(self) -> None:
         self.display = show.Display()
         self.overrides = [yamlfile.parse_set(text) for text in self.sets or []]
-        self.override("--threads", self.threads, "threads")
+        for option, key in KEYS.items():
+            self.override(f"--{option}", getattr(self, option), key)
         if self.seed is not None:
             self.overrides.append(Override("seed", yamlfile.parse_seeds(self.seed), f"--seeds {self.seed}"))
 
@@ -100,79 +92,72 @@ class Call:
             self.overrides += [Override(key, value, f"{flag} {shown}") for key in keys]
 
     def load(self) -> Experiment:
-        """The experiment as overridden. Raises BadInput where it has a grid that the command cannot walk."""
-        experiment = yamlfile.load(self.experiment, self.overrides).experiment
-        if experiment.grid and self.command not in ("run", "report"):
-            keys = " ".join(f"--set {key}=…" for key in experiment.grid)
-            raise BadInput(f"{self.experiment}: has a grid, which `kd run` walks; for one of its points: {keys}")
-        return experiment
+        """The experiment as overridden."""
+        return yamlfile.load(self.experiment, self.overrides).experiment
 
-    def prepare(self, baseline: bool = True) -> "Work":
-        """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
-        from kdcli import plan, work
-
-        places = self.places(self.load().threads)
-        part = work.prepare(self.command, self.experiment, self.overrides, places, self.teacher, baseline, self.dry_run)
-        if self.command in ("distill", "omit-classes"):
-            plan.require_teachers(part.jobs, part.planned, places, self.retype(), self.display.note)
-        return part
-
-    def finished(self) -> "Work":
-        """The work of reporting an experiment, or a single run. Raises BadInput where a run is missing."""
-        name, path = self.experiment, Path(self.experiment)
-        if {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS}):
-            work = self.prepare()
-            if missing := work.unfinished():
-                train = f"train them: kd run {self.retype(whole=True)}"
-                raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0]}; {train}")
-            return work
-        if self.overrides or self.dry_run:
-            raise BadInput(
-                f"{name}: is a run, not an experiment: --set, --seed, --threads and --dry-run change nothing"
-            )
-        from kdcli.work import prepare_run
-
-        return prepare_run(name, self.places(), self.display.note)
-
-    def places(self, threads: int | None = None) -> Places:
+    def places(self) -> Places:
         from kdcli.device import select_device
 
-        return Places(self.runs_dir, self.data_dir, str(select_device(self.device)), threads or os.cpu_count() or 1)
+        return Places(self.runs_dir, self.data_dir, str(select_device(self.device)))
+
+    def prepare(self) -> "Work":
+        """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
+        from kdcli.work import prepare
+
+        places, named = self.places(), self.teacher
+        return prepare(self.command, self.experiment, self.overrides, places, named, self.baseline, self.dry_run)
 
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished."""
         from kdcli.engine import obtain
 
-        of_workers = work.places._replace(threads=self.load().threads or 1)
-        at_once = self.jobs or os.cpu_count() or 1
         try:
-            obtain(work.jobs, work.places, of_workers, at_once, self.display.epoch, self.display.note)
+            obtain(work.jobs, work.places, self.load().threads, self.jobs, self.display.epoch, self.display.note)
         finally:
             self.display.close()
 
-    def run(self, kind: Kind, baseline: bool = True) -> None:
-        """Do the command's part of the plan and print what comes out, a document a run of a kind."""
-        work = self.prepare(baseline)
+    def train(self) -> None:
+        """Train the nets that the command is about and print what comes out. --epochs is for every one of them."""
+        sections = ["teacher"] if self.command in TEACHERS else self.load().student_trains
+        self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in sections))
+        work = self.prepare()
+        from kdcli.plan import require_teachers
+        from kdcli.results import documents
+
+        if not work.jobs:
+            key, flag = ("ensemble", "--members 5") if self.command == "ensemble" else ("omit_classes", "--omit 3")
+            raise BadInput(f"{self.experiment}: {key}: there is none: add the section, or {flag}")
+        require_teachers(work.jobs, work.planned, work.places, self.retype(), self.display.note)
         if self.dry_run:
             return self.describe(work)
         self.obtain(work)
-        found = work.documents()
-        shown = [d for d in found if d.kind == kind]
-        whole = Several(command=self.command, experiment=shown[0].experiment, runs=shown)
+        found = documents(work.jobs, work.places, work.dataset.test.labels)
+        mine = [d for d in found if d.command == self.command]
+        whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
-        self.present(shown[0] if len(shown) == 1 else whole, *tables)
-        self.display.note(f"next: {self.next(shown)}".rstrip())
+        self.present(mine[0] if len(mine) == 1 else whole, *tables)
+        more = ["--set", "distill.teacher=ensemble"] if self.command == "ensemble" else []
+        more += ["--seeds", self.seed] if self.seed is not None else []
+        following = f"distill {self.retype()} {shlex.join(more)}"
+        if self.command not in TEACHERS:
+            following = shlex.join(["report", mine[0].run, *self.where()])
+        self.display.note(f"next: kd {following}".rstrip())
 
-    def distil(self, kind: Kind, baseline: bool = True) -> None:
-        """Train students; --epochs is for every one of them, whichever section trains it."""
-        for flag, value in (("T", self.T), ("lambda1", self.lambda1), ("lambda2", self.lambda2)):
-            self.override(f"--{flag}", value, f"distill.{flag}")
-        if self.epochs is not None:
-            experiment = self.load()
-            own = ["baseline"] if experiment.baseline.train else []
-            own += [f"omit_classes.{i}" for i, entry in enumerate(experiment.omit_classes) if entry.train]
-            self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in ("student", *own)))
-        self.run(kind, baseline)
+    def finished(self) -> "Work":
+        """The work of reporting an experiment, or a single run. Raises BadInput where a run is missing."""
+        from kdcli.plan import unfinished
+        from kdcli.work import prepare_run
+
+        name, path = self.experiment, Path(self.experiment)
+        if {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS}):
+            work = self.prepare()
+            if missing := unfinished(work.jobs, work.places):
+                train = f"train them: kd run {self.retype(whole=True)}"
+                raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0].name}; {train}")
+            return work
+        if self.overrides:
+            raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")
+        return prepare_run(name, self.places(), self.display.note)
 
     def report(self, work: "Work") -> "tuple[Summary, Path]":
         """Show the table and write the report of finished runs; returns them and the page."""
@@ -180,7 +165,7 @@ class Call:
 
         summary, evaluations = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
-        files = write_report(summary, evaluations, work.shown(), work.dataset, work.places, work.folder)
+        files = write_report(summary, evaluations, work.shown, work.dataset, work.places, work.folder)
         self.display.note(f"wrote {work.folder}: {', '.join(file.name for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
@@ -193,17 +178,17 @@ class Call:
 
         from kdcli.plan import describe
 
-        resolved = self.load().model_dump(exclude_none=True)
-        places, runs = work.places, describe(work.jobs, work.dataset, work.places.runs_dir)
-        document = Several(command=self.command, dry_run=True, device=places.device, runs=runs, resolved=resolved)
+        resolved, device = self.load().model_dump(exclude_none=True), work.places.device
+        runs = describe(work.jobs, work.dataset, work.places.runs_dir)
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=80)
-        text += f"# device: {places.device}, threads: {places.threads}"
+        text += f"# device: {device}, threads: {work.places.threads}"
+        document = {"command": self.command, "dry_run": True, "device": device, "runs": runs, "resolved": resolved}
         self.present(document, text, show.planned(runs), "# --dry-run: nothing was written")
 
-    def present(self, document: Section, *parts: show.Table | str) -> None:
+    def present(self, document: Section | dict[str, Any], *parts: show.Table | str) -> None:
         """The document as JSON, or tables and lines for a person, on stdout."""
         if self.as_json:
-            return print(document.model_dump_json(indent=1, exclude_none=True, by_alias=True))
+            return print(to_json(document, indent=1, exclude_none=True, by_alias=True, inf_nan_mode="null").decode())
         console = Console()
         for part in parts:
             console.print(part, highlight=False, markup=False, soft_wrap=True)
@@ -219,31 +204,9 @@ class Call:
         """The words that name the runs folder, unless it is the usual one."""
         return ["--runs-dir", str(self.runs_dir)] if self.runs_dir != Path("runs") else []
 
-    def next(self, documents: "Sequence[Document]") -> str:
-        """What to type after a command."""
-        seeds = shlex.join(["--seeds", self.seed] if self.seed is not None else [])
-        if self.command in TEACHERS:
-            of_ensemble = " --set distill.teacher=ensemble" if self.command == "ensemble" else ""
-            return f"kd distill {self.retype()}{of_ensemble} {seeds}"
-        name = documents[0].experiment
-        several = self.command == "distill" and len(documents) > 1 and documents[0].baseline
-        words = ["compare", f"{name}/baseline", f"{name}/distill"] if several else ["report", documents[0].run]
-        return shlex.join(["kd", *words, *self.where()])
-
-
-class Several(Section):
-    """The document of a command about several runs."""
-
-    command: str
-    experiment: str | None = None
-    dry_run: bool | None = None
-    device: str | None = None
-    runs: list[Any]
-    resolved: dict[str, Any] | None = None
-
 
 def command(
-    name: str, shared: Sequence[str] = TRAINING, register: Callable[[Callable[..., None]], object] | None = None
+    name: str, shared: Sequence[str] = DESCRIBED, text: str | None = None
 ) -> Callable[[Callable[..., None]], None]:
     """Register a function of a Call and options of its own as a command that has these of a Call's options as well."""
 
@@ -258,57 +221,33 @@ def command(
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in both]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
         call.__annotations__ = {p.name: p.annotation for p in parameters}
-        call.__doc__ = body.__doc__
-        (register or app.command(name))(call)
+        app.command(name, help=text or body.__doc__)(call)
 
     return decorate
 
 
-@command("train-teacher", ("epochs", *TRAINING))
-def train_teacher(call: Call) -> None:
-    """Train the teacher from hard labels."""
-    call.override("--epochs", call.epochs, "teacher.train.epochs")
-    call.run("teacher")
+command("train-teacher", TRAINING, "Train the teacher from hard labels.")(Call.train)
+command("ensemble", ENSEMBLE, "Train several teachers and average their predictions.")(Call.train)
+command("distill", DISTILLING, "Train the student on soft targets, beside the same student on hard labels.")(Call.train)
 
 
-@command("ensemble", ("epochs", *TRAINING))
-def ensemble(
-    call: Call,
-    members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None,
-    average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None,
-) -> None:
-    """Train several teachers and average their predictions."""
-    call.override("--members", members, "ensemble.members")
-    call.override("--average", average, "ensemble.average")
-    call.override("--epochs", call.epochs, "teacher.train.epochs")
-    if call.load().ensemble is None:
-        raise BadInput("ensemble: the experiment has no such section: add `ensemble: {members: 5}` or --members 5")
-    call.run("ensemble")
-
-
-@command("distill", DISTILLING)
-def distill(call: Call, baseline: Annotated[bool, Option(help="Compare with hard labels alone.")] = True) -> None:
-    """Train the student on the teacher's soft targets, beside the same student on hard labels alone."""
-    call.distil("student", baseline)
-
-
-@command("omit-classes", DISTILLING)
+@command("omit-classes", OMITTING)
 def omit_classes(
     call: Call,
     omit: Annotated[str | None, Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
     keep: Annotated[str | None, Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
 ) -> None:
     """Distil with classes missing from the transfer set, then correct the bias."""
-    entries = call.load().omit_classes
-    if omit is not None or keep is not None:
-        wanted = yamlfile.omission(omit, keep)
-        entries = [entry for entry in entries if entry.label == wanted.label] or [wanted]
-        flags = " ".join(f"--{flag} {text}" for flag, text in (("omit", omit), ("keep", keep)) if text is not None)
-        given = [entry.model_dump(exclude_unset=True) for entry in entries]
-        call.overrides.append(Override("omit_classes", given, flags))
-    if not entries:
-        raise BadInput(f"{call.experiment}: omit_classes: names no classes: use --omit 3 or --keep 7,8")
-    call.distil("omission")
+    named = {flag: text.split(",") for flag, text in (("omit", omit), ("keep", keep)) if text is not None}
+    if named:
+        flags = " ".join(f"--{flag} {','.join(classes)}" for flag, classes in named.items())
+        described = call.load().omit_classes
+        rowless = [Override(section, {}, flags) for section in ("expect", "paper")]  # they may name other entries
+        call.overrides += [*rowless, Override("omit_classes", [named], flags)]
+        (wanted,) = call.load().omit_classes
+        same = [entry.model_dump(exclude_unset=True) for entry in described if entry.label == wanted.label]
+        call.overrides[-1] = Override("omit_classes", same or [named], flags)
+    call.train()
 
 
 @command("evaluate")
@@ -317,16 +256,15 @@ def evaluate(
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
-    from kdcli.plan import KINDS, Job, evaluable
+    from kdcli.plan import evaluable
     from kdcli.results import Evaluations, evaluate
 
     seeds = work.subject.seeds if call.seed is not None else None
-    found = evaluable(work.planned, work.places, run or [], seeds, call.display.note, call.retype())
+    jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
     if call.dry_run:
-        kinds = [(KINDS[one.spec.command], one.spec) for one, _ in found]
-        return call.describe(replace(work, jobs=[Job(Row(name=kind, kind=kind), spec) for kind, spec in kinds]))
+        return call.describe(replace(work, jobs=jobs))
     name, classes = work.subject.experiment, work.dataset.facts.classes
-    document = Evaluations(experiment=name, classes=classes, runs=evaluate(found, work.dataset, work.places))
+    document = Evaluations(experiment=name, classes=classes, runs=evaluate(jobs, work.dataset, work.places))
     call.present(document, *show.evaluations(document))
     call.display.note(f"next: kd report {call.retype()}")
 
@@ -350,12 +288,10 @@ def run(
         raise typer.Exit(3)
 
 
-@command("report")
+@command("report", ("experiment", "sets", "seed", "threads", "device", *READING))
 def report(
     call: Call,
-    more: Annotated[
-        list[str] | None, NameArgument(metavar="EXPERIMENT|RUN...", help="Runs, or more experiments.")
-    ] = None,
+    more: Annotated[list[str] | None, NameArgument(metavar="EXPERIMENT|RUN...", help="More, or runs.")] = None,
     open_: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
@@ -368,9 +304,6 @@ def report(
     calls = [replace(call, experiment=name) for name in names]
     works = [one.finished() for one in calls]  # all of them, before any is written
     for one, work in zip(calls, works, strict=True):
-        if one.dry_run:
-            one.describe(work)
-            continue
         _, page = one.report(work)
         if open_:
             import webbrowser
@@ -381,13 +314,9 @@ def report(
 @command("compare", READING)
 def compare_runs(
     call: Call,
-    names: Annotated[
-        list[str], Argument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.", autocompletion=_groups)
-    ],
+    names: Annotated[list[str], NameArgument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
     as_markdown: Annotated[bool, Option("--md", help="Print Markdown on stdout.")] = False,
-    match: Annotated[
-        str, Option(metavar="TEXT", help="Of the others only those with this in their name or settings: T=4.")
-    ] = "",
+    match: Annotated[str, Option(metavar="TEXT", help="Only others with this in a name or a setting: T=4.")] = "",
     sort: Annotated[Literal["given", "errors"], Option(help="Order of the others.")] = "given",
 ) -> None:
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
@@ -405,7 +334,7 @@ def compare_runs(
 @command("export", READING)
 def export_(
     call: Call,
-    run: Annotated[str, RunArgument(metavar="RUN", help="A finished run: a student, a teacher, an ensemble.")],
+    run: Annotated[str, NameArgument(metavar="RUN", help="A finished run: a student, a teacher, an ensemble.")],
     form: Annotated[Literal["onnx", "torch", "safetensors"], Option("--format", help="Of the file.")] = "onnx",
     out: Annotated[Path | None, Option(help="The file to write; left out: named after the run.")] = None,
 ) -> None:
@@ -423,7 +352,7 @@ def export_(
 @command("predict", READING)
 def predict_(
     call: Call,
-    net: Annotated[str, RunArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
+    net: Annotated[str, NameArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
     images: Annotated[list[Path] | None, Argument(metavar="IMAGE...", help="PNG or JPEG files.")] = None,
     test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="Repeat it.")] = None,
     temperatures: Annotated[str, Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
@@ -448,40 +377,37 @@ def predict_(
             note(f"{image.image}: is read as lighter than its ground; try it with{'out' if invert else ''} --invert")
 
 
-@command("runs", ("runs_dir", "as_json", "debug"), runs_app.callback())
+@command("runs", ("runs_dir", "as_json", "debug"))
 def runs(
     call: Call,
-    context: typer.Context,
-    match: Annotated[str, Option(metavar="TEXT", help="Only runs with this in their name or status.")] = "",
-    sort: Annotated[Literal["name", "errors", "age", "size"], Option(help="What to sort by.")] = "name",
+    rm: Annotated[Literal["rm"] | None, Argument(help="Remove runs, unless others were made from them.")] = None,
+    names: Annotated[list[str] | None, NameArgument(metavar="RUN...", help="To remove, by name or by path.")] = None,
+    match: Annotated[str, Option(metavar="TEXT", help="List only runs with this in their name or status.")] = "",
+    sort: Annotated[Literal["name", "errors", "age", "size"], Option(help="What to sort the list by.")] = "name",
+    force: Annotated[bool, Option("--force", help="Remove even if other runs were made from them.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Remove without asking.")] = False,
 ) -> None:
-    """List the runs: status, errors, age, size. `kd runs rm` removes some."""
-    elsewhere = call.runs_dir != Path("runs")
-    if context.invoked_subcommand is not None:
-        if match or call.as_json or sort != "name" or elsewhere:
-            raise BadInput("kd runs: the options of rm go behind it: kd runs rm --runs-dir DIR RUN…")
-        return
+    """List the runs: status, errors, age, size. `kd runs rm RUN…` removes some."""
+    if (match or call.as_json or sort != "name") if rm else (force or yes):
+        raise BadInput("kd runs: --match, --sort and --json are of the list, --force and --yes of rm")
+    if rm:
+        return remove_runs(call, names or [], force, yes)
 
     def rank(one: Listed) -> Any:
-        return {"name": one.run, "errors": (one.errors is None, one.errors), "age": one.age_s, "size": -one.bytes_}[
-            sort
-        ]
+        errors = (one.errors is None, one.errors)
+        return {"name": one.run, "errors": errors, "age": one.age_s, "size": -one.bytes_}[sort]
 
     listed = [one for one in survey(call.runs_dir) if match.lower() in f"{one.run} {one.status}".lower()]
-    if elsewhere and not call.runs_dir.is_dir():
+    if call.runs_dir != Path("runs") and not call.runs_dir.is_dir():
         raise BadInput(f"--runs-dir {call.runs_dir}: there is no such folder")
     listed.sort(key=rank)
-    call.present(Several(command="runs", runs=listed), show.runs_table(listed))
+    call.present({"command": "runs", "runs": listed}, show.runs_table(listed))
 
 
-@command("runs rm", ("runs_dir", "debug"), runs_app.command("rm"))
-def runs_rm(
-    call: Call,
-    names: Annotated[list[str], RunArgument(metavar="RUN...", help="Runs, by name or by path.")],
-    force: Annotated[bool, Option("--force", help="Even if other runs were made from them.")] = False,
-    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
-    """Remove runs, unless others were made from them."""
+def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> None:
+    """Remove runs, unless others were made from them. Raises BadInput."""
+    if not names:
+        raise BadInput("kd runs rm: name the runs to remove")
     folders = list(dict.fromkeys(find_folder(call.runs_dir, name) for name in names))
     listed, note = survey(call.runs_dir), call.display.note
     chosen = ["/".join(folder.parts[-3:]) for folder in folders]
@@ -493,10 +419,8 @@ def runs_rm(
     note("\n".join([*lines, f"{show.number_of_runs(len(chosen))}, {taken}"]))
     if not yes and not sys.stdin.isatty():
         raise BadInput("kd runs rm: asks before it removes, and nobody is there to answer: add --yes")
-    if not yes:
-        print("Remove them? [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            return note("nothing was removed")
+    if not yes and not typer.confirm("Remove them?", err=True):
+        return note("nothing was removed")
     remove(sorted(folders, key=lambda folder: folder.parent.name in TEACHERS))
     note(f"removed {show.number_of_runs(len(chosen))}")
 
@@ -512,18 +436,14 @@ def top(
         print(context.get_help())
 
 
-def main() -> None:
-    """Run `kd`: 0 done, 1 failed, 2 wrong usage or input, 3 an expectation missed, 130 or 143 interrupted."""
-    sys.exit(_main())
-
-
 def _interrupt(*_: object) -> None:
     """The first Ctrl-C ends the command in order; a second one ends it at once, which loses nothing either."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     raise KeyboardInterrupt
 
 
-def _main() -> int:
+def main() -> int:
+    """Run `kd`: 0 done, 1 failed, 2 wrong usage or input, 3 an expectation missed, 130 or 143 interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, _interrupt)
     try:

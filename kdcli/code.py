@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -44,9 +45,16 @@ def call(reference: str, **arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Send what somebody's code prints to stderr: stdout is for kd's own document."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    """Send what somebody's code prints to stderr, past sys.stdout too: stdout is for kd's own document."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """The experiment file's sections: what can be said in one, with types, bounds and a description of each key."""
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -297,30 +296,19 @@ class Omission(Section):
         return f"{'keep' if self.omit is None else 'omit'} {','.join(names)}"
 
 
-class Row(Section):
+class Row(NamedTuple):
     """A row of the final table: nets of one kind, one a seed."""
 
     name: str
     kind: Kind
-    learns_from: Literal["", "teacher", "ensemble"] = ""  # of students and omissions
-    of_baselines: bool = False  # of ensembles and their members
-    entry: int = 0  # of omissions: which of omit_classes
 
 
 Count = Annotated[float, Field(ge=0)]
-
-
-def _paper(given: Any) -> list[float]:
-    numbers = given if isinstance(given, list) else [given]
-    if len(numbers) not in (1, 2) or not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
-        raise problem("", f"must be a number of errors, or two: in all, and on the classes never seen; not {given!r}")
-    return [float(n) for n in numbers]
-
-
-Paper = Annotated[Any, BeforeValidator(_paper)]
+OneOrMore = BeforeValidator(lambda given: given if isinstance(given, list) else [given])
+Paper = Annotated[list[Count], OneOrMore, Field(min_length=1, max_length=2)]
 Values = Annotated[list[Any], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Seeds = Annotated[list[Seed], BeforeValidator(lambda s: s if isinstance(s, list) else [s]), Field(min_length=1)]
+Seeds = Annotated[list[Seed], OneOrMore, Field(min_length=1)]
 
 
 class Experiment(Section):
@@ -345,8 +333,6 @@ class Experiment(Section):
             yield "seed", f"names a seed twice: {self.seed}"
         if self.distill.teacher == "ensemble" and self.ensemble is None:
             yield "distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"
-        if len({entry.label for entry in self.omit_classes}) < len(self.omit_classes):
-            yield "omit_classes", "names the same classes twice"
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.table:
                 yield f"{section}.{row}", f"is not a row of this experiment{nearest(row, self.table)}"
@@ -362,20 +348,26 @@ class Experiment(Section):
     @property
     def rows(self) -> list[Row]:
         """The kinds of nets that the experiment compares, in the order of the final table; then the members."""
-        taught_by = self.distill.teacher
-        rows = [Row(name="teacher", kind="teacher"), Row(name="baseline", kind="baseline")]
-        rows += [Row(name="student", kind="student", learns_from=taught_by)]
-        if self.ensemble:
-            rows.insert(1, Row(name="ensemble", kind="ensemble"))
-            rows.insert(3, Row(name="ensemble of baselines", kind="ensemble", of_baselines=True))
-            if taught_by == "teacher":
-                rows += [Row(name="student of ensemble", kind="student", learns_from="ensemble")]
-        for i, entry in enumerate(self.omit_classes):
-            rows += [Row(name=entry.label, kind="omission", learns_from=taught_by, entry=i)]
-        if self.ensemble:
-            rows += [Row(name="member", kind="member")]
-            rows += [Row(name="member of the baselines", kind="member", of_baselines=True)]
-        return rows
+        ensemble = self.ensemble is not None
+        rows: list[tuple[str, Kind, bool]] = [
+            ("teacher", "teacher", True),
+            ("ensemble", "ensemble", ensemble),
+            ("baseline", "baseline", True),
+            ("ensemble of baselines", "ensemble", ensemble),
+            ("student", "student", True),
+            ("student of ensemble", "student", ensemble and self.distill.teacher == "teacher"),
+            *((entry.label, "omission", True) for entry in self.omit_classes),
+            ("member", "member", ensemble),
+            ("member of the baselines", "member", ensemble),
+        ]
+        return [Row(name, kind) for name, kind, is_there in rows if is_there]
+
+    @property
+    def student_trains(self) -> dict[str, Train]:
+        """The sections that say how a net of the student's kind is trained: the student's, and those of their own."""
+        own = {"baseline": self.baseline.train}
+        own |= {f"omit_classes.{i}": entry.train for i, entry in enumerate(self.omit_classes)}
+        return {"student": self.student.train} | {section: train for section, train in own.items() if train}
 
     @property
     def table(self) -> list[str]:

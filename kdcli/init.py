@@ -77,10 +77,8 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
     )
     workers = os.cpu_count() or 1 if places.device == "cpu" else 1
     experiment, dataset = Experiment.model_validate(yaml.load(render(time=""), Loader)), look.dataset()
-    specs, at_work = (
-        distinct(plan([experiment], dataset)),
-        places._replace(threads=1 if workers > 1 else places.threads),
-    )
+    specs = [job.spec for job in distinct(plan([experiment], dataset))]
+    at_work = places._replace(threads=1 if workers > 1 else places.threads)
     spent = sum(seconds(specs, specs, dataset, at_work).values()) / workers
     at_once = f", {workers} trainings at once" if workers > 1 else ""
     return str(render(time=f"about {duration(spent)} on this machine ({places.device}{at_once})"))

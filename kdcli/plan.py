@@ -3,28 +3,28 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdcli import BadInput, BadKeys, code, models
-from kdcli.config import Experiment, Kind, Model, Row, Section, nearest
+from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
 from kdcli.runs import STUDENTS, TEACHERS, Command, Facts, Places, Run, Spec, differences, list_runs, open_run, settings
 from kdcli.teacher import members, weights_checksum
 
-COMMANDS: dict[Kind, Command] = {
-    "teacher": "train-teacher",
-    "member": "train-teacher",
+Note = Callable[[str], None]
+KINDS: dict[Command, Kind] = {
+    "train-teacher": "teacher",
     "ensemble": "ensemble",
     "baseline": "baseline",
-    "student": "distill",
-    "omission": "omit-classes",
+    "distill": "student",
+    "omit-classes": "omission",
 }
-KINDS: dict[Command, Kind] = {command: kind for kind, command in COMMANDS.items() if kind != "member"}
 
 
 @dataclass(frozen=True)
@@ -41,122 +41,106 @@ class Job:
 def plan(points: Sequence[Experiment], dataset: Dataset, teacher: Run | None = None) -> list[Job]:
     """Every run that the points of a grid describe (without one, the only point), those that others need first.
     `teacher`: the run that students learn from in place of the one that the file describes."""
-    jobs = [job for i, point in enumerate(points) for job in _Planner(point, dataset, i, teacher).jobs()]
+    jobs = [job for i, point in enumerate(points) for job in _Planner(point, dataset, teacher).jobs(i)]
     order = ("teacher", "member", "baseline", "ensemble", "student", "omission")
     return sorted(jobs, key=lambda job: order.index(job.row.kind))
 
 
-@dataclass(frozen=True)
 class _Planner:
-    """The specs of one point."""
+    """The specs of one point; those that others are made from are built once."""
 
-    experiment: Experiment
-    dataset: Dataset
-    point: int
-    named: Run | None
+    def __init__(self, experiment: Experiment, dataset: Dataset, named: Run | None) -> None:
+        self.experiment, self.dataset, self.named = experiment, dataset, named
+        self.of = experiment.ensemble or Ensemble(members=2)  # the latter for no row
+        self.net, self.ensemble = cache(self._net), cache(self._ensemble)
 
-    def jobs(self) -> list[Job]:
-        return [job for row in self.experiment.rows for seed in self.experiment.seed for job in self._jobs(row, seed)]
+    def jobs(self, point: int) -> Iterator[Job]:
+        e, teacher = self.experiment, self.experiment.distill.teacher
+        makers: dict[str, Callable[[int], list[Spec]]] = {
+            "teacher": lambda seed: [self.net("teacher", seed)],
+            "baseline": lambda seed: [self.net("baseline", seed)],
+            "member": partial(self.members, "teacher"),
+            "member of the baselines": partial(self.members, "baseline"),
+            "ensemble": lambda seed: [self.ensemble("teacher", seed)],
+            "ensemble of baselines": lambda seed: [self.ensemble("baseline", seed)],
+            "student": partial(self.student, teacher, None),
+            "student of ensemble": partial(self.student, "ensemble", None),
+        }
+        makers |= {entry.label: partial(self.student, teacher, entry) for entry in e.omit_classes}
+        for row, seed in product(e.rows, e.seed):
+            for spec in makers[row.name](seed):
+                beside = self.taught_by(teacher, spec.seed) if spec.command == "baseline" else None
+                yield Job(row, spec, point, spec.parents[0] if spec.distill else beside)
 
-    def _jobs(self, row: Row, seed: int) -> list[Job]:
-        """The job of a row with a seed; of a row of members, one each."""
-        match row.kind:
-            case "teacher":
-                specs = [self._teacher(seed)]
-            case "member":
-                specs = self._members(seed, row.of_baselines)
-            case "ensemble":
-                specs = [self._ensemble(seed, row.of_baselines)]
-            case "baseline":
-                specs = [self._baseline(seed)]
-            case _:
-                specs = [self._student(row, seed)]
-        taught = [self._taught_by(row, s.seed) if s.command in STUDENTS else None for s in specs]
-        return [Job(row, spec, self.point, teacher) for spec, teacher in zip(specs, taught, strict=True)]
-
-    def _spec(self, command: Command, seed: int, **more: Any) -> Spec:
+    def spec(self, command: Command, seed: int, **more: Any) -> Spec:
         e, data = self.experiment, self.experiment.data
-        held = more.pop("heldout", data.evaluate_on == "heldout")
-        where = data.model_copy(
-            update={"heldout": self.dataset.held if held else None, "transfer": more.pop("transfer", None)}
-        )
+        held = command == "omit-classes" or data.evaluate_on == "heldout"
+        seen = {"heldout": self.dataset.held if held else None}
+        seen["transfer"] = data.transfer if command in STUDENTS else None
         model: Model | None = more.get("model")
         if model and model.file:
             more["code"] = code.digest(model.name or "")
-        return Spec(experiment=e.name, command=command, seed=seed, dataset=self.dataset.facts, data=where, **more)
+        where, facts = data.model_copy(update=seen), self.dataset.facts
+        return Spec(experiment=e.name, command=command, seed=seed, dataset=facts, data=where, **more)
 
-    def _teacher(self, seed: int, model: Model | None = None) -> Spec:
-        teacher = self.experiment.teacher
-        return self._spec("train-teacher", seed, model=model or teacher.model, train=teacher.train)
-
-    def _members(self, seed: int, of_baselines: bool) -> list[Spec]:
-        """The members with this seed, the next, …"""
-        ensemble = self.experiment.ensemble
-        assert ensemble
-        if of_baselines:
-            return [self._baseline(seed + i) for i in range(ensemble.members)]
-        models = ensemble.models or [self.experiment.teacher.model]
-        return [self._teacher(seed + i, models[i % len(models)]) for i in range(ensemble.members)]
-
-    def _ensemble(self, seed: int, of_baselines: bool) -> Spec:
-        ensemble = self.experiment.ensemble
-        assert ensemble
-        names = [member.name for member in self._members(seed, of_baselines)]
-        return self._spec("ensemble", seed, average=ensemble.average, parents=names)
-
-    def _taught_by(self, row: Row, seed: int) -> str:
-        """The teacher of the same seed, the one ensemble, that of the first seed, or the run that was named."""
-        described = self.experiment.distill.teacher
-        if self.named and (row.learns_from or described) == described:
-            return self.named.name
-        if (row.learns_from or described) == "ensemble":
-            return self._ensemble(self.experiment.seed[0], of_baselines=False).name
-        return self._teacher(seed).name
-
-    def _baseline(self, seed: int) -> Spec:
+    def _net(self, kind: str, seed: int, number: int = 0) -> Spec:
+        """A baseline or a teacher, the latter with the model of this number: from hard labels alone."""
         e = self.experiment
-        train, count = e.baseline.train or e.student.train, e.data.transfer
-        return self._spec("baseline", seed, model=e.student.model, train=train, transfer=count)
+        if kind == "baseline":
+            return self.spec("baseline", seed, model=e.student.model, train=e.baseline.train or e.student.train)
+        models = [e.teacher.model, *(self.of.models or [])]
+        return self.spec("train-teacher", seed, model=models[number], train=e.teacher.train)
 
-    def _student(self, row: Row, seed: int) -> Spec:
-        e, teacher = self.experiment, self._taught_by(row, seed)
-        more: dict[str, Any] = {"distill": e.distill.model_copy(update={"teacher": "teacher"}), "parents": [teacher]}
-        more |= {"model": e.student.model, "train": e.student.train, "transfer": e.data.transfer}
-        if row.kind == "omission":
-            entry = e.omit_classes[row.entry]
-            omitted = entry.omitted(self.dataset.facts.classes)
-            more |= {"train": entry.train or e.student.train, "omitted": omitted, "heldout": True}
-        return self._spec(COMMANDS[row.kind], seed, **more)
+    def members(self, kind: str, seed: int) -> list[Spec]:
+        """The members with this seed, the next, …"""
+        n = len(self.of.models or []) if kind == "teacher" else 0
+        return [self.net(kind, seed + i, i % n + 1 if n else 0) for i in range(self.of.members)]
+
+    def _ensemble(self, kind: str, seed: int) -> Spec:
+        names = [member.name for member in self.members(kind, seed)]
+        return self.spec("ensemble", seed, average=self.of.average, parents=names)
+
+    def taught_by(self, teacher: str, seed: int) -> str:
+        """The teacher of the same seed, the one ensemble, that of the first seed, or the run that was named."""
+        if self.named and teacher == self.experiment.distill.teacher:
+            return self.named.name
+        if teacher == "ensemble":
+            return self.ensemble("teacher", self.experiment.seed[0]).name
+        return self.net("teacher", seed).name
+
+    def student(self, teacher: str, entry: Omission | None, seed: int) -> list[Spec]:
+        e = self.experiment
+        more: dict[str, Any] = {"model": e.student.model, "train": (entry and entry.train) or e.student.train}
+        more["distill"] = e.distill.model_copy(update={"teacher": "teacher"})  # the parents say which
+        more["parents"] = [self.taught_by(teacher, seed)]
+        if entry:
+            more["omitted"] = entry.omitted(self.dataset.facts.classes)
+        return [self.spec("omit-classes" if entry else "distill", seed, **more)]
 
 
 def part(jobs: Sequence[Job], command: str, baseline: bool = True) -> list[Job]:
     """The jobs that a command is about, and of `ensemble` and `run` those that they are made from."""
-    first = jobs[0].spec.seed
-
-    def wanted(job: Job) -> bool:
-        row = job.row
-        match command:
-            case "train-teacher":
-                return row.kind == "teacher"
-            case "ensemble":
-                return row.kind == "ensemble" and not row.of_baselines
-            case "distill":
-                return row.name == "student" or (baseline and row.kind == "baseline")
-            case "omit-classes":
-                return row.kind == "omission"
-        return row.kind != "member" and (row.kind != "ensemble" or job.spec.seed == first)
-
-    chosen = [job for job in jobs if wanted(job)]
+    rows = {"train-teacher": ["teacher"], "ensemble": ["ensemble"], "distill": ["student"]}
+    if command == "distill" and baseline:
+        rows["distill"].append("baseline")
+    chosen = [job for job in jobs if job.row.name in rows.get(command, ())]
+    if command == "omit-classes":
+        chosen = [job for job in jobs if job.row.kind == "omission"]
+    elif command not in rows:  # of an ensemble only that of the first seed
+        others = [job for job in jobs if job.row.kind != "member"]
+        chosen = [job for job in others if job.row.kind != "ensemble" or job.spec.seed == jobs[0].spec.seed]
     if command in ("ensemble", "run", "report"):
-        needed = {name for job in chosen for name in job.spec.parents}
-        have = {job.spec.name for job in chosen}
-        chosen = [job for job in jobs if job.row.kind == "member" and job.spec.name in needed - have] + chosen
+        needed = {name for job in chosen for name in job.spec.parents} - {job.spec.name for job in chosen}
+        chosen = [job for job in jobs if job.row.kind == "member" and job.spec.name in needed] + chosen
     return chosen
 
 
-def distinct(jobs: Iterable[Job]) -> list[Spec]:
-    """The specs of jobs, each once, in order."""
-    return list({job.spec.name: job.spec for job in jobs}.values())
+def distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Of the jobs of one and the same run the first alone."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        found.setdefault(job.spec.name, job)
+    return list(found.values())
 
 
 # What depends on the data and the nets, checked before anything is trained.
@@ -171,31 +155,34 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
 
 def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     student, (_, height, width) = e.student.model, dataset.facts.shape
-    trains = {"teacher": (e.teacher.train, e.teacher.model), "student": (e.student.train, student)}
-    own = {"baseline": e.baseline.train} | {f"omit_classes.{i}": entry.train for i, entry in enumerate(e.omit_classes)}
-    trains |= {section: (train, student) for section, train in own.items() if train}
-    for section, (train, model) in trains.items():
+    for section, train in {"teacher": e.teacher.train, **e.student_trains}.items():
         if 2 * train.jitter >= min(height, width):
             yield f"{section}.train.jitter", f"is too far for images of {height} x {width} pixels"
-        if train.max_norm and model.name:
+        if train.max_norm and (e.teacher.model if section == "teacher" else student).name:
             yield f"{section}.train.max_norm", "is for multi-layer perceptrons (hidden: …): remove it"
     nets = {"teacher.model": e.teacher.model, "student.model": student}
     nets |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
     for key, model in nets.items():
-        as_json = model.model_dump_json(exclude_unset=True), dataset.facts.model_dump_json()
-        if model.name and (message := _net_problem(*as_json)):
+        if message := try_net(model, dataset.facts)[1]:
             yield f"{key}.name", message
 
 
 @cache
-def _net_problem(model: str, dataset: str) -> str:
-    """Why the net of a model section cannot classify the images of a dataset (both as JSON); empty if it can."""
+def _trial(model: str, dataset: str) -> tuple[int, str]:
+    """How many parameters the net of a model section has, a perceptron without memory for them; and why it cannot
+    classify the images of a dataset, empty if it can (both as JSON)."""
     section, facts = Model.model_validate_json(model, context={"reading": True}), Facts.model_validate_json(dataset)
     try:
-        models.fits(sample_net(section, facts), section, facts)
+        with torch.device("meta" if section.hidden is not None else "cpu"), seeded(0, "sample"):
+            net = models.build(section, facts)
+        models.fits(net, section, facts)
     except BadInput as error:
-        return str(error).removeprefix("model: ")
-    return ""
+        return 0, str(error).removeprefix("model: ")
+    return sum(p.numel() for p in net.parameters()), ""
+
+
+def try_net(model: Model, facts: Facts) -> tuple[int, str]:
+    return _trial(model.model_dump_json(exclude_unset=True), facts.model_dump_json())
 
 
 def _of_omissions(experiment: Experiment, classes: list[str]) -> Iterator[tuple[str, str]]:
@@ -226,12 +213,6 @@ def _of_sizes(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
         yield "data.transfer", f"must be at most {len(dataset.train)}; left out it is all images"
 
 
-def sample_net(model: Model, facts: Facts) -> torch.nn.Module:
-    """A net to count and to try, not to train: a perceptron without memory for its weights."""
-    with torch.device("meta" if model.hidden is not None else "cpu"), seeded(0, "sample"):
-        return models.build(model, facts)
-
-
 class Planned(Section):
     """A run as `--dry-run` shows it."""
 
@@ -246,25 +227,24 @@ class Planned(Section):
 
 def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Planned]:
     """Each run of some jobs, once: what it is, whether it is there, and its size."""
-
-    @cache
-    def parameters(model: str) -> int:
-        net = sample_net(Model.model_validate_json(model, context={"reading": True}), dataset.facts)
-        return sum(p.numel() for p in net.parameters())
-
-    rows, found = {job.spec.name: job.row.name for job in reversed(jobs)}, []
-    for spec in distinct(jobs):
-        more: dict[str, int] = {}
+    found = []
+    for job in distinct(jobs):
+        spec, more = job.spec, dict[str, int]()
         if spec.model and spec.train:
             n, size = len(dataset.transfer_set(spec.omitted, spec.data.transfer)), spec.train.batch_size
             more = {"samples": n, "batch_size": size, "steps": math.ceil(n / size) * spec.train.epochs}
-            more["parameters"] = parameters(spec.model.model_dump_json(exclude_unset=True))
-        status = Run(runs_dir, spec).status()
-        found.append(Planned(run=spec.name, row=rows[spec.name], status=status, **more))
+            more["parameters"] = try_net(spec.model, spec.dataset)[0]
+        found.append(Planned(run=spec.name, row=job.row.name, status=Run(runs_dir, spec).status(), **more))
     return found
 
 
 # What is there and can be used.
+
+
+def unfinished(jobs: Iterable[Job], places: Places) -> list[Run]:
+    """The runs of some jobs that are still to be trained, each once."""
+    runs = [Run(places.runs_dir, job.spec) for job in distinct(jobs)]
+    return [run for run in runs if run.finished() is None]
 
 
 def usable(run: Run, like: Spec, role: str) -> Run:
@@ -299,35 +279,26 @@ def orphaned(run: Run) -> str:
     return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
 
 
-def find_teacher(places: Places, name: str | None) -> Run | None:
+def find_teacher(places: Places, name: str) -> Run:
     """The run that --teacher names. Raises BadInput when there is none, or it is no teacher."""
-    if name is None:
-        return None
     run = places.open(name, "--teacher")
-    if run.spec.command not in TEACHERS:
-        kind = run.spec.command
+    if (kind := run.spec.command) not in TEACHERS:
         raise BadInput(f"--teacher {name}: is a {kind} run; a teacher is a train-teacher or ensemble run")
     run.result("a teacher")
     return run
 
 
-def require_teachers(
-    jobs: Sequence[Job], planned: Sequence[Job], places: Places, retype: str, note: Callable[[str], None]
-) -> None:
+def require_teachers(jobs: Sequence[Job], planned: Sequence[Job], places: Places, retype: str, note: Note) -> None:
     """Raise BadInput where a run that jobs are made from is neither one of them nor finished: with the runs that come
     close, how they differ, and what to type."""
-    have, specs = {job.spec.name for job in jobs}, {job.spec.name: job.spec for job in planned}
+    have = {job.spec.name for job in jobs}
     needed = dict.fromkeys(name for job in jobs for name in job.spec.parents if name not in have)
-    lines: list[str] = []
-    absent = [name for name in needed if name in specs and Run(places.runs_dir, specs[name]).finished() is None]
-    seeds = ",".join(dict.fromkeys(str(specs[name].seed) for name in absent))
-    for name in absent:
-        run = Run(places.runs_dir, specs[name])
-        if run.status() == "running":
-            lines.append(f"teacher {name}: is being trained; wait for it")
-            continue
-        typed = f"kd {run.spec.command} {retype} --seed {seeds}"
-        lines += [f"teacher {name}: is {run.status()}; train it: {typed}"]
+    absent = unfinished([job for job in planned if job.spec.name in needed], places)
+    seeds, lines = ",".join(str(run.spec.seed) for run in absent), list[str]()
+    for run in absent:
+        typed = f"train it: kd {run.spec.command} {retype} --seed {seeds}"
+        status = run.status()
+        lines.append(f"teacher {run.name}: is {status}; {'wait for it' if status == 'running' else typed}")
         lines += [f"  close: {line}" for line in _close_runs(run, note)]
     if lines:
         raise BadInput(*lines)
@@ -335,7 +306,7 @@ def require_teachers(
         usable(places.open(name), jobs[0].spec, "a teacher")
 
 
-def _close_runs(wanted: Run, note: Callable[[str], None]) -> list[str]:
+def _close_runs(wanted: Run, note: Note) -> list[str]:
     """The runs of the same command that differ least from the wanted one, and how."""
 
     def described(spec: Spec) -> dict[str, Any]:
@@ -351,35 +322,26 @@ def _close_runs(wanted: Run, note: Callable[[str], None]) -> list[str]:
 
 
 def evaluable(
-    planned: Sequence[Job],
-    places: Places,
-    names: Sequence[str],
-    seeds: Sequence[int] | None,
-    note: Callable[[str], None],
-    retype: str,
-) -> list[tuple[Run, str | None]]:
+    planned: Sequence[Job], places: Places, names: Sequence[str], seeds: Sequence[int] | None, retype: str, note: Note
+) -> list[Job]:
     """Every finished run of the experiment (of these seeds, if any are given), or the named ones, each with the run
     that it is compared with. Unnamed runs of other data or without their parents are noted and left out. Raises
     BadInput when there is none."""
-    experiment, facts = planned[0].spec.experiment, data_settings(planned[0].spec)
-    runs = [places.open(name, "--run") for name in dict.fromkeys(names)]
-    for run in [] if names else list_runs(places.runs_dir, experiment, (*TEACHERS, *STUDENTS), note):
+    like, runs = planned[0].spec, [places.open(name, "--run") for name in dict.fromkeys(names)]
+    for run in [] if names else list_runs(places.runs_dir, like.experiment, (*TEACHERS, *STUDENTS), note):
         if run.finished() and (seeds is None or run.spec.seed in seeds):
-            reason = "; ".join(differences(facts, data_settings(run.spec), "data.")) or orphaned(run)
-            if reason:
+            unlike = differences(data_settings(like), data_settings(run.spec), "data.")
+            if reason := "; ".join(unlike) or orphaned(run):
                 note(f"left out: {run.name}: {reason}")
             else:
                 runs.append(run)
     if not runs:
         of = f" of seed {', '.join(map(str, seeds))}" if seeds is not None else ""
-        raise BadInput(f"{places.runs_dir / experiment}: no finished runs{of}; train some: kd run {retype}")
-    for run in runs:
-        usable(run, planned[0].spec, "evaluated")
+        raise BadInput(f"{places.runs_dir / like.experiment}: no finished runs{of}; train some: kd run {retype}")
     described = {job.spec.seed: job.teacher for job in planned if job.spec.command == "baseline"}
-
-    def beside(spec: Spec) -> str | None:
-        if spec.command == "baseline":  # is held against the teacher that the experiment describes
-            return described.get(spec.seed)
-        return spec.parents[0] if spec.command in STUDENTS else None
-
-    return [(run, beside(run.spec)) for run in runs]
+    jobs = []
+    for run in runs:
+        spec, kind = usable(run, like, "evaluated").spec, KINDS[run.spec.command]
+        beside = spec.parents[0] if spec.distill else described.get(spec.seed) if kind == "baseline" else None
+        jobs.append(Job(Row(kind, kind), spec, teacher=beside))
+    return jobs

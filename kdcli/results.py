@@ -14,7 +14,7 @@ from kdcli import code, losses, score
 from kdcli.config import BIASES, Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
-from kdcli.plan import KINDS, Job, orphaned
+from kdcli.plan import KINDS, Job, distinct, orphaned
 from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, differences, environment, list_runs, open_run
 from kdcli.score import Latency
 from kdcli.teacher import kept_logits, members, nets, predict
@@ -229,14 +229,14 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
     of_baselines = spec.command == "ensemble" and members(run)[0].spec.command == "baseline"
     kind = KINDS[spec.command]
     name = Omission(omit=spec.omitted).label if spec.omitted else "ensemble of baselines" if of_baselines else kind
-    own = Row(name=name, kind=kind, of_baselines=of_baselines)
+    own = Row(name, kind)
     teacher = open_run(run.root, spec.parents[0]) if spec.parents and spec.command != "ensemble" else None
     if teacher:
         above: Kind = "ensemble" if teacher.spec.command == "ensemble" else "teacher"
-        jobs.append(Job(Row(name=above, kind=above), teacher.spec))
+        jobs.append(Job(Row(above, above), teacher.spec))
     if kind == "student":
         baseline, remarks = _baseline_of(run, note)
-        jobs += [Job(Row(name="baseline", kind="baseline"), b.spec, teacher=spec.parents[0]) for b in baseline]
+        jobs += [Job(Row("baseline", "baseline"), b.spec, teacher=spec.parents[0]) for b in baseline]
     jobs.append(Job(own, spec, teacher=teacher.name if teacher else None))
     return Subject(
         experiment=spec.experiment,
@@ -271,9 +271,9 @@ def summarise(
     made: Made,
 ) -> Summary:
     """The document of a subject from its jobs and the document of each."""
-    of_ensemble = [row.name for row in subject.rows if row.kind == "student" and row.learns_from == "ensemble"]
     only_ensembles = bool(subject.grid) and all(key.startswith("ensemble.") for key in subject.grid)
-    judged = of_ensemble[0] if only_ensembles and of_ensemble else "student"
+    of_ensemble = Row("student of ensemble", "student")
+    judged = of_ensemble.name if only_ensembles and of_ensemble in subject.rows else "student"
     tables = []
     for i, at in enumerate(subject.at):
         mine = [d for job, d in zip(jobs, found, strict=True) if job.point == i and job.row.kind != "member"]
@@ -340,8 +340,8 @@ def made(jobs: Sequence[Job], places: Places) -> Made:
 
 
 @code.quiet()
-def evaluate(runs: Sequence[tuple[Run, str | None]], dataset: Dataset, places: Places) -> list[Evaluation]:
-    """Runs, each with the name of the run that it is compared with, scored from their weights on the test images."""
+def evaluate(jobs: Sequence[Job], dataset: Dataset, places: Places) -> list[Evaluation]:
+    """Each run of some jobs, scored from its weights on the test images and held against its teacher."""
     device = torch.device(places.device)
     test = dataset.test.to(device)
 
@@ -355,7 +355,7 @@ def evaluate(runs: Sequence[tuple[Run, str | None]], dataset: Dataset, places: P
             return None
         return losses.average(torch.stack([predict(net, test) for net in nets(run, device)]), 1.0, run.spec.average)
 
-    return [_evaluation(run, beside, log_p, test, places) for run, beside in runs]
+    return [_evaluation(Run(places.runs_dir, job.spec), job.teacher, log_p, test, places) for job in distinct(jobs)]
 
 
 def _evaluation(

@@ -1,15 +1,15 @@
 """What a command is to do, known and checked before anything is trained; and the summary of what was done."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdcli import BadInput, results, yamlfile
-from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
-from kdcli.plan import Job, check, distinct, find_teacher, part, plan, usable
-from kdcli.runs import Places, Run
+from kdcli.plan import Job, Note, check, find_teacher, part, plan, usable
+from kdcli.runs import Places
 from kdcli.teacher import dataset_of
 from kdcli.yamlfile import Loaded, Override
 
@@ -27,26 +27,17 @@ class Work:
     jobs: list[Job]
     places: Places
 
-    def unfinished(self) -> list[str]:
-        """The names of the runs that are not there yet."""
-        return [s.name for s in distinct(self.jobs) if Run(self.places.runs_dir, s).finished() is None]
-
-    def documents(self) -> list[results.Document]:
-        """The documents of the jobs, which are all finished."""
-        return results.documents(self.jobs, self.places, self.dataset.test.labels)
-
-    def summary(self) -> tuple[results.Summary, list[results.Evaluation]]:
-        """What the finished jobs say together, and the scores of each run."""
-        shown = self.shown()
-        once = {job.spec.name: (Run(self.places.runs_dir, job.spec), job.teacher) for job in shown}
-        evaluations = results.evaluate(list(once.values()), self.dataset, self.places)
-        found = results.documents(shown, self.places, self.dataset.test.labels)
-        made = results.made(self.jobs, self.places)
-        return results.summarise(self.subject, shown, found, evaluations, self.dataset, made), evaluations
-
+    @property
     def shown(self) -> list[Job]:
         """The jobs that have a place in a table: members have none."""
         return [job for job in self.jobs if job.row.kind != "member"]
+
+    def summary(self) -> tuple[results.Summary, list[results.Evaluation]]:
+        """What the finished jobs say together, and the scores of each run."""
+        evaluations = results.evaluate(self.shown, self.dataset, self.places)
+        found = results.documents(self.shown, self.places, self.dataset.test.labels)
+        made = results.made(self.jobs, self.places)
+        return results.summarise(self.subject, self.shown, found, evaluations, self.dataset, made), evaluations
 
 
 def prepare(
@@ -54,46 +45,44 @@ def prepare(
 ) -> Work:
     """Read the experiment and its data, check both, and plan. Raises BadInput for all that can be known before a run is
     trained. `teacher`: the run that --teacher names; `dry`: nothing is downloaded."""
-    points = yamlfile.points(name, overrides)
-    with points[0].located():
-        dataset = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
-    for point in points:
-        with point.located():
-            check(point.experiment, dataset)
-    named = find_teacher(places, teacher)
 
-    def planned(points: Sequence[Loaded]) -> list[Job]:
-        data = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
-        return plan([point.experiment for point in points], data, named)
+    def planned(overrides: list[Override]) -> tuple[list[Loaded], Dataset, list[Job]]:
+        points = yamlfile.points(name, overrides)
+        with points[0].located():
+            dataset = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
+        for point in points:
+            with point.located():
+                check(point.experiment, dataset)
+        named = find_teacher(places, teacher) if teacher is not None else None
+        return points, dataset, plan([point.experiment for point in points], dataset, named)
 
-    def before(override: Override) -> list[Job]:
-        """The plan without it; none where it changes no setting, or the experiment cannot do without it."""
-        try:
-            others = yamlfile.points(name, [other for other in overrides if other is not override])
-            same = [point.experiment for point in others] == [point.experiment for point in points]
-            return [] if same else planned(others)
-        except BadInput:
-            return []
-
-    whole, about = planned(points), _about(name, overrides, points, places.runs_dir)
-    work = Work(*about, dataset, whole, part(whole, command, baseline), places)
+    points, dataset, jobs = planned(overrides)
+    experiment = points[0].experiment
+    if experiment.grid and command not in ("run", "report"):
+        keys = " ".join(f"--set {key}=…" for key in experiment.grid)
+        raise BadInput(f"{name}: has a grid, which `kd run` walks; for one of its points: {keys}")
     for override in overrides:
         if override.origin.startswith("--set ") and override.key.split(".")[0] not in NO_CHANGE:
-            _refuse_idle(override, command, before(override), whole, points[0].experiment)
-    return work
+            try:
+                others, _, before = planned([other for other in overrides if other is not override])
+            except BadInput:  # the experiment cannot do without it
+                continue
+            if [other.experiment for other in others] != [point.experiment for point in points]:
+                _refuse_idle(override, command, before, jobs)
+    subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points])
+    places = places._replace(threads=experiment.threads or os.cpu_count() or 1)
+    return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
 
 
-def _about(name: str, overrides: list[Override], points: list[Loaded], runs_dir: Path) -> tuple[results.Subject, Path]:
-    """What the report of an experiment is about, and its folder: a trial's report replaces no other."""
-    stem, own = Path(points[0].file).stem, points[0].experiment.name
-    parts = ["report", *([stem] if stem != own else [])]
+def _folder(subject: results.Subject, overrides: list[Override], places: Places) -> Path:
+    """Of the report of an experiment: a trial's replaces no other."""
+    parts = ["report"] if subject.file == subject.experiment else ["report", subject.file]
     if changes := [o.origin for o in overrides if o.key not in ("seed", "threads")]:
         parts.append(hashlib.sha256(repr(changes).encode()).hexdigest()[:6])
-    subject = results.about(yamlfile.load(name, overrides).experiment, stem, [point.at for point in points])
-    return subject, runs_dir / own / "-".join(parts)
+    return places.runs_dir / subject.experiment / "-".join(parts)
 
 
-def prepare_run(name: str, places: Places, note: Callable[[str], None]) -> Work:
+def prepare_run(name: str, places: Places, note: Note) -> Work:
     """The work of reporting one finished run beside its teacher and its baseline. Raises BadInput."""
     run = places.open(name)
     subject, jobs = results.about_run(run, note)
@@ -103,16 +92,14 @@ def prepare_run(name: str, places: Places, note: Callable[[str], None]) -> Work:
     return Work(subject, folder, dataset, jobs, jobs, places)
 
 
-def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job], experiment: Experiment) -> None:
+def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job]) -> None:
     """Raise BadInput for a `--set` that changes the experiment but nothing that the command does."""
-    if not before or _does(before, command) != _does(after, command):
+    if _does(before, command) != _does(after, command):
         return
-    one, other = ([(j.row.name, j.spec.name) for j in jobs if j.row.kind != "member"] for jobs in (before, after))
-    rows = dict.fromkeys(row for row, run in (*one, *other) if (row, run) in set(one) ^ set(other))
+    one, other = ({(j.row.name, j.spec.name): j for j in jobs if j.row.kind != "member"} for jobs in (before, after))
+    rows = dict.fromkeys(row for row, run in one | other if ((row, run) in one) != ((row, run) in other))
     where = f"it changes: {', '.join(rows)}" if rows else "it changes no run of this experiment"
-    own = _trained_apart(experiment, override.key) if override.key.startswith("student.train") else []
-    hint = f"; set for nets with a train of their own: {', '.join(own)}" if own else ""
-    raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}{hint}")
+    raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}")
 
 
 def _does(jobs: Sequence[Job], command: str) -> set[str | None]:
@@ -121,10 +108,3 @@ def _does(jobs: Sequence[Job], command: str) -> set[str | None]:
         dataset, data = jobs[0].spec.dataset, jobs[0].spec.data
         return {dataset.fingerprint, data.evaluate_on, *(job.teacher for job in jobs if job.row.kind == "baseline")}
     return {job.spec.name for job in part(jobs, command)}
-
-
-def _trained_apart(experiment: Experiment, key: str) -> list[str]:
-    """The keys of the nets of the student's kind that have a `train` of their own."""
-    rest = key.removeprefix("student.")
-    own = [f"omit_classes.{i}.{rest}" for i, entry in enumerate(experiment.omit_classes) if entry.train]
-    return own + ([f"baseline.{rest}"] if experiment.baseline.train else [])

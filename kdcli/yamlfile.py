@@ -3,11 +3,10 @@
 Precedence, highest first: a flag, then `--set a.b=c`, then the grid and the experiment file, then the defaults.
 """
 
-import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -17,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from kdcli import BadInput, BadKeys
-from kdcli.config import Experiment, Omission, nearest
+from kdcli.config import Experiment, nearest
 
 
 class Override(NamedTuple):
@@ -49,15 +48,6 @@ def parse_seeds(text: str) -> list[int]:
             raise BadInput(f"--seeds {text}: must be a seed, a range or a list of 10,000 at most: 3, 0-4, or 0,2,5")
         seeds += range_
     return seeds
-
-
-def omission(omit: str | None, keep: str | None) -> Omission:
-    """The entry that `--omit 3` or `--keep cat,dog` describes. Raises BadInput."""
-    flags = " ".join(f"--{flag} {text}" for flag, text in (("omit", omit), ("keep", keep)) if text is not None)
-    try:
-        return Omission(omit=omit.split(",") if omit else None, keep=keep.split(",") if keep else None)
-    except ValidationError as error:
-        raise BadInput(*(f"{flags}: {_message(e)}" for e in error.errors())) from None
 
 
 def experiments() -> dict[str, Path]:
@@ -93,51 +83,55 @@ class Loaded(NamedTuple):
         try:
             yield
         except BadKeys as error:
-            lines = [f"{_origin(key, self.origins)}: {key}: {text}" for key, text in error.problems]
-            raise BadInput(*dict.fromkeys(lines)) from None
+            raise _told(error.problems, self.origins) from None
 
 
-def load(name: str, overrides: Sequence[Override] = (), point: Sequence[Override] = ()) -> Loaded:
-    """The experiment of a file given by name or path: later overrides beat earlier ones, and all of them the values
-    at a point of its grid. Raises BadInput with every problem found, each as `file:line: key: problem`."""
-    path = find(name)
-    values, origins, problems = _read(path)
-    for override in (*point, *overrides):
-        _apply(override, values, origins)
-    if isinstance(varied := values.get("grid"), dict):  # what is set by hand does not vary
-        by_hand = [override.key for override in overrides]
-        values["grid"] = {k: v for k, v in varied.items() if not any(f"{k}.".startswith(f"{key}.") for key in by_hand)}
-    try:
-        experiment = Experiment.model_validate(values, context={"folder": path.parent})
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        problems += [_describe(e, origins) for e in errors if not _misspelled(e, errors)]
-    if problems:
-        raise BadInput(*dict.fromkeys(problems))
-    return Loaded(experiment, str(path), origins, {key: _shown(value) for key, value, _ in point})
+class _File(NamedTuple):
+    """A file's values, where each key stands (`file:line`; of "" the first), and the duplicate keys found."""
+
+    path: Path
+    values: dict[str, Any]
+    origins: dict[str, str]
+    problems: list[tuple[str, str]]
+
+
+def load(name: str, overrides: Sequence[Override] = ()) -> Loaded:
+    """The experiment of a file given by name or path; later overrides beat earlier ones. Raises BadInput with every
+    problem found, each as `file:line: key: problem`."""
+    return _loaded(_read(find(name)), overrides)
 
 
 def points(name: str, overrides: Sequence[Override] = ()) -> list[Loaded]:
     """The points of a file's grid, or its one experiment. Raises BadInput as `load` does, or where two are the same."""
-    whole = load(name, overrides)
-    grid, found = whole.experiment.grid, list[Loaded]()
-    places = {key: f"{_origin(f'grid.{key}', whole.origins)}: grid: {key}" for key in grid}
-    for values in itertools.product(*grid.values()):
-        chosen = [Override(key, value, f"{places[key]}={value}") for key, value in zip(grid, values, strict=True)]
-        point = load(name, overrides, chosen)
+    file, found = _read(find(name)), list[Loaded]()
+    whole = _loaded(file, overrides)
+    for values in itertools.product(*whole.experiment.grid.values()):
+        at = dict(zip(whole.experiment.grid, values, strict=True))
+        place = {key: _origin(f"grid.{key}", whole.origins) for key in at}
+        chosen = [Override(key, value, f"{place[key]}: grid: {key}={value}") for key, value in at.items()]
+        point = _loaded(file, overrides, chosen)
         if any(point.experiment == other.experiment for other in found):
             raise BadInput(f"{chosen[-1].origin}: is there twice")
         found.append(point)
     return found
 
 
-def _shown(value: Any) -> str:
-    """A value of a grid as a table has room for it."""
-    if isinstance(value, dict):
-        return " ".join(f"{key}={_shown(v)}" for key, v in value.items())
-    if isinstance(value, list):
-        return " x ".join(map(_shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _loaded(file: _File, overrides: Sequence[Override], point: Sequence[Override] = ()) -> Loaded:
+    """The experiment with its overrides, which beat the values at a point of its grid."""
+    values, origins, problems = dict(file.values), dict(file.origins), list(file.problems)
+    for override in (*point, *overrides):
+        _apply(override, values, origins)
+    if isinstance(varied := values.get("grid"), dict):  # what is set by hand does not vary
+        by_hand = [override.key for override in overrides]
+        values["grid"] = {k: v for k, v in varied.items() if not any(f"{k}.".startswith(f"{key}.") for key in by_hand)}
+    try:
+        experiment = Experiment.model_validate(values, context={"folder": file.path.parent})
+    except ValidationError as error:
+        problems += [(_key(e), _message(e)) for e in error.errors(include_url=False)]
+    if problems:
+        raise _told(problems, origins)
+    at = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value, _ in point}
+    return Loaded(experiment, str(file.path), origins, at)
 
 
 class Loader(yaml.SafeLoader):
@@ -156,47 +150,43 @@ for _tag, _pattern in _NUMBERS.items():
     Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """The file's values, where each key stands (`file:line`; of "" the first), and the duplicate keys found."""
-    origins, problems = {"": f"{path}:1"}, list[str]()
+def _read(path: Path) -> _File:
+    file = _File(path, {}, {"": f"{path}:1"}, [])
     try:
         text = path.read_text(encoding="utf-8")
-        _locate(yaml.compose(text, Loader), "", str(path), origins, problems)
+        for count, (key, line, first) in enumerate(_keys(yaml.compose(text, Loader))):
+            if count > 10_000 or key.count(".") > 50:
+                raise RecursionError
+            if first:
+                file.problems.append((key, f"duplicate key, first given on line {first}"))
+            file.origins[key] = f"{path}:{line}"
         values = yaml.load(text, Loader)
     except RecursionError:
         raise BadInput(f"{path}: too large or too deep for an experiment file") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise BadInput(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+        where = f":{mark.line + 1}" if mark else ""
+        raise BadInput(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{path}:1: an experiment file is a mapping (name: …, data: …, teacher: …)")
-    return values, origins, problems
+    return file._replace(values=values)
 
 
-def _locate(node: yaml.Node | None, above: str, file: str, origins: dict[str, str], problems: list[str]) -> None:
-    """Record where every key below `node` stands, and every key that stands twice; `above` ends in a dot."""
-    if len(origins) > 10_000 or above.count(".") > 50:
-        raise RecursionError
+def _keys(node: yaml.Node | None, above: str = "") -> Iterator[tuple[str, int, int]]:
+    """Every dotted key below a node, its line and, of one that is there twice, its first line, else 0."""
     below: list[tuple[Any, yaml.Node, yaml.Node]] = []  # key, where it stands, its value
     if isinstance(node, yaml.SequenceNode):
         below = [(i, item, item) for i, item in enumerate(node.value)]
     elif isinstance(node, yaml.MappingNode):
         below = [(name.value, name, value) for name, value in node.value if isinstance(name, yaml.ScalarNode)]
-    seen: dict[Any, int] = {}
+    lines: dict[Any, int] = {}
     for name, place, value in below:
         line = place.start_mark.line + 1
-        if name == "<<":
-            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                _locate(merged, above, file, origins, problems)
-            continue
-        if name in seen:
-            problems.append(f"{file}:{line}: {above}{name}: duplicate key, first given on line {seen[name]}")
-        seen.setdefault(name, line)
-        origins[f"{above}{name}"] = f"{file}:{line}"
-        _locate(value, f"{above}{name}.", file, origins, problems)
+        yield f"{above}{name}", line, lines.get(name, 0)
+        lines.setdefault(name, line)
+        yield from _keys(value, f"{above}{name}.")
 
 
 def _apply(override: Override, values: dict[str, Any], origins: dict[str, str]) -> None:
@@ -236,34 +226,25 @@ def _origin(key: str, origins: dict[str, str]) -> str:
     return origins[key]
 
 
-def _describe(error: Any, origins: dict[str, str]) -> str:
-    """One line, `file:line: key: problem`, for one of pydantic's errors."""
-    key = ".".join(str(part) for part in (*error["loc"], error.get("ctx", {}).get("key", "")) if part != "")
-    return f"{_origin(key, origins)}: {key or 'experiment'}: {_message(error)}"
+def _told(problems: Iterable[tuple[str, str]], origins: dict[str, str]) -> BadInput:
+    """Problems of dotted keys, a line each: `file:line: key: problem`."""
+    return BadInput(*dict.fromkeys(f"{_origin(key, origins)}: {key or 'experiment'}: {text}" for key, text in problems))
 
 
-def _misspelled(missing: Any, errors: Sequence[Any]) -> bool:
-    """Whether a missing key is there under a name much like it, which has an error of its own."""
-    *place, name = missing["loc"] or [""]
-    unknown = [str(e["loc"][-1]) for e in errors if e["type"] == "extra_forbidden" and [*e["loc"][:-1]] == place]
-    return missing["type"] == "missing" and bool(difflib.get_close_matches(str(name), unknown, n=1, cutoff=0.6))
+def _key(error: Any) -> str:
+    """The dotted key of one of pydantic's errors."""
+    return ".".join(str(part) for part in (*error["loc"], error.get("ctx", {}).get("key", "")) if part != "")
 
 
 _MESSAGES = {
     "kd": "{message}",
     "missing": "is missing",
     "too_short": "must not be empty",
-    "invalid_key": "is not a word: keys are words",
-    "int_type": "must be a whole number, not {shown}",
-    "float_type": "must be a number, not {shown}",
-    "bool_type": "must be true or false, not {shown}",
-    "list_type": "must be a list, such as [7, 8], not {shown}",
     "model_type": "must be a section of keys and values, not {shown}",
     "dict_type": "must be a section of keys and values, not {shown}",
     "string_pattern_mismatch": "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', "
     "not {shown}",
-    "string_too_long": "must have at most {max_length} characters, not {length}",
-    "string_type": "must be a word, not {shown}",
+    "too_long": "must have at most {max_length} entries, not {actual_length}",
 }
 
 
@@ -271,11 +252,7 @@ def _message(error: Any) -> str:
     kind, ctx, given = error["type"], error.get("ctx", {}), error["input"]
     shown = "nothing" if given is None else repr(given) if len(repr(given)) <= 40 else repr(given)[:37] + "…"
     if kind in _MESSAGES:
-        return _MESSAGES[kind].format(shown=shown, length=len(str(given)), **ctx)
+        return _MESSAGES[kind].format(shown=shown, **ctx)
     if kind == "extra_forbidden":
         return f"unknown key{nearest(str(error['loc'][-1]), _fields(error['loc'][:-1]))}"
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", ctx["expected"])
-        meant = nearest(given, choices).partition(" (known")[0] if isinstance(given, str) else ""
-        return f"must be one of {', '.join(choices)}, not {shown}{meant}"
     return re.sub("^Input should ", "must ", error["msg"]) + f", not {shown}"

@@ -136,7 +136,7 @@ def kd_here(folder: Path, *words: str) -> Done:
     sys.argv = ["kd", *words]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = cli._main()
+            code = cli.main()
     finally:
         os.chdir(before)
         sys.argv = argv

@@ -157,7 +157,12 @@ def test_what_cannot_be_compared_is_told(grid: Shell, words: list[str], line: st
 
 def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell) -> None:
     document = json.loads((grid.folder / "run.json").read_text())
-    assert [list(p["at"].values()) for p in document["points"]] == [["1", "8"], ["1", "24"], ["8", "8"], ["8", "24"]]
+    assert [list(p["at"].values()) for p in document["points"]] == [
+        ["1", "[8]"],
+        ["1", "[24]"],
+        ["8", "[8]"],
+        ["8", "[24]"],
+    ]
     assert len(runs(grid.folder, "train-teacher")) == 3
     assert len(runs(grid.folder, "baseline")) == 6
     assert len(runs(grid.folder, "distill")) == 24  # of the teacher and of the ensemble
@@ -169,7 +174,7 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
             assert run["samples"] == (1297 if run["row"] == "teacher" else 300)
             if run["row"] == "student":
                 assert f"{settings['distill']['T']:g}" == point["at"]["distill.T"]
-                assert str(settings["model"]["hidden"][0]) == point["at"]["student.model.hidden"]
+                assert str(settings["model"]["hidden"]) == point["at"]["student.model.hidden"]
     folder = grid.folder / "runs" / "tiny" / "report-study"
     assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.md").read_text()

@@ -26,10 +26,10 @@ def edited(old: str, new: str) -> str:
 
 
 MISTAKES = {
-    "misspelled key": (edited("  train: {epochs: 6", "  train: {epoch: 6"), "f:6: teacher.train.epoch: unknown key; did you mean epochs?"),
-    "misspelled section": (edited("distill:", "destill:"), "f:11: destill: unknown key; did you mean distill?"),
-    "wrong type": (edited("epochs: 6", 'epochs: "6"'), "f:6: teacher.train.epochs: must be a whole number, not '6'"),
-    "a bool is no number": (edited("epochs: 6", "epochs: true"), "f:6: teacher.train.epochs: must be a whole number, not True"),
+    "misspelled key": (edited("batch_size", "batch_sise"), "f:6: teacher.train.batch_sise: unknown key; did you mean batch_size?"),
+    "misspelled section": (edited("ensemble:", "ensembel:"), "f:7: ensembel: unknown key; did you mean ensemble?"),
+    "wrong type": (edited("epochs: 6", 'epochs: "6"'), "f:6: teacher.train.epochs: must be a valid integer, not '6'"),
+    "a bool is no number": (edited("epochs: 6", "epochs: true"), "f:6: teacher.train.epochs: must be a valid integer, not True"),
     "not a section": (edited("data: {name: digits, heldout: 200}", "data: digits"), "f:3: data: must be a section of keys and values, not 'digits'"),
     "duplicate key": (edited("seed" if "seed" in TINY else "threads: 1", "threads: 1\nthreads: 2"), "f:3: threads: duplicate key, first given on line 2"),
     "negative T": (edited("T: 4", "T: -3"), "f:11: distill.T: must be greater than or equal to 0.001, not -3"),
@@ -37,34 +37,33 @@ MISTAKES = {
     "negative lambda1": (edited("lambda1: 0.9", "lambda1: -1"), "f:11: distill.lambda1: must be greater than or equal to 0, not -1"),
     "lambda1 above 1 alone": (edited("lambda1: 0.9", "lambda1: 2"), "f:11: distill.lambda1: is 2; above 1 it needs a lambda2 too (left out, that is 1 - lambda1)"),
     "nothing to learn": (edited("lambda1: 0.9", "lambda1: 0, lambda2: 0"), "f:11: distill.lambda1: and lambda2 are both 0: the student would learn nothing"),
-    "unknown optimizer": (edited("optimizer: adam", "optimizer: adm"), "f:6: teacher.train.optimizer: must be one of sgd, adam, adamw, not 'adm'; did you mean adam?"),
+    "unknown optimizer": (edited("optimizer: adam", "optimizer: adm"), "f:6: teacher.train.optimizer: must be 'sgd', 'adam' or 'adamw', not 'adm'"),
     "momentum of adam": (edited("lr: 3e-3", "lr: 3e-3, momentum: 0.5"), "f:6: teacher.train.momentum: belongs to sgd, not to adam: remove it"),
     "warm-up too long": (edited("lr: 3e-3", "lr: 3e-3, warmup: 6"), "f:6: teacher.train.warmup: must be shorter than the 6 epochs, not 6"),
     "both omit and keep": (edited("omit: [3]", "{omit: [3], keep: [7]}"), "f:13: omit_classes.0: needs either omit or keep, and only one of them"),
     "a class in two spellings": (edited("omit: [3]", 'omit: [3, "3"]'), "f:13: omit_classes.0.omit: names a class twice: ['3', '3']"),
-    "a class that is no name": (edited("omit: [3]", "omit: [true]"), "f:13: omit_classes.0.omit.0: must be a word, not True"),
+    "a class that is no name": (edited("omit: [3]", "omit: [true]"), "f:13: omit_classes.0.omit.0: must be a valid string, not True"),
     "no class": (edited("omit: [3]", "omit: []"), "f:13: omit_classes.0.omit: must not be empty"),
     "a class twice": (edited("omit: [3]", "omit: [3, 3]"), "f:13: omit_classes.0.omit: names a class twice: ['3', '3']"),
-    "an entry twice": (edited("- omit: [3]", "- omit: [3]\n  - omit: [3]"), "f:12: omit_classes: names the same classes twice"),
     "dropout of 1": (edited("dropout: 0.5", "dropout: 1.0"), "f:5: teacher.model.dropout: is a probability of dropping, drawn in steps of 1/256: 0, or 1/256 to 255/256, not 1.0"),
     "missing key": (edited("lr: 3e-3, ", ""), "f:6: teacher.train.lr: is missing"),
     "escaping name": (edited("name: tiny", "name: ../tiny"), "f:1: name: must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', not '../tiny'"),
     "ensemble without members": (edited("ensemble: {members: 2}\n", "").replace("{T: 4", "{teacher: ensemble, T: 4"), "f:10: distill.teacher: is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"),
     "unknown row": (TINY + "expect: {studnt: 5}\n", "f:14: expect.studnt: is not a row of this experiment; did you mean student?"),
-    "octal": (edited("epochs: 6", "epochs: 010"), "f:6: teacher.train.epochs: must be a whole number, not '010'"),
+    "octal": (edited("epochs: 6", "epochs: 010"), "f:6: teacher.train.epochs: must be a valid integer, not '010'"),
     "too hot": (edited("T: 4", "T: 1e300"), "f:11: distill.T: must be less than or equal to 10000, not 1e+300"),
     "dropout that is no number": (edited("dropout: 0.5", "dropout: .nan"), "f:5: teacher.model.dropout: must be a finite number, not nan"),
     "lambda1 that is no number": (edited("lambda1: 0.9", "lambda1: .nan"), "f:11: distill.lambda1: must be a finite number, not nan"),
     "more models than members": (edited("members: 2", "members: 2, models: [{hidden: [1]}, {hidden: [2]}, {hidden: [3]}]"), "f:7: ensemble.models: has 3 entries for only 2 members"),
     "no models": (edited("members: 2", "members: 2, models: []"), "f:7: ensemble.models: must not be empty"),
-    "no name": (edited("name: tiny", "name:"), "f:1: name: must be a word, not nothing"),
-    "a number for a key": (TINY + "3: 4\n", "f:14: 3: is not a word: keys are words"),
+    "no name": (edited("name: tiny", "name:"), "f:1: name: must be a valid string, not nothing"),
+    "a number for a key": (TINY + "3: 4\n", "f:14: 3: Keys should be strings, not 3"),
     "a missing section": (edited("distill: {T: 4, lambda1: 0.9}\n", ""), "f:1: distill: is missing"),
     "broken YAML": (edited("{name: digits", "{name: [digits"), "f:3: not valid YAML: expected ',' or ']', but got '}'"),
     "not a mapping": ("- 1\n", "f:1: an experiment file is a mapping (name: …, data: …, teacher: …)"),
     "empty": ("", "f:1: an experiment file is a mapping (name: …, data: …, teacher: …)"),
-    "no images": (edited("name: digits, ", ""), "f:3: data: needs either name or function, and only one of them"),
-    "two sources of images": (edited("name: digits", "name: digits, function: own.py:load"), "f:3: data: needs either name or function, and only one of them"),
+    "no images": (edited("name: digits, ", ""), "f:3: data: needs either name or folder or arrays or function, and only one of them"),
+    "two sources of images": (edited("name: digits", "name: digits, function: own.py:load"), "f:3: data: needs either name or folder or arrays or function, and only one of them"),
     "a file that is not there": (edited("name: digits", "function: absent.py:load"), "f:3: data.function: there is no file "),
     "a file without a function": (edited("name: digits", "function: own.py"), "f:3: data.function: must be FILE.py:FUNCTION, such as nets.py:make, not 'own.py'"),
     "a file of another kind": (edited("name: digits", "function: own.yaml:load"), "f:3: data.function: must be FILE.py:FUNCTION, such as nets.py:make, not 'own.yaml:load'"),
@@ -201,21 +200,6 @@ def test_an_omission_is_called_by_its_classes_in_their_order(
 
 
 @pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
-        (("3", "7"), "--omit 3 --keep 7: needs either omit or keep, and only one of them"),
-        ((None, None), ": needs either omit or keep, and only one of them"),
-        (("cat,cat", None), "--omit cat,cat: names a class twice: ['cat', 'cat']"),
-    ],
-)
-def test_classes_of_flags(flags: tuple[str | None, str | None], problem: str) -> None:
-    assert yamlfile.omission("cat,3", None) == Omission(omit=["cat", "3"])
-    with pytest.raises(BadInput) as error:
-        yamlfile.omission(*flags)
-    assert str(error.value) == problem
-
-
-@pytest.mark.parametrize(
     ("text", "seeds"), [("3", [3]), ("0-4", [0, 1, 2, 3, 4]), ("0,2,5", [0, 2, 5]), ("7-8,1", [7, 8, 1])]
 )
 def test_seeds(text: str, seeds: list[int]) -> None:
@@ -265,10 +249,10 @@ def grid(folder: Path, text: str, *sets: str) -> list[Loaded]:
 def test_a_grid_has_a_point_for_each_combination(tmp_path: Path) -> None:
     points = grid(tmp_path, "grid: {distill.T: [1, 2.5], student.model.hidden: [[8], [24, 8]]}")
     assert [point.at for point in points] == [
-        {"distill.T": "1", "student.model.hidden": "8"},
-        {"distill.T": "1", "student.model.hidden": "24 x 8"},
-        {"distill.T": "2.5", "student.model.hidden": "8"},
-        {"distill.T": "2.5", "student.model.hidden": "24 x 8"},
+        {"distill.T": "1", "student.model.hidden": "[8]"},
+        {"distill.T": "1", "student.model.hidden": "[24, 8]"},
+        {"distill.T": "2.5", "student.model.hidden": "[8]"},
+        {"distill.T": "2.5", "student.model.hidden": "[24, 8]"},
     ]
     found = [(point.experiment.distill.T, point.experiment.student.model.hidden) for point in points]
     assert found == [(1, [8]), (1, [24, 8]), (2.5, [8]), (2.5, [24, 8])]
@@ -283,7 +267,7 @@ def test_an_experiment_without_a_grid_is_one_point(tmp_path: Path) -> None:
 def test_a_key_set_by_hand_does_not_vary(tmp_path: Path) -> None:
     text = "grid: {distill.T: [1, 8], student.model.hidden: [[8], [24]]}"
     points = grid(tmp_path, text, "distill.T=3")
-    assert [point.at for point in points] == [{"student.model.hidden": "8"}, {"student.model.hidden": "24"}]
+    assert [point.at for point in points] == [{"student.model.hidden": "[8]"}, {"student.model.hidden": "[24]"}]
     assert {point.experiment.distill.T for point in points} == {3}
     assert [point.at for point in grid(tmp_path, text, "distill={T: 3, lambda1: 0.5}")] == [p.at for p in points]
     (point,) = grid(tmp_path, text, "distill.T=3", "student.model={hidden: [5]}")
@@ -314,8 +298,8 @@ def test_a_set_inside_a_section_that_varies_beats_the_grid(tmp_path: Path) -> No
         ("grid: {seed: [3]}", "f:14: grid.seed: cannot vary within one experiment"),
         ("grid: {data: [{name: digits}]}", "f:14: grid.data: cannot vary within one experiment"),
         ("paper: {studnt: 3}", "f:14: paper.studnt: is not a row of this experiment; did you mean student?"),
-        ("paper: {student: -3}", "f:14: paper.student: must be a number of errors, or two: in all, and on the"),
-        ("paper: {student: [1, 2, 3]}", "f:14: paper.student: must be a number of errors, or two"),
+        ("paper: {student: -3}", "f:14: paper.student.0: must be greater than or equal to 0, not -3"),
+        ("paper: {student: [1, 2, 3]}", "f:14: paper.student: must have at most 2 entries, not 3"),
         ("grid: {distill: [{T: 1}], distill.T: [3]}", "f:14: grid.distill.T: lies within distill, which varies too"),
         ("grid: {distill.T: [3]}\nomit_classes: [{omit: [3]}]", "omit_classes: has no place in the table of a grid"),
     ],

@@ -48,6 +48,13 @@ class Loud(Net):
         return super().forward(x)
 
 
+class Unquiet(Net):
+    def forward(self, x):
+        if self.training:
+            print("past sys.stdout", file=sys.__stdout__, flush=True)
+        return super().forward(x)
+
+
 class Failing(Net):
     steps = 0
 
@@ -142,6 +149,15 @@ def test_runs_at_once_are_bit_for_bit_those_one_after_another(folder: Path) -> N
     assert documents[0] == documents[1]
 
 
+def test_what_a_net_prints_in_a_worker_is_on_stderr(folder: Path) -> None:
+    """Even what goes past sys.stdout: the document of --json stays whole."""
+    words = ["--seeds", "0-1", "--jobs", "2", "--epochs", "1", "--json"]
+    done = forked(folder, "train-teacher", "own.yaml", *words, "--set", "teacher.model={name: nets.py:Unquiet}")
+    assert done.code == 0, done.err
+    assert [run["status"] for run in done.json["runs"]] == ["completed"] * 2
+    assert done.err.count("past sys.stdout") > 2
+
+
 def test_a_killed_worker_takes_no_other_down_and_asking_again_trains_what_is_missing(kd: Shell) -> None:
     words = ["train-teacher", "tiny.yaml", "--seeds", "0-2", "--epochs", "60", "--jobs"]
     with Forked(kd.folder, [*words, "2"], nothing) as process:
@@ -164,7 +180,7 @@ def test_a_killed_worker_takes_no_other_down_and_asking_again_trains_what_is_mis
 def test_a_worker_that_dies_while_it_is_idle_is_told(folder: Path) -> None:
     assert kd_here(folder, "train-teacher", "tiny.yaml", "--epochs", "1").code == 0
     spec = open_run(folder / "runs", str(the_run(folder))).spec
-    worker = _Worker.start(Places(folder / "other"))
+    worker = _Worker(Places(folder / "other"))
     worker.process.kill()
     worker.process.wait()
     worker.give(spec)
@@ -225,6 +241,13 @@ def test_a_net_that_fails_is_told_with_its_line_and_takes_no_other_down(folder: 
     ]
     assert len((folder / "runs" / failed / "metrics.jsonl").read_text().splitlines()) == 1
     assert not results(folder, "ensemble")
+
+
+def test_what_is_not_trained_names_what_failed_of_its_own(folder: Path) -> None:
+    done = kd_here(folder, "ensemble", "own.yaml", "--seeds", "0,2", "--jobs", "1", *models("Failing", "Net"))
+    assert done.code == 2
+    line = r"^own/ensemble/(\d)-\w+: not trained: it is made from what failed \(own/train-teacher/(\d)-\w+\)$"
+    assert re.findall(line, done.err, re.MULTILINE) == [("0", "0"), ("2", "2")]
 
 
 def little_memory(_: pytest.MonkeyPatch) -> None:

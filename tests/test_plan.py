@@ -50,7 +50,7 @@ def test_the_rows_and_runs_of_digits_are_those_counted_by_hand(digits: list[Job]
     assert list(dict.fromkeys(job.row.kind for job in digits)) == [
         "teacher", "member", "baseline", "ensemble", "student", "omission",
     ]  # fmt: skip
-    found = Counter(spec.command for spec in plan.distinct(digits))
+    found = Counter(job.spec.command for job in plan.distinct(digits))
     assert found == {"train-teacher": 9, "baseline": 9, "ensemble": 10, "distill": 10, "omit-classes": 10}
     assert [row.name for row in yamlfile.load("digits").experiment.rows] == [
         "teacher", "ensemble", "baseline", "ensemble of baselines", "student", "student of ensemble", "omit 3",
@@ -60,7 +60,7 @@ def test_the_rows_and_runs_of_digits_are_those_counted_by_hand(digits: list[Job]
 
 def test_a_run_comes_after_all_that_it_is_made_from(digits: list[Job]) -> None:
     done: set[str] = set()
-    for spec in plan.distinct(digits):
+    for spec in (job.spec for job in plan.distinct(digits)):
         assert set(spec.parents) <= done
         done.add(spec.name)
     assert len(done) == 48
@@ -179,7 +179,7 @@ def test_points_of_a_grid_share_what_does_not_vary(tmp_path: Path) -> None:
     text = TINY.partition("omit_classes")[0] + "grid: {distill.T: [1, 8], student.model.hidden: [[8], [24]]}\n"
     jobs = plan.plan(described(tmp_path, text), DIGITS)
     assert {job.point for job in jobs} == {0, 1, 2, 3}
-    assert Counter(spec.command for spec in plan.distinct(plan.part(jobs, "run"))) == {
+    assert Counter(job.spec.command for job in plan.distinct(plan.part(jobs, "run"))) == {
         "train-teacher": 2, "ensemble": 3, "baseline": 4, "distill": 8,
     }  # fmt: skip
 
@@ -329,7 +329,6 @@ def test_a_plan_shows_each_run_once_with_its_size(tmp_path: Path) -> None:
 def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
     jobs = plan.plan(described(tmp_path), DIGITS)
     places = Places(tmp_path / "runs")
-    assert plan.find_teacher(places, None) is None
     with pytest.raises(BadInput, match="--teacher nonsense: there is no such run"):
         plan.find_teacher(places, "nonsense")
     for row, message in (("student", "is a distill run; a teacher is"), ("teacher", "is failed: cannot be a teacher")):

@@ -79,7 +79,7 @@ def _kd(folder: Path, words: list[str], prepare: Prepare) -> None:
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = ["kd", *words]
     prepare(pytest.MonkeyPatch())
-    cli.main()
+    sys.exit(cli.main())
 
 
 # What may be done to a `kd` before it begins.
@@ -350,7 +350,7 @@ def test_a_full_file_system_is_told_and_the_run_goes_on_when_there_is_room(
     disk.mkdir()
     arguments = words(EPOCHS, "tiny.yaml")
     code = f"import sys; sys.path.insert(0, {tests!r}); import test_resume as t; t.eager(t.pytest.MonkeyPatch())\n"
-    code += f"sys.argv = ['kd', *{arguments}]; t.cli.main()"
+    code += f"sys.argv = ['kd', *{arguments}]; sys.exit(t.cli.main())"
     copy = f"{shlex.join([sys.executable, '-c', code])}; code=$?; cp -r runs kept; exit $code"
     script = f"mount -t tmpfs -o size=216k tmpfs runs || exit 99; {copy}"
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
