@@ -16,7 +16,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
-from kdcli.config import Experiment, Kind, Row, Section
+from kdcli.config import Experiment, Kind, Section
 from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
 
@@ -152,11 +152,13 @@ class Call:
 
     def run(self, kind: Kind, baseline: bool = True) -> None:
         """Do the command's part of the plan and print what comes out, a document a run of a kind."""
+        from kdcli.results import documents
+
         work = self.prepare(baseline)
         if self.dry_run:
             return self.describe(work)
         self.obtain(work)
-        found = work.documents()
+        found = documents(work.jobs, work.dataset, work.places)
         shown = [d for d in found if d.kind == kind]
         whole = Several(command=self.command, experiment=shown[0].experiment, runs=shown)
         tables = show.tables(self.command, found, work.dataset.facts.classes)
@@ -175,12 +177,12 @@ class Call:
         self.run(kind, baseline)
 
     def report(self, work: "Work") -> "tuple[Summary, Path]":
-        """Show the table and write the report of finished runs; returns them and the page."""
+        """Show the table and write the report of finished runs; returns the summary and the page."""
         from kdcli.page import write_report
 
-        summary, evaluations = work.summary()
+        summary = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
-        files = write_report(summary, evaluations, work.shown(), work.dataset, work.places, work.folder)
+        files = write_report(summary, work.dataset, work.places, work.folder)
         self.display.note(f"wrote {work.folder}: {', '.join(file.name for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
@@ -236,6 +238,7 @@ class Several(Section):
 
     command: str
     experiment: str | None = None
+    classes: list[str] | None = None
     dry_run: bool | None = None
     device: str | None = None
     runs: list[Any]
@@ -317,17 +320,16 @@ def evaluate(
 ) -> None:
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
-    from kdcli.plan import KINDS, Job, evaluable
-    from kdcli.results import Evaluations, evaluate
+    from kdcli.plan import evaluable
+    from kdcli.results import documents
 
     seeds = work.subject.seeds if call.seed is not None else None
-    found = evaluable(work.planned, work.places, run or [], seeds, call.display.note, call.retype())
+    jobs = evaluable(work.planned, work.places, run or [], seeds, call.display.note, call.retype())
     if call.dry_run:
-        kinds = [(KINDS[one.spec.command], one.spec) for one, _ in found]
-        return call.describe(replace(work, jobs=[Job(Row(name=kind, kind=kind), spec) for kind, spec in kinds]))
-    name, classes = work.subject.experiment, work.dataset.facts.classes
-    document = Evaluations(experiment=name, classes=classes, runs=evaluate(found, work.dataset, work.places))
-    call.present(document, *show.evaluations(document))
+        return call.describe(replace(work, jobs=jobs))
+    found, classes = documents(jobs, work.dataset, work.places, costs=True), work.dataset.facts.classes
+    document = Several(command="evaluate", experiment=work.subject.experiment, classes=classes, runs=found)
+    call.present(document, *show.evaluations(found, classes))
     call.display.note(f"next: kd report {call.retype()}")
 
 

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from kdcli import losses, score
 from kdcli.config import Kind
 from kdcli.data import Dataset, Split
-from kdcli.plan import Job
-from kdcli.results import Document, Evaluation, Summary, log_probabilities
+from kdcli.results import Document, Summary, log_probabilities
 from kdcli.runs import Epoch, Places, Run
 from kdcli.show import WIDE
 from kdcli.teacher import kept_logits, members
@@ -24,10 +23,9 @@ PAIRS = 20  # of classes that are taken for each other most
 
 
 class Net(NamedTuple):
-    """A finished run, its scores and its log p [N, C] at T = 1 on the test images; of an ensemble, by its average."""
+    """A finished run, and its log p [N, C] at T = 1 on the test images; of an ensemble, by its average."""
 
     document: Document
-    scores: Evaluation
     log_p: Tensor
 
 
@@ -74,43 +72,40 @@ class Findings(NamedTuple):
     knowledge: Knowledge | None  # None of what no student can learn from: that keeps no soft targets
 
 
-def find(
-    summary: Summary, evaluations: Sequence[Evaluation], jobs: Sequence[Job], dataset: Dataset, places: Places
-) -> Findings:
-    """What the runs of some jobs, those of the summary, have to show."""
-    dataset, scores = dataset.to(torch.device("cpu")), {e.run: e for e in evaluations}
-    runs, test = {job.spec.name: Run(places.runs_dir, job.spec) for job in jobs}, dataset.test
+def find(summary: Summary, dataset: Dataset, places: Places) -> Findings:
+    """What the runs of a summary have to show."""
+    test = dataset.test
     documents = [d for d in summary.only.runs if isinstance(d, Document)]
     roles: list[Sequence[Kind]] = [("teacher", "ensemble"), ("baseline",), ("student", "omission")]
     chosen = [next((d for d in documents if d.kind in kinds), None) for kinds in roles]
-    nets = [Net(d, scores[d.run], log_probabilities(runs[d.run], len(test))) for d in chosen if d]
+    nets = [Net(d, log_probabilities(places.open(d.run), len(test))) for d in chosen if d]
     rows, last = {net.document.row for net in nets}, nets[-1]
     omissions = {d.row: [o for o in documents if o.row == d.row] for d in documents if d.kind == "omission"}
-    taught_by = last.document.teacher
-    teacher = places.open(taught_by.run) if taught_by else runs[nets[0].document.run]
-    firsts = [(same[0], runs[same[0].run]) for same in omissions.values()]
+    firsts = [same[0] for same in omissions.values()]
     return Findings(
         summary=summary,
         classes=dataset.facts.classes,
         wide=len(dataset.facts.classes) > WIDE,
         test=test,
         nets=nets,
-        curves=[(d.row, epochs) for d in documents if d.row in rows and (epochs := runs[d.run].metrics())],
+        curves=[(d.row, epochs) for d in documents if d.row in rows and (epochs := places.open(d.run).metrics())],
         omissions=omissions,
-        worst=foremost(torch.tensor(last.scores.test.per_class_errors)),
+        worst=foremost(torch.tensor(last.document.test.per_class_errors)),
         hardest=F.nll_loss(last.log_p, test.labels, reduction="none").topk(min(SHOWN, len(test))).indices.tolist(),
-        knowledge=_knowledge(teacher, runs[last.document.run], firsts, dataset),
+        knowledge=_knowledge(last.document, firsts, dataset, places),
     )
 
 
-def _knowledge(teacher: Run, student: Run, firsts: Sequence[tuple[Document, Run]], data: Dataset) -> Knowledge | None:
-    """What a teacher knows, at its student's T; None where it, or a member of it, is a baseline."""
+def _knowledge(last: Document, firsts: Sequence[Document], data: Dataset, places: Places) -> Knowledge | None:
+    """What the teacher of a net knows, or the net itself, at its T; None where it, or a member of it, is a baseline."""
+    student = places.open(last.run)
+    teacher = places.open(last.teacher.run) if last.teacher else student
     if any(member.spec.command == "baseline" for member in members(teacher)):
         return None
     labels, how, T = data.train.labels, teacher.spec.average, student.spec.distill.T if student.spec.distill else 4.0
     soft = losses.average(kept_logits(teacher, "train", len(labels)), T, how).exp()
     mean = torch.stack([100 * soft[labels == c].mean(0) for c in range(soft.shape[1])])
-    lessons = [_lesson(document, run, soft, data) for document, run in firsts]
+    lessons = [_lesson(document, places.open(document.run), soft, data) for document in firsts]
     return Knowledge(T, partial(losses.average, kept_logits(teacher, "test", len(data.test)), how=how), mean, lessons)
 
 

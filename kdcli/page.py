@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,23 +17,20 @@ from kdcli import BadInput, score, show
 from kdcli.data import Dataset
 from kdcli.findings import Findings, find, largest, pixels, shades, short
 from kdcli.pictures import pictures
-from kdcli.plan import Job
-from kdcli.results import Evaluation, Summary
+from kdcli.results import Summary
 from kdcli.runs import Places, write_aside
 
-OWN_PICTURES = "errors|learning-curves|calibration|cost|dark-knowledge|omitted-classes|soft-targets|grid|taught-.*"
+OWN_PICTURES = "errors|learning-curves|calibration|cost|dark-knowledge|omitted-classes|grid"
 
 
-def write_report(
-    summary: Summary, scores: Sequence[Evaluation], jobs: Sequence[Job], dataset: Dataset, places: Places, folder: Path
-) -> list[Path]:
-    """Write the page, the table, the document and the pictures to a folder; returns the files. `jobs`: those of the
-    summary's runs. Raises BadInput when the folder cannot be made, or a run's logits are not there."""
+def write_report(summary: Summary, dataset: Dataset, places: Places, folder: Path) -> list[Path]:
+    """Write the page, the table, the document and the pictures to a folder; returns the files. Raises BadInput when the
+    folder cannot be made, or a run's logits are not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    found = None if summary.grid else find(summary, scores, jobs, dataset, places)
+    found = None if summary.grid else find(summary, dataset, places)
     drawn = pictures(found or summary)
     files = {
         "report.html": html(summary, found, drawn).encode(),

@@ -1,7 +1,6 @@
 """The pictures of a report, drawn with matplotlib: PNG, by file name."""
 
 import io
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +15,9 @@ from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli.findings import Findings, Knowledge, Lesson, foremost, largest, pixels, shades, short
+from kdcli.findings import Findings, Knowledge, foremost, pixels, short
 from kdcli.results import Summary
-from kdcli.score import BINS
+from kdcli.score import calibration
 
 TELLING, LIKELIEST = 4, 8  # images whose soft targets are drawn; of many classes, the bars of each
 BLUE, ORANGE = "#3182bd", "#e6550d"
@@ -54,15 +53,10 @@ def pictures(found: Findings | Summary) -> dict[str, bytes]:
     drawn = {name: _png(draw, found) for name, (draw_it, draw) in wanted.items() if draw_it}
     if known:
         drawn["dark-knowledge.png"] = _png(_draw_knowledge, found, known)
-        drawn["soft-targets.png"] = _png(_draw_largest_soft_targets if found.wide else _draw_soft_targets, found, known)
-        for lesson in known.lessons:
-            stem = "taught-" + re.sub(r"\W+", "-", lesson.student.row)[:60].strip("-")
-            name = f"{stem}-{len(drawn)}.png" if f"{stem}.png" in drawn else f"{stem}.png"
-            drawn[name] = _png(_draw_lesson, lesson)
     return drawn
 
 
-def _png(draw: Callable[..., None], *shown: Summary | Findings | Knowledge | Lesson) -> bytes:
+def _png(draw: Callable[..., None], *shown: Summary | Findings | Knowledge) -> bytes:
     """What `draw` draws of what is shown, on a figure that it is given."""
     buffer = io.BytesIO()
     with rc_context(STYLE), warnings.catch_warnings():
@@ -93,10 +87,10 @@ def _draw_errors(figure: Figure, found: Findings) -> None:
     figure.set_figheight(1.5 + 0.42 * len(rows))  # room for a number above every bar
     for i, r in enumerate(rows):
         axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
-        axes.plot(r.errors, [i] * r.n, "o", color=BLUE, markersize=5, alpha=0.6)
+        axes.plot(r.errors, [i] * len(r.errors), "o", color=BLUE, markersize=5, alpha=0.6)
         axes.plot(r.mean, i, "|", color="black", markersize=16, markeredgewidth=2)
         axes.plot(r.paper[:1], [i] * bool(r.paper), "D", color=ORANGE, fillstyle="none", markersize=6)
-        text = f"{r.mean:.1f}" if r.n > 1 else f"{r.mean:g}"
+        text = f"{r.mean:.1f}" if r.std is not None else f"{r.mean:g}"
         axes.annotate(text, (r.mean, i), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8)
     every = [errors for r in rows for errors in (*r.errors, *r.paper[:1])]
     scale = ", logarithmic scale" if max(every) > 4 * max(min(every), 1) else ""
@@ -162,14 +156,12 @@ def _draw_omissions(figure: Figure, found: Findings) -> None:
 
 def _draw_calibration(figure: Figure, found: Findings) -> None:
     """Accuracy against confidence in the bins of the calibration error of at least five images, a line a net."""
-    axes, labels = figure.subplots(), found.test.labels
+    axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "--", color="#bbbbbb", linewidth=1, label="as it says")
     for net in found.nets:
-        row, (confidence, predicted) = net.document.row, net.log_p.exp().max(1)
-        bins, right = (confidence * BINS).ceil().clamp(1, BINS), (predicted == labels).double()
-        mine = [bins == b for b in range(1, BINS + 1) if int((bins == b).sum()) >= 5]
-        x, y = [float(confidence[m].mean()) for m in mine], [float(right[m].mean()) for m in mine]
-        axes.plot(x, y, "o-", color=COLOURS.get(row, BLUE), label=f"{short(row, 40)}, ECE {net.scores.ece:.4f}")
+        row, label = net.document.row, f"{short(net.document.row, 40)}, ECE {net.document.quality.ece:.4f}"
+        bins = [(x, y) for n, x, y in calibration(net.log_p, found.test.labels) if n >= 5]
+        axes.plot([x for x, _ in bins], [y for _, y in bins], "o-", color=COLOURS.get(row, BLUE), label=label)
     axes.set(xlabel="probability of the top class", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.legend()
 
@@ -201,7 +193,7 @@ def _draw_knowledge(figure: Figure, found: Findings, known: Knowledge) -> None:
         names = [found.classes[c] for c in shown]
         for axes, (title, p) in zip(panels, columns.items(), strict=True):
             again = axes is panels[0] or max(map(len, names)) <= 3  # long names stand at the first bars alone
-            _draw_bars(axes, names if again else [""] * len(names), p[k, shown].tolist(), ".3f")
+            _draw_bars(axes, names if again else [""] * len(names), p[k, shown].tolist())
             if k == 0:
                 axes.set_title(title, fontsize=9)
 
@@ -216,44 +208,12 @@ def telling(log_p: Tensor, labels: Tensor) -> list[int]:
     return list(best.values())[:TELLING]
 
 
-def _draw_bars(axes: Axes, names: Sequence[str], shares: Sequence[float], form: str, size: float = 6) -> None:
+def _draw_bars(axes: Axes, names: Sequence[str], shares: Sequence[float]) -> None:
     """Bars with names and numbers, the first at the top, on a scale of their own."""
     bars = axes.barh(range(len(shares)), shares, color=BLUE)
-    texts = [f"{share:{form}}" for share in shares]
-    axes.bar_label(bars, [text if float(text) else "" for text in texts], padding=2, fontsize=size - 0.5)
+    axes.bar_label(bars, [f"{share:.3f}" if share >= 0.0005 else "" for share in shares], padding=2, fontsize=5.5)
     axes.set_yticks(range(len(names)), [short(name, 40) for name in names])
-    axes.tick_params(labelsize=size, length=0)
+    axes.tick_params(labelsize=6, length=0)
     axes.set(xlim=(0, 1.35 * (max(shares) or 1)), xticks=[])
     axes.invert_yaxis()
     axes.spines["bottom"].set_visible(False)
-
-
-def _draw_soft_targets(figure: Figure, found: Findings, known: Knowledge) -> None:
-    figure.set_size_inches(6, 5.4)
-    axes = figure.subplots()
-    axes.imshow(shades(known.mean), cmap="Blues", vmax=1.4)
-    for (i, j), share in np.ndenumerate(known.mean.numpy()):
-        axes.text(j, i, f"{share:.1f}", ha="center", va="center", fontsize=8)
-    _name_below(axes, found.classes)
-    axes.set_yticks(range(len(found.classes)), [short(name) for name in found.classes])
-    axes.set(xlabel="soft target, per cent", ylabel="label", title=f"mean soft targets at T = {known.T:g}")
-
-
-def _draw_largest_soft_targets(figure: Figure, found: Findings, known: Knowledge) -> None:
-    axes, pairs = figure.subplots(), largest(known.mean)
-    names = [f"{short(found.classes[i])} → {short(found.classes[j])}" for i, j, _ in pairs]
-    _draw_bars(axes, names, [share for _, _, share in pairs], ".1f", size=8)
-    axes.set_title(f"label → class: the largest mean soft targets at T = {known.T:g}, per cent", fontsize=10)
-
-
-def _draw_lesson(figure: Figure, lesson: Lesson) -> None:
-    """Transfer images that teach the unseen classes, above test images of these before and after the bias."""
-    names, shift = short(lesson.names, 40), lesson.student.bias["heldout"].shift
-    rows = {f"transfer images that teach most about {names}": lesson.transfer}
-    rows |= {f"test images of {names} that the bias of {shift:+.2f} changes": lesson.changed}
-    bare = {"frame_on": False, "xticks": [], "yticks": []}
-    for part, (title, examples) in zip(figure.subfigures(2, 1, squeeze=False)[:, 0], rows.items(), strict=True):
-        part.suptitle(title, fontsize=10)
-        for axes, example in zip(part.subplots(1, 5, subplot_kw=bare), examples, strict=False):
-            axes.imshow(example.image)
-            axes.set_title("\n".join(short(line, 26) for line in example.lines), fontsize=7, loc="center")

@@ -278,8 +278,8 @@ def usable(run: Run, like: Spec, role: str) -> Run:
         for kind in ("weights", "logits"):
             member.load(kind)
     for name, checksum in result.parents.items():
-        parent = open_run(run.root, name) if (run.root / name).is_dir() else None
-        if parent and parent.finished() and not orphaned(parent) and weights_checksum(parent) != checksum:
+        parent = there(run.root, name)
+        if parent and weights_checksum(parent) != checksum:
             raise BadInput(f"{run.name}: was made from other weights than {name} has now: {run.remedy}")
     return run
 
@@ -297,6 +297,12 @@ def orphaned(run: Run) -> str:
     """The members that an ensemble needs and that are gone; empty if all are there."""
     names = run.spec.parents if run.spec.command == "ensemble" else []
     return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
+
+
+def there(root: Path, name: str) -> Run | None:
+    """The run of this name, if it is finished and, of an ensemble, so are its members; None if it is not."""
+    run = open_run(root, name) if (root / name).is_dir() else None
+    return run if run and run.finished() and not orphaned(run) else None
 
 
 def find_teacher(places: Places, name: str | None) -> Run | None:
@@ -357,10 +363,10 @@ def evaluable(
     seeds: Sequence[int] | None,
     note: Callable[[str], None],
     retype: str,
-) -> list[tuple[Run, str | None]]:
+) -> list[Job]:
     """Every finished run of the experiment (of these seeds, if any are given), or the named ones, each with the run
-    that it is compared with. Unnamed runs of other data or without their parents are noted and left out. Raises
-    BadInput when there is none."""
+    that it is compared with, and a point of its own: they are of no one plan. Unnamed runs of other data or without
+    their parents are noted and left out. Raises BadInput when there is none."""
     experiment, facts = planned[0].spec.experiment, data_settings(planned[0].spec)
     runs = [places.open(name, "--run") for name in dict.fromkeys(names)]
     for run in [] if names else list_runs(places.runs_dir, experiment, (*TEACHERS, *STUDENTS), note):
@@ -382,4 +388,6 @@ def evaluable(
             return described.get(spec.seed)
         return spec.parents[0] if spec.command in STUDENTS else None
 
-    return [(run, beside(run.spec)) for run in runs]
+    kinds = [KINDS[run.spec.command] for run in runs]
+    rows = [Row(name=kind, kind=kind) for kind in kinds]
+    return [Job(row, run.spec, i, beside(run.spec)) for i, (row, run) in enumerate(zip(rows, runs, strict=True))]

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdcli import BadInput, code, losses
 from kdcli.config import Section
 from kdcli.export import CPU, onnx_net, test_split
-from kdcli.plan import orphaned
+from kdcli.plan import there
 from kdcli.runs import Places, Run
 from kdcli.teacher import Teacher, live
 
@@ -94,8 +94,7 @@ class _Asked:
         self.nets = [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
         if run.spec.distill:
             parent = run.spec.parents[0]
-            teacher = places.open(parent) if (places.runs_dir / parent).is_dir() else None
-            if teacher and not orphaned(teacher):
+            if teacher := there(places.runs_dir, parent):
                 of_teacher = live(teacher, CPU)
                 self.nets = [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
             else:

@@ -30,22 +30,12 @@ class Work:
         """The names of the runs that are not there yet."""
         return [s.name for s in distinct(self.jobs) if Run(self.places.runs_dir, s).finished() is None]
 
-    def documents(self) -> list[results.Document]:
-        """The documents of the jobs, which are all finished."""
-        return results.documents(self.jobs, self.places, self.dataset.test.labels)
-
-    def summary(self) -> tuple[results.Summary, list[results.Evaluation]]:
-        """What the finished jobs say together, and the scores of each run."""
-        shown = self.shown()
-        once = {job.spec.name: (Run(self.places.runs_dir, job.spec), job.teacher) for job in shown}
-        evaluations = results.evaluate(list(once.values()), self.dataset, self.places)
-        found = results.documents(shown, self.places, self.dataset.test.labels)
+    def summary(self) -> results.Summary:
+        """What the finished jobs say together; members have no place in the table."""
+        shown = [job for job in self.jobs if job.row.kind != "member"]
+        found = results.documents(shown, self.dataset, self.places, costs=True)
         made = results.made(self.jobs, self.places)
-        return results.summarise(self.subject, shown, found, evaluations, self.dataset, made), evaluations
-
-    def shown(self) -> list[Job]:
-        """The jobs that have a place in a table: members have none."""
-        return [job for job in self.jobs if job.row.kind != "member"]
+        return results.summarise(self.subject, shown, found, self.dataset.facts.classes, made)
 
 
 def prepare(

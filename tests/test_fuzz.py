@@ -123,7 +123,7 @@ def damage(run: Path, file: Path, how: str, draws: random.Random) -> None:
 
 def numbers(done: Done) -> object:
     """What `kd evaluate` counted, but for its times."""
-    return {d["run"]: (d["test"], d["nll"], d["confusion"], d["seconds"]) for d in json.loads(done.out)["runs"]}
+    return {d["run"]: (d["test"], d["quality"], d["seconds"]) for d in json.loads(done.out)["runs"]}
 
 
 @pytest.fixture(scope="module")

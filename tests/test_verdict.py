@@ -4,6 +4,7 @@ from scipy import stats
 from kdcli import results
 from kdcli.results import Against, Document
 from kdcli.runs import Counted
+from kdcli.score import Quality
 from kdcli.verdict import Verdict, against, mean_interval, paired, seeds_to_settle, spread
 
 
@@ -123,6 +124,7 @@ def test_students_are_judged_against_the_baselines_of_their_seeds() -> None:
         counted = Counted(errors=errors, total=500, per_class_errors=[errors])
         about = {"command": "distill", "experiment": "x", "run": "r", "seed": 0, "seconds": 1.0, "evaluated_on": "test"}
         whole = about | {"row": "student", "kind": "student", "test": counted, "baseline": beside}
+        whole["quality"] = Quality(confusion=[], nll=0, brier=0, ece=0)
         return Document.model_validate(whole)
 
     found = results.verdict([document(74, 146), document(80, 140), document(60, None)])
