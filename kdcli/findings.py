@@ -15,11 +15,10 @@ from kdcli.config import Kind
 from kdcli.data import Dataset, Split
 from kdcli.results import Document, Summary, log_probabilities
 from kdcli.runs import Epoch, Places, Run
-from kdcli.show import WIDE
+from kdcli.show import foremost
 from kdcli.teacher import kept_logits, members
 
 SHOWN = 10  # images in a gallery: whole rows of five on a screen and of two on a phone
-PAIRS = 20  # of classes that are taken for each other most
 
 
 class Net(NamedTuple):
@@ -29,21 +28,15 @@ class Net(NamedTuple):
     log_p: Tensor
 
 
-class Example(NamedTuple):
-    """An image to look at, [H, W, 3], and lines to read below it; the last one says what matters, and may be wrong."""
-
-    image: NDArray[np.uint8]
-    lines: list[str]
-    wrong: bool = False
-
-
 class Lesson(NamedTuple):
     """How a student was taught classes without examples."""
 
     student: Document
-    names: str  # of the classes; of many, of the first
-    transfer: list[Example]  # the images that say most of them
-    changed: list[Example]  # test images of them of which the student says something else after the bias
+    unseen: Tensor  # the classes, by number
+    transfer: list[int]  # the training images that say most of them
+    changed: list[int]  # test images of them of which the student says something else after the bias
+    before: Tensor  # what the student says of every test image [N], and what it says after the bias
+    after: Tensor
     corrected: int  # test images that the bias makes right
     spoilt: int  # and those that it makes wrong
 
@@ -53,7 +46,8 @@ class Knowledge(NamedTuple):
 
     T: float
     log_p: Callable[[float], Tensor]  # [N, C] of the test images, softened by what it is given
-    mean: Tensor  # soft targets [C, C] of the training images by label, in per cent
+    soft: Tensor  # targets [N, C] of the training images
+    mean: Tensor  # of these [C, C] by label, in per cent
     lessons: list[Lesson]
 
 
@@ -61,8 +55,7 @@ class Findings(NamedTuple):
     """What there is to show of an experiment without a grid, or of a run; all tensors on the CPU."""
 
     summary: Summary
-    classes: list[str]
-    wide: bool  # whether these are too many for a column each
+    train: Split
     test: Split
     nets: list[Net]  # of the first seed, those that there are: teacher or ensemble, baseline, student or omission
     curves: list[tuple[str, list[Epoch]]]  # the trainings of their rows, of all seeds
@@ -84,13 +77,12 @@ def find(summary: Summary, dataset: Dataset, places: Places) -> Findings:
     firsts = [same[0] for same in omissions.values()]
     return Findings(
         summary=summary,
-        classes=dataset.facts.classes,
-        wide=len(dataset.facts.classes) > WIDE,
+        train=dataset.train,
         test=test,
         nets=nets,
         curves=[(d.row, epochs) for d in documents if d.row in rows and (epochs := places.open(d.run).metrics())],
         omissions=omissions,
-        worst=foremost(torch.tensor(last.document.test.per_class_errors)),
+        worst=foremost(last.document.test.per_class_errors),
         hardest=F.nll_loss(last.log_p, test.labels, reduction="none").topk(min(SHOWN, len(test))).indices.tolist(),
         knowledge=_knowledge(last.document, firsts, dataset, places),
     )
@@ -106,36 +98,21 @@ def _knowledge(last: Document, firsts: Sequence[Document], data: Dataset, places
     soft = losses.average(kept_logits(teacher, "train", len(labels)), T, how).exp()
     mean = torch.stack([100 * soft[labels == c].mean(0) for c in range(soft.shape[1])])
     lessons = [_lesson(document, places.open(document.run), soft, data) for document in firsts]
-    return Knowledge(T, partial(losses.average, kept_logits(teacher, "test", len(data.test)), how=how), mean, lessons)
+    log_p = partial(losses.average, kept_logits(teacher, "test", len(data.test)), how=how)
+    return Knowledge(T, log_p, soft, mean, lessons)
 
 
 def _lesson(student: Document, run: Run, soft: Tensor, dataset: Dataset) -> Lesson:
     """The transfer images that the teacher finds most like classes never seen, by its soft targets [N, C] for the
     training images, and the test images of such classes that the bias changes."""
-    train, test, names, omitted = dataset.train, dataset.test, dataset.facts.classes, student.omitted
-    unseen, transfer = dataset.numbers(omitted), dataset.transfer_set(omitted, run.spec.data.transfer)
-    taught, changed, share = [], [], soft[:, unseen].sum(1)
-    for i in transfer[share[transfer].topk(min(SHOWN, len(transfer))).indices].tolist():
-        own, like = int(train.labels[i]), int(unseen[soft[i, unseen].argmax()])
-        together = [f"unseen: {share[i]:.3f}"] if len(omitted) > 1 else []
-        lines = [f"label {names[own]}: {soft[i, own]:.3f}", *together, f"{names[like]}: {soft[i, like]:.3f}"]
-        taught.append(Example(pixels(train, i), lines))
-    logits = kept_logits(run, "test", len(test))[0]
+    labels, unseen = dataset.test.labels, dataset.numbers(student.omitted)
+    transfer, share = dataset.transfer_set(student.omitted, run.spec.data.transfer), soft[:, unseen].sum(1)
+    most = transfer[share[transfer].topk(min(SHOWN, len(transfer))).indices].tolist()
+    logits = kept_logits(run, "test", len(labels))[0]
     shifted = score.shift_bias(logits, unseen.tolist(), student.bias["heldout"].shift)
-    labels, before, after = test.labels, logits.argmax(1), shifted.argmax(1)
-    for i in (torch.isin(labels, unseen) & (before != after)).nonzero()[:SHOWN, 0].tolist():
-        label, first, then = (names[int(of[i])] for of in (labels, before, after))
-        lines = [f"label {label}", f"before: {first}", f"after: {then}"]
-        changed.append(Example(pixels(test, i), lines, wrong=then != label))
-    corrected, spoilt = (before != labels) & (after == labels), (before == labels) & (after != labels)
-    listed = ", ".join(omitted[:WIDE]) + (f" and {len(omitted) - WIDE} more" if len(omitted) > WIDE else "")
-    return Lesson(student, listed, taught, changed, int(corrected.sum()), int(spoilt.sum()))
-
-
-def largest(matrix: Tensor) -> list[tuple[int, int, float]]:
-    """The largest positive values off the diagonal of a matrix [C, C], largest first: row, column, value."""
-    values, at = (matrix - matrix.diag().diag()).flatten().topk(min(PAIRS, matrix.numel()))
-    return [(*divmod(i, len(matrix)), v) for i, v in zip(at.tolist(), values.tolist(), strict=True) if v > 0]
+    before, after = logits.argmax(1), shifted.argmax(1)
+    changed = (torch.isin(labels, unseen) & (before != after)).nonzero()[:SHOWN, 0].tolist()
+    return Lesson(student, unseen, most, changed, before, after, *score.discordant(shifted, logits, labels))
 
 
 def shades(matrix: Tensor) -> list[list[float]]:
@@ -143,17 +120,6 @@ def shades(matrix: Tensor) -> list[list[float]]:
     off = ~torch.eye(len(matrix), dtype=torch.bool)
     least, most = matrix[off].min(), matrix[off].max()
     return ((matrix - least) / (most - least).clamp_min(1e-9) * off).tolist()
-
-
-def foremost(weights: Tensor, most: int = WIDE) -> list[int]:
-    """The classes to show: all; of too many for a column each, the `most` with the greatest weights [C]."""
-    few = len(weights) <= WIDE
-    return list(range(len(weights))) if few else weights.argsort(descending=True, stable=True)[:most].tolist()
-
-
-def short(name: str, most: int = 18) -> str:
-    """A name without its middle where it is long."""
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def pixels(split: Split, i: int) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from kdcli import BadInput, score, show
 from kdcli.data import Dataset
-from kdcli.findings import Findings, find, largest, pixels, shades, short
+from kdcli.findings import Findings, find, pixels, shades
 from kdcli.pictures import pictures
 from kdcli.results import Summary
 from kdcli.runs import Places, write_aside
@@ -50,9 +50,9 @@ def html(summary: Summary, found: Findings | None, drawn: dict[str, bytes]) -> s
     """The page of what was found; without it, of a grid."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"short": partial(short, most=60), "url": _url, "png": _png, "tensor": torch.tensor}
+    page.filters |= {"short": partial(show.short, most=60), "url": _url, "png": _png, "tensor": torch.tensor}
     settings = yaml.safe_dump(summary.settings, sort_keys=False, default_flow_style=None, width=90)
-    page.globals |= {"largest": largest, "pixels": pixels, "shades": shades, "score": score, "show": show}
+    page.globals |= {"pixels": pixels, "shades": shades, "score": score, "show": show}
     return page.get_template("page.html").render(summary=summary, found=found, drawn=drawn, settings=settings)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -15,9 +14,10 @@ from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli.findings import Findings, Knowledge, foremost, pixels, short
+from kdcli.findings import Findings, Knowledge, pixels
 from kdcli.results import Summary
 from kdcli.score import calibration
+from kdcli.show import foremost, short
 
 TELLING, LIKELIEST = 4, 8  # images whose soft targets are drawn; of many classes, the bars of each
 BLUE, ORANGE = "#3182bd", "#e6550d"
@@ -65,13 +65,6 @@ def _png(draw: Callable[..., None], *shown: Summary | Findings | Knowledge) -> b
         draw(figure, *shown)
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _name_below(axes: Axes, names: Sequence[str]) -> None:
-    """The names of classes at 0, 1, … of the x axis; long ones are turned, so that they do not overlap."""
-    ha, rotation, size = ("right", 60, 8) if max(map(len, names)) > 3 else ("center", 0, 10)
-    shown = [short(name) for name in names]
-    axes.set_xticks(range(len(names)), shown, ha=ha, rotation=rotation, rotation_mode="anchor", fontsize=size)
 
 
 def _log_scale(axis: Axis, set_scale: Callable[..., None], at: Sequence[int] = (1, 2, 5)) -> None:
@@ -139,17 +132,22 @@ def _draw_curves(figure: Figure, found: Findings) -> None:
 
 def _draw_omissions(figure: Figure, found: Findings) -> None:
     """Errors per class of the students that never saw some, before and after the held-out bias; the unseen first."""
-    every = figure.subplots(1, len(found.omissions), squeeze=False)[0]
+    every, classes = figure.subplots(1, len(found.omissions), squeeze=False)[0], found.summary.classes
     for axes, (row, documents) in zip(every, found.omissions.items(), strict=True):
         stages = [d.test for d in documents], [d.bias["heldout"] for d in documents]
-        before, after = (torch.tensor([of.per_class_errors for of in stage]).double().mean(0) for stage in stages)
-        unseen = torch.tensor([name in documents[0].omitted for name in found.classes])
-        shown = foremost(before + after + unseen * (before + after).max())
+        before, after = (np.mean([of.per_class_errors for of in stage], 0) for stage in stages)
+        unseen = np.isin(classes, documents[0].omitted)
+        shown = foremost((before + after + unseen * (before + after).max()).tolist())
         for at, label, means, colour in ((-0.2, "before", before, "#9ecae1"), (0.2, "heldout bias", after, BLUE)):
-            axes.bar(np.arange(len(shown)) + at, means[shown].numpy(), 0.4, color=colour, label=label)
-        _name_below(axes, [found.classes[c] + "*" * bool(unseen[c]) for c in shown])
-        axes.set(xlabel="unseen and worst classes" if found.wide else "class", ylabel="errors on its test images")
-        axes.set_title(short(row, 60 // len(every)))
+            axes.bar(np.arange(len(shown)) + at, means[shown], 0.4, color=colour, label=label)
+        names = [short(classes[c]) + "*" * bool(unseen[c]) for c in shown]
+        long = max(map(len, names)) > 3  # so turned, that they do not overlap
+        axes.set_xticks(range(len(names)), names, ha="right" if long else "center", rotation=60 * long)
+        axes.set(
+            xlabel="class" if len(shown) == len(classes) else "unseen and worst classes",
+            title=short(row, 60 // len(every)),
+        )
+        axes.set_ylabel("errors on its test images")
     labelled = axes.get_legend_handles_labels()
     figure.legend(*labelled, loc="outside lower center", ncols=2, title="*: not in the transfer set")
 
@@ -183,14 +181,14 @@ def _draw_knowledge(figure: Figure, found: Findings, known: Knowledge) -> None:
     """For each telling image its hard label and the teacher's output at each temperature, for the likeliest classes."""
     labels, temperatures = found.test.labels, sorted({1.0, 4.0, 20.0, known.T})
     images = telling(known.log_p(1), labels)
-    columns = {"hard label": F.one_hot(labels[images], len(found.classes)).double()}
+    columns = {"hard label": F.one_hot(labels[images], len(found.summary.classes)).double()}
     columns |= {f"T = {T:g}": known.log_p(T)[images].exp() for T in temperatures}
     grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
     for k, (left, *panels) in enumerate(grid.tolist()):
         left.imshow(pixels(found.test, images[k]))
         left.axis("off")
-        shown = foremost(columns["T = 1"][k], LIKELIEST)
-        names = [found.classes[c] for c in shown]
+        shown = foremost(columns["T = 1"][k].tolist(), LIKELIEST)
+        names = [found.summary.classes[c] for c in shown]
         for axes, (title, p) in zip(panels, columns.items(), strict=True):
             again = axes is panels[0] or max(map(len, names)) <= 3  # long names stand at the first bars alone
             _draw_bars(axes, names if again else [""] * len(names), p[k, shown].tolist())

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # they need torch, which `kd runs` does without
 
 Parts = Iterator["Table | str"]  # what is printed, one below the other
 WIDE = 12  # of more classes than these none has a column of its own
-WORST, PAIRS = 3, 10  # so many classes, and pairs that are taken for each other, are named instead
-MATRICES = 4  # confusion matrices are shown for so many runs at most
+WORST = 3  # classes are shown instead in the terminal
+PAIRS = 20  # of classes that are taken for each other, or look alike, are shown instead of a matrix
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
 BIAS_LEGEND = (
@@ -156,54 +156,41 @@ def _spread(row: Spread) -> str:
     return f"{row.mean:g}" if row.std is None else f"{row.mean:.1f} ± {row.std:.1f}"
 
 
-def _by_class(errors: Sequence[int], classes: Sequence[str]) -> dict[str, str]:
-    """Columns and their cells: one a class; of many classes one alone, for the worst."""
-    if len(classes) <= WIDE:
-        return {name: str(count) for name, count in zip(classes, errors, strict=True)}
-    worst = sorted(zip(errors, classes, strict=True), key=lambda pair: -pair[0])[:WORST]
-    return {"worst classes": ", ".join(f"{name}: {count}" for count, name in worst if count)}
+def foremost(weights: Sequence[float], most: int = WIDE) -> list[int]:
+    """The classes to show: all; of too many for a column each, the `most` with the greatest weights."""
+    order = sorted(range(len(weights)), key=lambda c: -weights[c])
+    return order[:most] if len(weights) > WIDE else sorted(order)
+
+
+def largest(matrix: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
+    """The largest positive values off the diagonal of a matrix [C, C], largest first: row, column, value."""
+    off = [(i, j, v) for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j and v > 0]
+    return sorted(off, key=lambda cell: -cell[2])[:PAIRS]
+
+
+def short(name: str, most: int = 18) -> str:
+    """A name without its middle where it is long."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
     """What `kd evaluate` shows."""
     scores, costs, by_class, on = [], [], [], ""
+    shown = foremost([sum(d.test.per_class_errors[c] for d in documents) for c in range(len(classes))], WORST)
     for d in documents:
-        run, t, q, cost = d.run.partition("/")[2], d.teacher, d.quality, d.cost
-        follows = [_rate(t.agreement, 1), f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
+        run, q, cost = d.run.partition("/")[2], d.quality, d.cost
+        follows = [_rate(d.teacher.agreement, 1), f"{d.teacher.kl_from_teacher:.4f}"] if d.teacher else ["", ""]
         scores.append([run, str(d.test.errors), *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
-        cells = _by_class(d.test.per_class_errors, classes)
-        by_class.append([run, *cells.values()])
+        by_class.append([run, *(str(d.test.per_class_errors[c]) for c in shown)])
         if cost:
             on, times = cost.measured_on, [f"{time.p50:.3f}" for time in cost.latency_ms.values()]
-            kept = (
-                f"{_rate(t.accuracy_kept, 1)} at {100 * t.multiply_adds_kept:.2g} %"
-                if t and t.multiply_adds_kept and t.accuracy_kept
-                else ""
-            )
-            costs.append([run, f"{cost.parameters:,}", f"{cost.multiply_adds:,}", *times, kept])
+            costs.append([run, f"{cost.parameters:,}", f"{cost.multiply_adds:,}", *times])
     title = f"{documents[0].experiment}: errors on {documents[0].on}; agreement with and KL from the teacher"
     yield table(title, ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"), scores)
-    title = (
-        f"Cost of one image; milliseconds (median) of a batch of 1 and of 128 on this machine ({on}); accuracy kept "
-    )
-    title += "of the teacher's, at which share of its multiply-adds"
-    yield table(title, ("run", "parameters", "mult-adds", "ms of 1", "of 128", "kept"), costs)
-    yield Table("Errors per class", ("run", *cells), by_class)
-    if len(documents) > MATRICES:
-        yield "Confusion matrices: with --json, or for a few runs named with --run."
-    else:
-        yield from (_confusion(d, classes) for d in documents)
-
-
-def _confusion(document: "Document", classes: Sequence[str]) -> Table:
-    """Images by label and prediction; of many classes the pairs that are confused most."""
-    confusion = document.quality.confusion
-    if len(classes) <= WIDE:
-        rows = [[label, *map(str, counts)] for label, counts in zip(classes, confusion, strict=True)]
-        return Table(f"{document.run}\nimages by label (row) and prediction (column)", ("", *classes), rows)
-    wrong = [(n, i, j) for i, counts in enumerate(confusion) for j, n in enumerate(counts) if n and i != j]
-    rows = [[f"{classes[i]} → {classes[j]}", str(n)] for n, i, j in sorted(wrong, key=lambda w: -w[0])[:PAIRS]]
-    return Table(f"{document.run}\nmost confused", ("label → prediction", "images"), rows)
+    title = f"Cost of one image, and milliseconds (median) for a batch of 1 and of 128 on this machine ({on})"
+    yield table(title, ("run", "parameters", "mult-adds", "1", "128"), costs)
+    title = "Errors per class" if len(shown) == len(classes) else "Errors in the worst classes"
+    yield Table(title, ("run", *(short(classes[c]) for c in shown)), by_class)
 
 
 def planned(runs: Sequence["plan.Planned"]) -> Table:

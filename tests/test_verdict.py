@@ -5,7 +5,7 @@ from kdcli import results
 from kdcli.results import Against, Document
 from kdcli.runs import Counted
 from kdcli.score import Quality
-from kdcli.verdict import Verdict, against, mean_interval, paired, seeds_to_settle, spread
+from kdcli.verdict import Verdict, against, paired, seeds_to_settle, spread
 
 
 def judged(*pairs: tuple[int, int]) -> Verdict:
@@ -86,10 +86,10 @@ def test_nothing_settles_an_effect_of_nothing() -> None:
 def test_the_interval_is_scipys() -> None:
     errors = [97, 103, 99, 110, 94]
     wanted = stats.t.interval(0.95, 4, sum(errors) / 5, stats.sem(errors))
-    assert mean_interval(errors) == pytest.approx(wanted)
-    assert mean_interval([5]) is None
     found = spread(errors)
-    assert (found.errors, found.mean, found.interval) == (errors, sum(errors) / 5, mean_interval(errors))
+    assert (found.errors, found.mean) == (errors, sum(errors) / 5)
+    assert found.interval == pytest.approx(wanted)
+    assert spread([5, 5]).interval is None
     assert found.std == pytest.approx(stats.tstd(errors))
     assert spread([5]) == spread([5]).model_copy(update={"mean": 5, "std": None, "interval": None})
 
