@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli.findings import Findings, Knowledge, pixels
+from kdcli.findings import Findings, pixels
 from kdcli.results import Summary
 from kdcli.score import calibration
 from kdcli.show import foremost, short
@@ -42,27 +42,25 @@ def pictures(found: Findings | Summary) -> dict[str, bytes]:
     """The pictures of an experiment without a grid, or of a run; the one picture of a grid."""
     if isinstance(found, Summary):
         return {"grid.png": _png(_draw_grid, found)}
-    table, known = found.summary.only.table, found.knowledge
+    table = found.summary.only.table
     wanted: dict[str, tuple[object, Callable[[Figure, Findings], None]]] = {
         "errors.png": (len(table) > 1, _draw_errors),
         "learning-curves.png": (found.curves, _draw_curves),
         "calibration.png": (True, _draw_calibration),
         "cost.png": (sum(row.kind != "omission" for row in table) > 1, _draw_cost),
         "omitted-classes.png": (found.omissions, _draw_omissions),
+        "dark-knowledge.png": (found.knowledge, _draw_knowledge),
     }
-    drawn = {name: _png(draw, found) for name, (draw_it, draw) in wanted.items() if draw_it}
-    if known:
-        drawn["dark-knowledge.png"] = _png(_draw_knowledge, found, known)
-    return drawn
+    return {name: _png(draw, found) for name, (draw_it, draw) in wanted.items() if draw_it}
 
 
-def _png(draw: Callable[..., None], *shown: Summary | Findings | Knowledge) -> bytes:
+def _png(draw: Callable[..., None], shown: Summary | Findings) -> bytes:
     """What `draw` draws of what is shown, on a figure that it is given."""
     buffer = io.BytesIO()
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # of names in letters that the font lacks
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        draw(figure, *shown)
+        draw(figure, shown)
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
@@ -122,8 +120,8 @@ def _draw_curves(figure: Figure, found: Findings) -> None:
     """Test errors by epoch of teachers, baselines and students, a thin line a seed; an ensemble has none."""
     axes, lines = figure.subplots(), {}
     for row, epochs in found.curves:
-        x, y, colour = [e.epoch for e in epochs], [e.test_errors for e in epochs], COLOURS.get(row, BLUE)
-        (lines[short(row, 40)],) = axes.plot(x, y, color=colour, linewidth=1, alpha=0.8)
+        x, y = [e.epoch for e in epochs], [e.test_errors for e in epochs]
+        (lines[short(row, 40)],) = axes.plot(x, y, color=COLOURS.get(row, BLUE), linewidth=1, alpha=0.8)
     axes.legend(lines.values(), lines.keys())
     _log_scale(axes.yaxis, axes.set_yscale, (1, 2, 3, 5, 7))
     axes.set(xlabel="epoch", ylabel=f"errors on {found.summary.evaluated_on}, logarithmic scale")
@@ -143,11 +141,8 @@ def _draw_omissions(figure: Figure, found: Findings) -> None:
         names = [short(classes[c]) + "*" * bool(unseen[c]) for c in shown]
         long = max(map(len, names)) > 3  # so turned, that they do not overlap
         axes.set_xticks(range(len(names)), names, ha="right" if long else "center", rotation=60 * long)
-        axes.set(
-            xlabel="class" if len(shown) == len(classes) else "unseen and worst classes",
-            title=short(row, 60 // len(every)),
-        )
-        axes.set_ylabel("errors on its test images")
+        axes.set_xlabel("class" if len(shown) == len(classes) else "unseen and worst classes")
+        axes.set(ylabel="errors on its test images", title=short(row, 60 // len(every)))
     labelled = axes.get_legend_handles_labels()
     figure.legend(*labelled, loc="outside lower center", ncols=2, title="*: not in the transfer set")
 
@@ -165,22 +160,20 @@ def _draw_calibration(figure: Figure, found: Findings) -> None:
 
 
 def _draw_cost(figure: Figure, found: Findings) -> None:
-    axes, table = figure.subplots(), sorted(found.summary.only.table, key=lambda r: r.mean)
-    rows = [(r, r.multiply_adds) for r in table if r.multiply_adds and r.kind != "omission"]
-    for r, cost in rows:
-        axes.errorbar(cost, r.mean, r.std or 0, fmt="o", color=COLOURS.get(r.row, BLUE))
-        beside = [other for other, its in rows if its == cost]
-        below = len(beside) > 1 and r is beside[0]  # the names of near points keep apart
-        axes.annotate(r.row, (cost, r.mean), (6, -13 if below else 5), textcoords="offset points", fontsize=8)
+    axes = figure.subplots()
+    for r in found.summary.only.table:
+        if r.multiply_adds and r.kind != "omission":
+            axes.errorbar(r.multiply_adds, r.mean, r.std or 0, fmt="o", color=COLOURS.get(r.row, BLUE), label=r.row)
     _log_scale(axes.xaxis, axes.set_xscale)
-    axes.margins(0.2)
+    axes.legend()
     axes.set(xlabel="multiply-adds an image, logarithmic scale", ylabel=f"errors on {found.summary.evaluated_on}")
 
 
-def _draw_knowledge(figure: Figure, found: Findings, known: Knowledge) -> None:
+def _draw_knowledge(figure: Figure, found: Findings) -> None:
     """For each telling image its hard label and the teacher's output at each temperature, for the likeliest classes."""
-    labels, temperatures = found.test.labels, sorted({1.0, 4.0, 20.0, known.T})
-    images = telling(known.log_p(1), labels)
+    labels, known = found.test.labels, found.knowledge
+    assert known
+    images, temperatures = telling(known.log_p(1), labels), sorted({1.0, 4.0, 20.0, known.T})
     columns = {"hard label": F.one_hot(labels[images], len(found.summary.classes)).double()}
     columns |= {f"T = {T:g}": known.log_p(T)[images].exp() for T in temperatures}
     grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)

@@ -14,7 +14,7 @@ from kdcli.config import Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
 from kdcli.plan import KINDS, Job, distinct, there
-from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, differences, environment, list_runs, open_run
+from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, environment, list_runs, open_run
 from kdcli.score import Latency, Quality
 from kdcli.teacher import kept_logits, members, nets
 from kdcli.verdict import Spread, Verdict, paired, spread
@@ -28,11 +28,10 @@ class Against(Brief):
 
 
 class Follows(Brief):
-    """The teacher beside a net: how the net agrees with it, and what it keeps of it at which share of the cost."""
+    """The teacher beside a net: how the net agrees with it, at which share of its cost."""
 
     agreement: float
     kl_from_teacher: float
-    accuracy_kept: float | None = None
     multiply_adds_kept: float | None = None
 
 
@@ -82,14 +81,16 @@ class Table(Section):
 
 
 class Made(Section):
-    """How the runs were made."""
+    """How the runs were made: of what differs between them, all."""
 
     command_line: str
-    commits: list[str]
-    devices: list[str]
-    versions: str
     date: str
     seconds: float
+    cores: int
+    git_commit: list[str]
+    device: list[str]
+    torch: list[str]
+    python: list[str]
 
 
 class Subject(Section):
@@ -126,7 +127,7 @@ class Summary(Subject):
 
 
 class _Net(NamedTuple):
-    """What a finished run found, its log p [N, C] on the test images, and its cost, where that is asked for."""
+    """What a finished run found, its log p [N, C] on the test images and, where that is asked for, its cost."""
 
     result: Result
     log_p: Tensor
@@ -162,13 +163,11 @@ def documents(jobs: Sequence[Job], dataset: Dataset, places: Places, costs: bool
 
 def _follows(own: _Net, teacher: _Net) -> Follows:
     agreement, kl = score.follows(own.log_p, teacher.log_p)
-    right, of_teacher = (1 - net.result.test.errors / net.result.test.total for net in (own, teacher))
     return Follows(
         run=teacher.result.run,
         errors=teacher.result.test.errors,
         agreement=agreement,
         kl_from_teacher=kl,
-        accuracy_kept=right / of_teacher if of_teacher else None,
         multiply_adds_kept=own.cost.multiply_adds / teacher.cost.multiply_adds if own.cost and teacher.cost else None,
     )
 
@@ -212,15 +211,15 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
     of_baselines = spec.command == "ensemble" and members(run)[0].spec.command == "baseline"
     kind = KINDS[spec.command]
     name = Omission(omit=spec.omitted).label if spec.omitted else "ensemble of baselines" if of_baselines else kind
-    own = Row(name=name, kind=kind, of_baselines=of_baselines)
     teacher = open_run(run.root, spec.parents[0]) if spec.parents and spec.command != "ensemble" else None
     if teacher:
         above: Kind = "ensemble" if teacher.spec.command == "ensemble" else "teacher"
         jobs.append(Job(Row(name=above, kind=above), teacher.spec))
-    if kind == "student":
-        baseline, remarks = _baseline_of(run, note)
-        jobs += [Job(Row(name="baseline", kind="baseline"), b.spec, teacher=spec.parents[0]) for b in baseline]
-    jobs.append(Job(own, spec, teacher=teacher.name if teacher else None))
+    if kind == "student" and (baseline := _baseline_of(run, note)):
+        jobs.append(Job(Row(name="baseline", kind="baseline"), baseline.spec, teacher=spec.parents[0]))
+    elif kind == "student":
+        remarks = ["There is no baseline of its seed and recipe to hold it against: `kd distill` trains one."]
+    jobs.append(Job(Row(name=name, kind=kind), spec, teacher=teacher.name if teacher else None))
     return Subject(
         experiment=spec.experiment,
         file=run.name,
@@ -231,18 +230,12 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
     ), jobs
 
 
-def _baseline_of(run: Run, note: Callable[[str], None]) -> tuple[list[Run], list[str]]:
-    """The finished baseline that a student is held against: of its seed, images, net and recipe; or none, and why."""
+def _baseline_of(run: Run, note: Callable[[str], None]) -> Run | None:
+    """The finished baseline that a student is held against: of its seed, images, net and recipe."""
     found = list_runs(run.root, run.spec.experiment, ["baseline"], note)
-    same_task = ("dataset", "data", "model", "code", "seed")
-    found = [b for b in found if all(getattr(b.spec, k) == getattr(run.spec, k) for k in same_task) and b.finished()]
-    alike = [b for b in found if b.spec.train == run.spec.train]
-    if alike or not found:
-        none = "There is no baseline of the same seed to hold it against: `kd distill` trains one."
-        return alike[:1], [] if alike else [none]
-    mine, other = (spec.trained[1].model_dump(exclude_none=True) for spec in (run.spec, found[0].spec))
-    unlike = "; ".join(differences(mine, other, "train."))
-    return [], [f"Not held against {found[0].name}, which has another recipe: {unlike}."]
+    same = ("dataset", "data", "model", "code", "seed", "train")
+    alike = [b for b in found if all(getattr(b.spec, key) == getattr(run.spec, key) for key in same)]
+    return next((b for b in alike if b.finished()), None)
 
 
 def summarise(
@@ -255,16 +248,15 @@ def summarise(
     tables = []
     for i, at in enumerate(subject.at):
         mine = [d for job, d in zip(jobs, found, strict=True) if job.point == i]
-        rows = [
-            tr for row in subject.rows for tr in _rows(subject, row, [d for d in mine if d.row == row.name], classes)
-        ]
+        rows = [line for row in subject.rows for line in _rows(subject, row, mine, classes)]
         tables.append(Table(at=at, table=rows, runs=mine, verdict=verdict([d for d in mine if d.row == judged])))
     scored = {"evaluated_on": found[0].on, "total": found[0].test.total, "classes": classes}
     return Summary.model_validate(dict(subject) | scored | {"judged": judged, "points": tables, "made": made})
 
 
-def _rows(subject: Subject, row: Row, found: Sequence[Document], classes: Sequence[str]) -> Iterator[TableRow]:
-    """The row of some nets and, of students without some classes, one for each bias correction."""
+def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Sequence[str]) -> Iterator[TableRow]:
+    """The row of those of a kind and, of students without some classes, one for each bias correction."""
+    found = [d for d in documents if d.row == row.name]
     stages: dict[str, list[Counted | Correction]] = {row.name: [d.test for d in found]} if found else {}
     stages |= {bias_row(row.name, bias): [d.bias[bias] for d in found] for bias in (found[0].bias if found else ())}
     for name, counted in stages.items():
@@ -282,20 +274,12 @@ def _rows(subject: Subject, row: Row, found: Sequence[Document], classes: Sequen
 
 def made(jobs: Sequence[Job], places: Places) -> Made:
     """How the runs of some jobs were made: command lines, commits, devices, versions, seconds of training."""
-    runs = [Run(places.runs_dir, spec) for spec in distinct(jobs)]
-    records, here = [run.environment() for run in runs], environment(places.device, places.threads)
-
-    def seen(key: str) -> list[str]:
-        return sorted({str(record.get(key, "unknown")) for record in records})
-
-    return Made(
-        command_line=here["command_line"],
-        commits=seen("git_commit"),
-        devices=[f"{device}, {here['cores']} cores" if device == "cpu" else device for device in seen("device")],
-        versions=f"torch {', '.join(seen('torch'))}, Python {', '.join(seen('python'))}",
-        date=here["started"][:10],
-        seconds=sum(run.result().seconds for run in runs if run.spec.command != "ensemble"),
-    )
+    runs, here = [Run(places.runs_dir, s) for s in distinct(jobs)], environment(places.device, places.threads)
+    records, kept = [run.environment() for run in runs], ("git_commit", "device", "torch", "python")
+    seen = {key: sorted({str(record.get(key, "unknown")) for record in records}) for key in kept}
+    seconds = sum(run.result().seconds for run in runs if run.spec.command != "ensemble")
+    now = {"command_line": here["command_line"], "date": here["started"][:10], "cores": here["cores"]}
+    return Made.model_validate(now | {"seconds": seconds} | seen)
 
 
 def cost(run: Run, test: Split | None = None) -> Cost:

@@ -26,6 +26,11 @@ WORST = 3  # classes are shown instead in the terminal
 PAIRS = 20  # of classes that are taken for each other, or look alike, are shown instead of a matrix
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
+PAPER_LEGEND = (
+    "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it out, not "
+    "distinguishable where it does not; of a single net lower, higher or the same. The intervals do not cover the "
+    "sampling of the test set."
+)
 BIAS_LEGEND = (
     "Bias chosen by test: on the test set, as the paper did; heldout: on training images outside the transfer set; "
     "prior: on the unlabelled training images, from the known shares of the classes."
@@ -358,13 +363,8 @@ def _table_remarks(summary: "Summary") -> Iterator[str]:
         errors, total = own.test.errors, own.test.total
         bias = f" With the bias chosen on held-out images: {own.bias['heldout'].errors}." if own.bias else ""
         yield f"The {called(own)} makes {errors} errors on {own.on}, {_rate(errors, total)}.{bias}"
-    if words := {row[-1] for row in _rows(summary)[1]} - {""}:
-        single = "; of a single net lower, higher or the same" if words & {"lower", "higher", "the same"} else ""
-        yield (
-            "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it "
-            f"out, not distinguishable where it does not: our interval is as wide as it is{single}. The intervals do "
-            "not cover the sampling of the test set."
-        )
+    if any(row.paper for row in rows):
+        yield PAPER_LEGEND
     if any(row.unseen is not None for row in rows):
         brackets = "; in brackets, the paper's" if any(len(row.paper) > 1 for row in rows) else ""
         yield f"Unseen: the errors on classes missing from the transfer set{brackets}."
@@ -393,5 +393,6 @@ def made(summary: "Summary") -> str:
     """How, where and by what the runs were made."""
     m, minutes = summary.made, summary.made.seconds / 60
     spent = f"{m.seconds:.0f} seconds" if minutes < 1 else f"{minutes:.{0 if minutes > 10 else 1}f} minutes"
-    how = f"`{m.command_line}`; commit {', '.join(m.commits)}; {', '.join(m.devices)}, {m.versions}, {m.date}"
+    commits, devices, torch, python = map(", ".join, (m.git_commit, m.device, m.torch, m.python))
+    how = f"`{m.command_line}`; commit {commits}; {devices}, {m.cores} cores, torch {torch}, Python {python}, {m.date}"
     return f"{how}; {spent} of training in all."

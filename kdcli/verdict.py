@@ -2,14 +2,13 @@
 
 import math
 import statistics
-from bisect import bisect_left
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Literal
 
 from kdcli.config import Section
 
 ALPHA, POWER = 0.05, 0.8  # of the tests behind a verdict
-MOST_SEEDS = 10_000  # that anybody would train
 
 
 class Spread(Section):
@@ -82,18 +81,11 @@ def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
 
 
 def seeds_to_settle(mean: float, std: float) -> int | None:
-    """The seeds at which a paired t-test finds an effect of this mean and spread four times out of five; None when
-    MOST_SEEDS are not enough, or nothing is to be found."""
-    from scipy import stats
-
-    def power(n: int) -> float:
-        critical = stats.t.ppf(1 - ALPHA / 2, n - 1)
-        return float(stats.nct.sf(critical, n - 1, abs(mean) / std * n**0.5))
-
-    if not mean or not std:
-        return None
-    seeds = bisect_left(range(MOST_SEEDS + 1), POWER, lo=2, key=power)
-    return seeds if seeds <= MOST_SEEDS else None
+    """The seeds at which a paired t-test finds an effect of this mean and spread four times out of five, by the normal
+    distribution and Guenther's correction for t (1981); None when 10,000 are not enough, or nothing is to be found."""
+    z, power = NormalDist().inv_cdf(1 - ALPHA / 2), NormalDist().inv_cdf(POWER)
+    seeds = ((z + power) * std / mean) ** 2 + z**2 / 2 if mean and std else math.inf
+    return math.ceil(seeds) if seeds <= 10_000 else None
 
 
 def spread(errors: Sequence[int]) -> Spread:

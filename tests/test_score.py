@@ -64,7 +64,7 @@ def test_latency_is_the_time_of_a_batch() -> None:
         return x
 
     found = score.latency(forward, torch.zeros(8, 3), seconds=0)
-    assert 2 <= found.p50 <= found.p95
+    assert 2 <= found.p50 < 20
     assert found.images_per_s == pytest.approx(8 / found.p50 * 1e3, rel=0.01)
 
 
