@@ -20,7 +20,7 @@ from kdcli.pictures import pictures
 from kdcli.results import Summary
 from kdcli.runs import Places, write_aside
 
-OWN_PICTURES = "errors|learning-curves|calibration|cost|dark-knowledge|omitted-classes|grid"
+OWN_PICTURES = "errors|learning-curves|calibration|cost|dark-knowledge|omitted-classes|grid|soft-targets|taught-.*"
 
 
 def write_report(summary: Summary, dataset: Dataset, places: Places, folder: Path) -> list[Path]:
@@ -38,7 +38,7 @@ def write_report(summary: Summary, dataset: Dataset, places: Places, folder: Pat
         "report.json": (summary.model_dump_json(indent=1, exclude_none=True) + "\n").encode(),
         **drawn,
     }
-    for old in folder.glob("*.png"):  # of a report that had more pictures; a file of the user's own stays
+    for old in folder.glob("*.png"):  # of an earlier report that had more; a file of the user's own stays
         if old.name not in files and re.fullmatch(OWN_PICTURES, old.stem):
             old.unlink()
     for name, content in files.items():
