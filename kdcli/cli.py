@@ -131,7 +131,7 @@ class Call:
         if self.dry_run:
             return self.describe(work)
         self.obtain(work)
-        found = documents(work.jobs, work.places, work.dataset.test.labels)
+        found = documents(work.jobs, work.dataset, work.places)
         mine = [d for d in found if d.command == self.command]
         whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
@@ -160,12 +160,12 @@ class Call:
         return prepare_run(name, self.places(), self.display.note)
 
     def report(self, work: "Work") -> "tuple[Summary, Path]":
-        """Show the table and write the report of finished runs; returns them and the page."""
+        """Show the table and write the report of finished runs; returns the summary and the page."""
         from kdcli.page import write_report
 
-        summary, evaluations = work.summary()
+        summary = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
-        files = write_report(summary, evaluations, work.shown, work.dataset, work.places, work.folder)
+        files = write_report(summary, work.dataset, work.places, work.folder)
         self.display.note(f"wrote {work.folder}: {', '.join(file.name for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
@@ -257,15 +257,15 @@ def evaluate(
     """Score what was trained: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
     from kdcli.plan import evaluable
-    from kdcli.results import Evaluations, evaluate
+    from kdcli.results import documents
 
     seeds = work.subject.seeds if call.seed is not None else None
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
     if call.dry_run:
         return call.describe(replace(work, jobs=jobs))
-    name, classes = work.subject.experiment, work.dataset.facts.classes
-    document = Evaluations(experiment=name, classes=classes, runs=evaluate(jobs, work.dataset, work.places))
-    call.present(document, *show.evaluations(document))
+    found, classes = documents(jobs, work.dataset, work.places, costs=True), work.dataset.facts.classes
+    whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
+    call.present(whole, *show.evaluations(found, classes))
     call.display.note(f"next: kd report {call.retype()}")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import Field
 
-from kdcli import BadInput
+from kdcli import BadInput, score
 from kdcli.config import Section
 from kdcli.plan import data_settings, orphaned
-from kdcli.results import discordant
+from kdcli.results import log_probabilities
 from kdcli.runs import STUDENTS, TEACHERS, Run, Settings, changes, differences, list_runs, open_run, settings
 from kdcli.teacher import dataset_of
 from kdcli.verdict import Spread, Verdict, paired, spread
@@ -30,16 +30,13 @@ class Group(Spread):
 
 
 class Difference(Section):
-    """A group against the first: the settings that differ, by dotted key, as [the first's, its own]."""
+    """A group against the first: the settings that differ, by dotted key, as [the first's, its own]; the verdict over
+    the seeds that both have, if there are any."""
 
     group: str
     changed: dict[str, list[Any]]
-    seeds: list[int] = []  # that both have
-    why_not: str | None = None  # there is no verdict
-
-
-class Comparison(Verdict, Difference):
-    """The same with the verdict over the seeds that both have."""
+    seeds: list[int]
+    verdict: Verdict | None = None
 
 
 class Comparisons(Section):
@@ -49,7 +46,7 @@ class Comparisons(Section):
     evaluated_on: str
     total: int
     groups: list[Group]
-    comparisons: list[Comparison | Difference]
+    comparisons: list[Difference]
 
 
 def compare(
@@ -143,12 +140,12 @@ def _compared(root: Path, first: Group, own: Group, data_dir: Path | None) -> Di
     pairs = [(i, j) for i, j in pairs if first.runs[i] != own.runs[j]]  # a run in both tells nothing
     if len(first.runs) == len(own.runs) == 1:
         pairs, changed = [(0, 0)], dict(changes({"seed": first.seeds[0]}, {"seed": own.seeds[0]})) | changed
-    if not pairs:
-        why_not = "The groups share no seed: nothing to pair, so no verdict."
-        return Difference(group=own.group, changed=changed, why_not=why_not)
     only = (0, 0)
     if len(pairs) == 1:
         a, b = (open_run(root, group.runs[i]) for group, i in zip((first, own), pairs[0], strict=True))
-        only = discordant(dataset_of(a, data_dir).test.labels, student=b, baseline=a)
+        labels = dataset_of(a, data_dir).test.labels
+        one, other = (log_probabilities(run, len(labels)) for run in (b, a))
+        only = score.discordant(one, other, labels)
     fewer, seeds = [first.errors[i] - own.errors[j] for i, j in pairs], [first.seeds[i] for i, _ in pairs]
-    return Comparison(group=own.group, changed=changed, seeds=seeds, **dict(paired(fewer, *only)))
+    verdict = paired(fewer, *only) if pairs else None
+    return Difference(group=own.group, changed=changed, seeds=seeds, verdict=verdict)

@@ -16,8 +16,8 @@ from kdcli.config import Experiment, Model
 from kdcli.data import Dataset, Split
 from kdcli.estimate import duration, seconds
 from kdcli.images import Folder, Header, headers, list_folder
-from kdcli.models import multiply_adds
-from kdcli.plan import distinct, plan, sample_net
+from kdcli.models import build, fits, multiply_adds
+from kdcli.plan import distinct, plan
 from kdcli.runs import Facts, Places
 from kdcli.sources import stratified
 from kdcli.yamlfile import Loader
@@ -101,6 +101,7 @@ def _look(path: Path) -> Look:
 
 def _cost(name: str, facts: Facts) -> str:
     """The parameters and the multiply-adds an image of a net. Raises BadInput where it does not fit the images."""
-    net = sample_net(Model(name=name), facts)
+    model = Model(name=name)
+    fits(net := build(model, facts), model, facts)
     parameters = sum(p.numel() for p in net.parameters())
     return f"{parameters / 1e6:.2g} M parameters, {multiply_adds(net, facts.shape) / 1e6:.3g} M multiply-adds an image"

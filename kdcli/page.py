@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,25 +15,22 @@ from PIL import Image
 
 from kdcli import BadInput, score, show
 from kdcli.data import Dataset
-from kdcli.findings import Findings, find, largest, pixels, shades, short
+from kdcli.findings import Findings, find, pixels, shades
 from kdcli.pictures import pictures
-from kdcli.plan import Job
-from kdcli.results import Evaluation, Summary
+from kdcli.results import Summary
 from kdcli.runs import Places, write_aside
 
-OWN_PICTURES = "errors|learning-curves|calibration|cost|dark-knowledge|omitted-classes|soft-targets|grid|taught-.*"
+OWN_PICTURES = "errors|learning-curves|calibration|cost|dark-knowledge|omitted-classes|grid|soft-targets|taught-.*"
 
 
-def write_report(
-    summary: Summary, scores: Sequence[Evaluation], jobs: Sequence[Job], dataset: Dataset, places: Places, folder: Path
-) -> list[Path]:
-    """Write the page, the table, the document and the pictures to a folder; returns the files. `jobs`: those of the
-    summary's runs. Raises BadInput when the folder cannot be made, or a run's logits are not there."""
+def write_report(summary: Summary, dataset: Dataset, places: Places, folder: Path) -> list[Path]:
+    """Write the page, the table, the document and the pictures to a folder; returns the files. Raises BadInput when the
+    folder cannot be made, or a run's logits are not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    found = None if summary.grid else find(summary, scores, jobs, dataset, places)
+    found = None if summary.grid else find(summary, dataset, places)
     drawn = pictures(found or summary)
     files = {
         "report.html": html(summary, found, drawn).encode(),
@@ -42,7 +38,7 @@ def write_report(
         "report.json": (summary.model_dump_json(indent=1, exclude_none=True) + "\n").encode(),
         **drawn,
     }
-    for old in folder.glob("*.png"):  # of a report that had more pictures; a file of the user's own stays
+    for old in folder.glob("*.png"):  # of an earlier report that had more; a file of the user's own stays
         if old.name not in files and re.fullmatch(OWN_PICTURES, old.stem):
             old.unlink()
     for name, content in files.items():
@@ -54,9 +50,9 @@ def html(summary: Summary, found: Findings | None, drawn: dict[str, bytes]) -> s
     """The page of what was found; without it, of a grid."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    page.filters |= {"short": partial(short, most=60), "url": _url, "png": _png, "tensor": torch.tensor}
+    page.filters |= {"short": partial(show.short, most=60), "url": _url, "png": _png, "tensor": torch.tensor}
     settings = yaml.safe_dump(summary.settings, sort_keys=False, default_flow_style=None, width=90)
-    page.globals |= {"largest": largest, "pixels": pixels, "shades": shades, "score": score, "show": show}
+    page.globals |= {"pixels": pixels, "shades": shades, "score": score, "show": show}
     return page.get_template("page.html").render(summary=summary, found=found, drawn=drawn, settings=settings)
 
 

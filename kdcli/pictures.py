@@ -1,13 +1,11 @@
 """The pictures of a report, drawn with matplotlib: PNG, by file name."""
 
 import io
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -16,9 +14,10 @@ from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli.findings import Findings, Knowledge, Lesson, foremost, largest, pixels, shades, short
+from kdcli.findings import Findings, pixels
 from kdcli.results import Summary
-from kdcli.score import BINS
+from kdcli.score import calibration
+from kdcli.show import foremost, short
 
 TELLING, LIKELIEST = 4, 8  # images whose soft targets are drawn; of many classes, the bars of each
 BLUE, ORANGE = "#3182bd", "#e6550d"
@@ -43,41 +42,27 @@ def pictures(found: Findings | Summary) -> dict[str, bytes]:
     """The pictures of an experiment without a grid, or of a run; the one picture of a grid."""
     if isinstance(found, Summary):
         return {"grid.png": _png(_draw_grid, found)}
-    table, known = found.summary.only.table, found.knowledge
+    table = found.summary.only.table
     wanted: dict[str, tuple[object, Callable[[Figure, Findings], None]]] = {
         "errors.png": (len(table) > 1, _draw_errors),
         "learning-curves.png": (found.curves, _draw_curves),
         "calibration.png": (True, _draw_calibration),
         "cost.png": (sum(row.kind != "omission" for row in table) > 1, _draw_cost),
         "omitted-classes.png": (found.omissions, _draw_omissions),
+        "dark-knowledge.png": (found.knowledge, _draw_knowledge),
     }
-    drawn = {name: _png(draw, found) for name, (draw_it, draw) in wanted.items() if draw_it}
-    if known:
-        drawn["dark-knowledge.png"] = _png(_draw_knowledge, found, known)
-        drawn["soft-targets.png"] = _png(_draw_largest_soft_targets if found.wide else _draw_soft_targets, found, known)
-        for lesson in known.lessons:
-            stem = "taught-" + re.sub(r"\W+", "-", lesson.student.row)[:60].strip("-")
-            name = f"{stem}-{len(drawn)}.png" if f"{stem}.png" in drawn else f"{stem}.png"
-            drawn[name] = _png(_draw_lesson, lesson)
-    return drawn
+    return {name: _png(draw, found) for name, (draw_it, draw) in wanted.items() if draw_it}
 
 
-def _png(draw: Callable[..., None], *shown: Summary | Findings | Knowledge | Lesson) -> bytes:
+def _png(draw: Callable[..., None], shown: Summary | Findings) -> bytes:
     """What `draw` draws of what is shown, on a figure that it is given."""
     buffer = io.BytesIO()
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # of names in letters that the font lacks
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        draw(figure, *shown)
+        draw(figure, shown)
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _name_below(axes: Axes, names: Sequence[str]) -> None:
-    """The names of classes at 0, 1, … of the x axis; long ones are turned, so that they do not overlap."""
-    ha, rotation, size = ("right", 60, 8) if max(map(len, names)) > 3 else ("center", 0, 10)
-    shown = [short(name) for name in names]
-    axes.set_xticks(range(len(names)), shown, ha=ha, rotation=rotation, rotation_mode="anchor", fontsize=size)
 
 
 def _log_scale(axis: Axis, set_scale: Callable[..., None], at: Sequence[int] = (1, 2, 5)) -> None:
@@ -93,10 +78,10 @@ def _draw_errors(figure: Figure, found: Findings) -> None:
     figure.set_figheight(1.5 + 0.42 * len(rows))  # room for a number above every bar
     for i, r in enumerate(rows):
         axes.axhline(i, color="#eeeeee", linewidth=1, zorder=0)
-        axes.plot(r.errors, [i] * r.n, "o", color=BLUE, markersize=5, alpha=0.6)
+        axes.plot(r.errors, [i] * len(r.errors), "o", color=BLUE, markersize=5, alpha=0.6)
         axes.plot(r.mean, i, "|", color="black", markersize=16, markeredgewidth=2)
         axes.plot(r.paper[:1], [i] * bool(r.paper), "D", color=ORANGE, fillstyle="none", markersize=6)
-        text = f"{r.mean:.1f}" if r.n > 1 else f"{r.mean:g}"
+        text = f"{r.mean:.1f}" if r.std is not None else f"{r.mean:g}"
         axes.annotate(text, (r.mean, i), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8)
     every = [errors for r in rows for errors in (*r.errors, *r.paper[:1])]
     scale = ", logarithmic scale" if max(every) > 4 * max(min(every), 1) else ""
@@ -135,8 +120,8 @@ def _draw_curves(figure: Figure, found: Findings) -> None:
     """Test errors by epoch of teachers, baselines and students, a thin line a seed; an ensemble has none."""
     axes, lines = figure.subplots(), {}
     for row, epochs in found.curves:
-        x, y, colour = [e.epoch for e in epochs], [e.test_errors for e in epochs], COLOURS.get(row, BLUE)
-        (lines[short(row, 40)],) = axes.plot(x, y, color=colour, linewidth=1, alpha=0.8)
+        x, y = [e.epoch for e in epochs], [e.test_errors for e in epochs]
+        (lines[short(row, 40)],) = axes.plot(x, y, color=COLOURS.get(row, BLUE), linewidth=1, alpha=0.8)
     axes.legend(lines.values(), lines.keys())
     _log_scale(axes.yaxis, axes.set_yscale, (1, 2, 3, 5, 7))
     axes.set(xlabel="epoch", ylabel=f"errors on {found.summary.evaluated_on}, logarithmic scale")
@@ -145,63 +130,61 @@ def _draw_curves(figure: Figure, found: Findings) -> None:
 
 def _draw_omissions(figure: Figure, found: Findings) -> None:
     """Errors per class of the students that never saw some, before and after the held-out bias; the unseen first."""
-    every = figure.subplots(1, len(found.omissions), squeeze=False)[0]
+    every, classes = figure.subplots(1, len(found.omissions), squeeze=False)[0], found.summary.classes
     for axes, (row, documents) in zip(every, found.omissions.items(), strict=True):
         stages = [d.test for d in documents], [d.bias["heldout"] for d in documents]
-        before, after = (torch.tensor([of.per_class_errors for of in stage]).double().mean(0) for stage in stages)
-        unseen = torch.tensor([name in documents[0].omitted for name in found.classes])
-        shown = foremost(before + after + unseen * (before + after).max())
+        before, after = (np.mean([of.per_class_errors for of in stage], 0) for stage in stages)
+        unseen = np.isin(classes, documents[0].omitted)
+        shown = foremost((before + after + unseen * (before + after).max()).tolist())
         for at, label, means, colour in ((-0.2, "before", before, "#9ecae1"), (0.2, "heldout bias", after, BLUE)):
-            axes.bar(np.arange(len(shown)) + at, means[shown].numpy(), 0.4, color=colour, label=label)
-        _name_below(axes, [found.classes[c] + "*" * bool(unseen[c]) for c in shown])
-        axes.set(xlabel="unseen and worst classes" if found.wide else "class", ylabel="errors on its test images")
-        axes.set_title(short(row, 60 // len(every)))
+            axes.bar(np.arange(len(shown)) + at, means[shown], 0.4, color=colour, label=label)
+        names = [short(classes[c]) + "*" * bool(unseen[c]) for c in shown]
+        long = max(map(len, names)) > 3  # so turned, that they do not overlap
+        axes.set_xticks(range(len(names)), names, ha="right" if long else "center", rotation=60 * long)
+        axes.set_xlabel("class" if len(shown) == len(classes) else "unseen and worst classes")
+        axes.set(ylabel="errors on its test images", title=short(row, 60 // len(every)))
     labelled = axes.get_legend_handles_labels()
     figure.legend(*labelled, loc="outside lower center", ncols=2, title="*: not in the transfer set")
 
 
 def _draw_calibration(figure: Figure, found: Findings) -> None:
     """Accuracy against confidence in the bins of the calibration error of at least five images, a line a net."""
-    axes, labels = figure.subplots(), found.test.labels
+    axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "--", color="#bbbbbb", linewidth=1, label="as it says")
     for net in found.nets:
-        row, (confidence, predicted) = net.document.row, net.log_p.exp().max(1)
-        bins, right = (confidence * BINS).ceil().clamp(1, BINS), (predicted == labels).double()
-        mine = [bins == b for b in range(1, BINS + 1) if int((bins == b).sum()) >= 5]
-        x, y = [float(confidence[m].mean()) for m in mine], [float(right[m].mean()) for m in mine]
-        axes.plot(x, y, "o-", color=COLOURS.get(row, BLUE), label=f"{short(row, 40)}, ECE {net.scores.ece:.4f}")
+        row, label = net.document.row, f"{short(net.document.row, 40)}, ECE {net.document.quality.ece:.4f}"
+        bins = [(x, y) for n, x, y in calibration(net.log_p, found.test.labels) if n >= 5]
+        axes.plot([x for x, _ in bins], [y for _, y in bins], "o-", color=COLOURS.get(row, BLUE), label=label)
     axes.set(xlabel="probability of the top class", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.legend()
 
 
 def _draw_cost(figure: Figure, found: Findings) -> None:
-    axes, table = figure.subplots(), sorted(found.summary.only.table, key=lambda r: r.mean)
-    rows = [(r, r.multiply_adds) for r in table if r.multiply_adds and r.kind != "omission"]
-    for r, cost in rows:
-        axes.errorbar(cost, r.mean, r.std or 0, fmt="o", color=COLOURS.get(r.row, BLUE))
-        beside = [other for other, its in rows if its == cost]
-        below = len(beside) > 1 and r is beside[0]  # the names of near points keep apart
-        axes.annotate(r.row, (cost, r.mean), (6, -13 if below else 5), textcoords="offset points", fontsize=8)
+    axes = figure.subplots()
+    for r in found.summary.only.table:
+        if r.multiply_adds and r.kind != "omission":
+            axes.errorbar(r.multiply_adds, r.mean, r.std or 0, fmt="o", color=COLOURS.get(r.row, BLUE), label=r.row)
     _log_scale(axes.xaxis, axes.set_xscale)
-    axes.margins(0.2)
+    axes.legend()
     axes.set(xlabel="multiply-adds an image, logarithmic scale", ylabel=f"errors on {found.summary.evaluated_on}")
 
 
-def _draw_knowledge(figure: Figure, found: Findings, known: Knowledge) -> None:
+def _draw_knowledge(figure: Figure, found: Findings) -> None:
     """For each telling image its hard label and the teacher's output at each temperature, for the likeliest classes."""
-    labels, temperatures = found.test.labels, sorted({1.0, 4.0, 20.0, known.T})
-    images = telling(known.log_p(1), labels)
-    columns = {"hard label": F.one_hot(labels[images], len(found.classes)).double()}
+    labels, known = found.test.labels, found.knowledge
+    assert known
+    images, temperatures = telling(known.log_p(1), labels), sorted({1.0, 4.0, 20.0, known.T})
+    columns = {"hard label": F.one_hot(labels[images], len(found.summary.classes)).double()}
     columns |= {f"T = {T:g}": known.log_p(T)[images].exp() for T in temperatures}
     grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
     for k, (left, *panels) in enumerate(grid.tolist()):
         left.imshow(pixels(found.test, images[k]))
         left.axis("off")
-        shown = foremost(columns["T = 1"][k], LIKELIEST)
-        names = [found.classes[c] for c in shown]
+        shown = foremost(columns["T = 1"][k].tolist(), LIKELIEST)
+        names = [found.summary.classes[c] for c in shown]
         for axes, (title, p) in zip(panels, columns.items(), strict=True):
             again = axes is panels[0] or max(map(len, names)) <= 3  # long names stand at the first bars alone
-            _draw_bars(axes, names if again else [""] * len(names), p[k, shown].tolist(), ".3f")
+            _draw_bars(axes, names if again else [""] * len(names), p[k, shown].tolist())
             if k == 0:
                 axes.set_title(title, fontsize=9)
 
@@ -216,44 +199,12 @@ def telling(log_p: Tensor, labels: Tensor) -> list[int]:
     return list(best.values())[:TELLING]
 
 
-def _draw_bars(axes: Axes, names: Sequence[str], shares: Sequence[float], form: str, size: float = 6) -> None:
+def _draw_bars(axes: Axes, names: Sequence[str], shares: Sequence[float]) -> None:
     """Bars with names and numbers, the first at the top, on a scale of their own."""
     bars = axes.barh(range(len(shares)), shares, color=BLUE)
-    texts = [f"{share:{form}}" for share in shares]
-    axes.bar_label(bars, [text if float(text) else "" for text in texts], padding=2, fontsize=size - 0.5)
+    axes.bar_label(bars, [f"{share:.3f}" if share >= 0.0005 else "" for share in shares], padding=2, fontsize=5.5)
     axes.set_yticks(range(len(names)), [short(name, 40) for name in names])
-    axes.tick_params(labelsize=size, length=0)
+    axes.tick_params(labelsize=6, length=0)
     axes.set(xlim=(0, 1.35 * (max(shares) or 1)), xticks=[])
     axes.invert_yaxis()
     axes.spines["bottom"].set_visible(False)
-
-
-def _draw_soft_targets(figure: Figure, found: Findings, known: Knowledge) -> None:
-    figure.set_size_inches(6, 5.4)
-    axes = figure.subplots()
-    axes.imshow(shades(known.mean), cmap="Blues", vmax=1.4)
-    for (i, j), share in np.ndenumerate(known.mean.numpy()):
-        axes.text(j, i, f"{share:.1f}", ha="center", va="center", fontsize=8)
-    _name_below(axes, found.classes)
-    axes.set_yticks(range(len(found.classes)), [short(name) for name in found.classes])
-    axes.set(xlabel="soft target, per cent", ylabel="label", title=f"mean soft targets at T = {known.T:g}")
-
-
-def _draw_largest_soft_targets(figure: Figure, found: Findings, known: Knowledge) -> None:
-    axes, pairs = figure.subplots(), largest(known.mean)
-    names = [f"{short(found.classes[i])} → {short(found.classes[j])}" for i, j, _ in pairs]
-    _draw_bars(axes, names, [share for _, _, share in pairs], ".1f", size=8)
-    axes.set_title(f"label → class: the largest mean soft targets at T = {known.T:g}, per cent", fontsize=10)
-
-
-def _draw_lesson(figure: Figure, lesson: Lesson) -> None:
-    """Transfer images that teach the unseen classes, above test images of these before and after the bias."""
-    names, shift = short(lesson.names, 40), lesson.student.bias["heldout"].shift
-    rows = {f"transfer images that teach most about {names}": lesson.transfer}
-    rows |= {f"test images of {names} that the bias of {shift:+.2f} changes": lesson.changed}
-    bare = {"frame_on": False, "xticks": [], "yticks": []}
-    for part, (title, examples) in zip(figure.subfigures(2, 1, squeeze=False)[:, 0], rows.items(), strict=True):
-        part.suptitle(title, fontsize=10)
-        for axes, example in zip(part.subplots(1, 5, subplot_kw=bare), examples, strict=False):
-            axes.imshow(example.image)
-            axes.set_title("\n".join(short(line, 26) for line in example.lines), fontsize=7, loc="center")

@@ -258,8 +258,8 @@ def usable(run: Run, like: Spec, role: str) -> Run:
         for kind in ("weights", "logits"):
             member.load(kind)
     for name, checksum in result.parents.items():
-        parent = open_run(run.root, name) if (run.root / name).is_dir() else None
-        if parent and parent.finished() and not orphaned(parent) and weights_checksum(parent) != checksum:
+        parent = there(run.root, name)
+        if parent and weights_checksum(parent) != checksum:
             raise BadInput(f"{run.name}: was made from other weights than {name} has now: {run.remedy}")
     return run
 
@@ -277,6 +277,12 @@ def orphaned(run: Run) -> str:
     """The members that an ensemble needs and that are gone; empty if all are there."""
     names = run.spec.parents if run.spec.command == "ensemble" else []
     return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
+
+
+def there(root: Path, name: str) -> Run | None:
+    """The run of this name, if it is finished and, of an ensemble, so are its members; None if it is not."""
+    run = open_run(root, name) if (root / name).is_dir() else None
+    return run if run and run.finished() and not orphaned(run) else None
 
 
 def find_teacher(places: Places, name: str) -> Run:
@@ -324,9 +330,9 @@ def _close_runs(wanted: Run, note: Note) -> list[str]:
 def evaluable(
     planned: Sequence[Job], places: Places, names: Sequence[str], seeds: Sequence[int] | None, retype: str, note: Note
 ) -> list[Job]:
-    """Every finished run of the experiment (of these seeds, if any are given), or the named ones, each with the run
-    that it is compared with. Unnamed runs of other data or without their parents are noted and left out. Raises
-    BadInput when there is none."""
+    """Every finished run of the experiment (of these seeds, if any are given), or the named ones, each with the run that
+    it is compared with, at a point of its own: they are of no one plan. Unnamed runs of other data or without their
+    parents are noted and left out. Raises BadInput when there is none."""
     like, runs = planned[0].spec, [places.open(name, "--run") for name in dict.fromkeys(names)]
     for run in [] if names else list_runs(places.runs_dir, like.experiment, (*TEACHERS, *STUDENTS), note):
         if run.finished() and (seeds is None or run.spec.seed in seeds):
@@ -340,8 +346,8 @@ def evaluable(
         raise BadInput(f"{places.runs_dir / like.experiment}: no finished runs{of}; train some: kd run {retype}")
     described = {job.spec.seed: job.teacher for job in planned if job.spec.command == "baseline"}
     jobs = []
-    for run in runs:
+    for i, run in enumerate(runs):
         spec, kind = usable(run, like, "evaluated").spec, KINDS[run.spec.command]
         beside = spec.parents[0] if spec.distill else described.get(spec.seed) if kind == "baseline" else None
-        jobs.append(Job(Row(kind, kind), spec, teacher=beside))
+        jobs.append(Job(Row(kind, kind), spec, i, beside))
     return jobs

@@ -12,8 +12,8 @@ from kdcli import BadInput, code, losses
 from kdcli.config import Section
 from kdcli.export import CPU, SUFFIXES, onnx_net
 from kdcli.images import open_image, to_bytes
-from kdcli.plan import orphaned
-from kdcli.runs import Places, Run, open_run
+from kdcli.plan import there
+from kdcli.runs import Places, Run
 from kdcli.teacher import Teacher, dataset_of, live
 
 Asked = list[tuple[str, float, Teacher]]  # what, at which temperature, through what
@@ -89,8 +89,7 @@ def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]
     """What to ask of a finished run: itself and, of a student, its teacher, unless that is gone."""
     run.result("asked")
     own, parent = live(run, CPU), run.spec.parents[0] if run.spec.distill else ""
-    teacher = open_run(run.root, parent) if parent and (run.root / parent).is_dir() else None
-    if teacher and not orphaned(teacher):
+    if parent and (teacher := there(run.root, parent)):
         of_teacher = live(teacher, CPU)
         return [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
     if parent:

@@ -1,23 +1,22 @@
 """What finished runs say together: the documents of `--json`, and the rows of the final table, with types."""
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from kdcli import code, losses, score
-from kdcli.config import BIASES, Experiment, Kind, Omission, Row, Section, bias_row
+from kdcli.config import Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
-from kdcli.plan import KINDS, Job, distinct, orphaned
-from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, differences, environment, list_runs, open_run
-from kdcli.score import Latency
-from kdcli.teacher import kept_logits, members, nets, predict
+from kdcli.plan import KINDS, Job, distinct, there
+from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, environment, list_runs, open_run
+from kdcli.score import Latency, Quality
+from kdcli.teacher import kept_logits, members, nets
 from kdcli.verdict import Spread, Verdict, paired, spread
 
 
@@ -28,23 +27,12 @@ class Against(Brief):
     broken: int
 
 
-class Document(Result):
-    """A finished run in its row of the table, beside its teacher and its baseline."""
+class Follows(Brief):
+    """The teacher beside a net: how the net agrees with it, at which share of its cost."""
 
-    row: str
-    kind: Kind
-    teacher: Brief | None = None
-    baseline: Against | None = None
-
-
-class Follows(Section):
-    """How a net compares with its teacher, and what is kept at which share of the cost."""
-
-    run: str
     agreement: float
     kl_from_teacher: float
-    accuracy_kept: float | None
-    multiply_adds_kept: float
+    multiply_adds_kept: float | None = None
 
 
 class Cost(Section):
@@ -53,28 +41,19 @@ class Cost(Section):
     parameters: int
     multiply_adds: int
     weight_bytes: int
+    measured_on: str
     latency_ms: dict[str, Latency] = {}  # by batch size
 
 
-class Evaluation(Result):
-    """A run scored from its weights on the test images: `score.quality`, its teacher beside it, and the cost."""
+class Document(Result):
+    """A finished run in its row of the table, beside its teacher and its baseline; the cost where that is asked for."""
 
-    confusion: list[list[int]]
-    nll: float
-    brier: float
-    ece: float
+    row: str
+    kind: Kind
+    quality: Quality
     teacher: Follows | None = None
-    measured_on: str
-    cost: Cost
-
-
-class Evaluations(Section):
-    """The document of `kd evaluate`."""
-
-    command: str = "evaluate"
-    experiment: str
-    classes: list[str]
-    runs: list[Evaluation]
+    baseline: Against | None = None
+    cost: Cost | None = None
 
 
 class TableRow(Spread):
@@ -82,7 +61,6 @@ class TableRow(Spread):
 
     row: str
     kind: Kind
-    n: int
     unseen: float | None = None  # mean errors on the classes that the transfer set lacks
     train_errors: float | None = None
     samples: int | None = None
@@ -91,10 +69,6 @@ class TableRow(Spread):
     multiply_adds: int | None = None
     expect: float | None = None
     paper: list[float] = []
-
-    @property
-    def met(self) -> bool:
-        return self.expect is None or self.mean <= self.expect
 
 
 class Table(Section):
@@ -107,14 +81,16 @@ class Table(Section):
 
 
 class Made(Section):
-    """How the runs were made."""
+    """How the runs were made: of what differs between them, all."""
 
     command_line: str
-    commits: list[str]
-    devices: list[str]
-    versions: str
     date: str
     seconds: float
+    cores: int
+    git_commit: list[str]
+    device: list[str]
+    torch: list[str]
+    python: list[str]
 
 
 class Subject(Section):
@@ -149,45 +125,51 @@ class Summary(Subject):
         """The table of an experiment without a grid."""
         return self.points[0]
 
-    @model_serializer(mode="wrap")
-    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a grid the only table stands at the top."""
-        whole: dict[str, Any] = handler(self)
-        return whole if self.grid else whole | whole.pop("points")[0]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _unflat(cls, whole: Any) -> Any:
-        if isinstance(whole, dict) and "points" not in whole:
-            whole = dict(whole)
-            whole["points"] = [{key: whole.pop(key) for key in ("at", "table", "verdict", "runs") if key in whole}]
-        return whole
+class _Net(NamedTuple):
+    """What a finished run found, its log p [N, C] on the test images and, where that is asked for, its cost."""
+
+    result: Result
+    log_p: Tensor
+    cost: Cost | None
 
 
-def documents(jobs: Sequence[Job], places: Places, labels: Tensor) -> list[Document]:
-    """The documents of jobs that are all finished; `labels` [N] of the test images."""
-    found = {job.spec.name: Run(places.runs_dir, job.spec).result("reported") for job in jobs}
+@code.quiet()
+def documents(jobs: Sequence[Job], dataset: Dataset, places: Places, costs: bool = False) -> list[Document]:
+    """The documents of jobs that are all finished; for the `costs` their nets are built and timed."""
+    labels, test = dataset.test.labels, dataset.test.to(torch.device(places.device))
     baselines = {(job.point, job.spec.seed): job.spec.name for job in jobs if job.row.kind == "baseline"}
+
+    @cache
+    def net(name: str) -> _Net:
+        run = places.open(name)
+        log_p = log_probabilities(run, len(labels))
+        return _Net(run.result("reported"), log_p, cost(run, test) if costs else None)
+
     made = []
     for job in jobs:
-        more: dict[str, Any] = {"row": job.row.name, "kind": job.row.kind}
-        if job.spec.parents and job.teacher and job.row.kind != "baseline":
-            teacher = places.open(job.teacher).result()
-            more["teacher"] = Brief(run=teacher.run, errors=teacher.test.errors)
-        beside = baselines.get((job.point, job.spec.seed))
-        if job.row.kind == "student" and beside:
-            pair = [Run(places.runs_dir, job.spec), places.open(beside)]
-            fixed, broken = discordant(labels, *pair)
-            more["baseline"] = Against(run=beside, errors=found[beside].test.errors, fixed=fixed, broken=broken)
-        made.append(Document.model_construct(**dict(found[job.spec.name]) | more))
+        own = net(job.spec.name)
+        more: dict[str, Any] = {"row": job.row.name, "kind": job.row.kind, "cost": own.cost}
+        more["quality"] = score.quality(own.log_p, labels)
+        if job.teacher and there(places.runs_dir, job.teacher):
+            more["teacher"] = _follows(own, net(job.teacher))
+        if job.row.kind == "student" and (beside := baselines.get((job.point, job.spec.seed))):
+            baseline = net(beside)
+            fixed, broken = score.discordant(own.log_p, baseline.log_p, labels)
+            more["baseline"] = Against(run=beside, errors=baseline.result.test.errors, fixed=fixed, broken=broken)
+        made.append(Document.model_construct(**dict(own.result) | more))
     return made
 
 
-def discordant(labels: Tensor, student: Run, baseline: Run) -> tuple[int, int]:
-    """How many test images only the student gets right, and how many only the baseline."""
-    predictions = [log_probabilities(run, len(labels)).argmax(1) for run in (student, baseline)]
-    one, other = (p == labels.cpu() for p in predictions)
-    return int((one & ~other).sum()), int((other & ~one).sum())
+def _follows(own: _Net, teacher: _Net) -> Follows:
+    agreement, kl = score.follows(own.log_p, teacher.log_p)
+    return Follows(
+        run=teacher.result.run,
+        errors=teacher.result.test.errors,
+        agreement=agreement,
+        kl_from_teacher=kl,
+        multiply_adds_kept=own.cost.multiply_adds / teacher.cost.multiply_adds if own.cost and teacher.cost else None,
+    )
 
 
 def log_probabilities(run: Run, images: int) -> Tensor:
@@ -229,15 +211,15 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
     of_baselines = spec.command == "ensemble" and members(run)[0].spec.command == "baseline"
     kind = KINDS[spec.command]
     name = Omission(omit=spec.omitted).label if spec.omitted else "ensemble of baselines" if of_baselines else kind
-    own = Row(name, kind)
     teacher = open_run(run.root, spec.parents[0]) if spec.parents and spec.command != "ensemble" else None
     if teacher:
         above: Kind = "ensemble" if teacher.spec.command == "ensemble" else "teacher"
         jobs.append(Job(Row(above, above), teacher.spec))
-    if kind == "student":
-        baseline, remarks = _baseline_of(run, note)
-        jobs += [Job(Row("baseline", "baseline"), b.spec, teacher=spec.parents[0]) for b in baseline]
-    jobs.append(Job(own, spec, teacher=teacher.name if teacher else None))
+    if kind == "student" and (baseline := _baseline_of(run, note)):
+        jobs.append(Job(Row("baseline", "baseline"), baseline.spec, teacher=spec.parents[0]))
+    elif kind == "student":
+        remarks = ["There is no baseline of its seed and recipe to hold it against: `kd distill` trains one."]
+    jobs.append(Job(Row(name, kind), spec, teacher=teacher.name if teacher else None))
     return Subject(
         experiment=spec.experiment,
         file=run.name,
@@ -248,27 +230,16 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
     ), jobs
 
 
-def _baseline_of(run: Run, note: Callable[[str], None]) -> tuple[list[Run], list[str]]:
-    """The finished baseline that a student is held against: of its seed, images, net and recipe; or none, and why."""
+def _baseline_of(run: Run, note: Callable[[str], None]) -> Run | None:
+    """The finished baseline that a student is held against: of its seed, images, net and recipe."""
     found = list_runs(run.root, run.spec.experiment, ["baseline"], note)
-    same_task = ("dataset", "data", "model", "code", "seed")
-    found = [b for b in found if all(getattr(b.spec, k) == getattr(run.spec, k) for k in same_task) and b.finished()]
-    alike = [b for b in found if b.spec.train == run.spec.train]
-    if alike or not found:
-        none = "There is no baseline of the same seed to hold it against: `kd distill` trains one."
-        return alike[:1], [] if alike else [none]
-    mine, other = (spec.trained[1].model_dump(exclude_none=True) for spec in (run.spec, found[0].spec))
-    unlike = "; ".join(differences(mine, other, "train."))
-    return [], [f"Not held against {found[0].name}, which has another recipe: {unlike}."]
+    same = ("dataset", "data", "model", "code", "seed", "train")
+    alike = [b for b in found if all(getattr(b.spec, key) == getattr(run.spec, key) for key in same)]
+    return next((b for b in alike if b.finished()), None)
 
 
 def summarise(
-    subject: Subject,
-    jobs: Sequence[Job],
-    found: Sequence[Document],
-    evaluations: Sequence[Evaluation],
-    dataset: Dataset,
-    made: Made,
+    subject: Subject, jobs: Sequence[Job], found: Sequence[Document], classes: list[str], made: Made
 ) -> Summary:
     """The document of a subject from its jobs and the document of each."""
     only_ensembles = bool(subject.grid) and all(key.startswith("ensemble.") for key in subject.grid)
@@ -276,108 +247,39 @@ def summarise(
     judged = of_ensemble.name if only_ensembles and of_ensemble in subject.rows else "student"
     tables = []
     for i, at in enumerate(subject.at):
-        mine = [d for job, d in zip(jobs, found, strict=True) if job.point == i and job.row.kind != "member"]
-        rows = _Rows(subject, mine, {e.run: e for e in evaluations}, dataset.facts.classes).rows()
+        mine = [d for job, d in zip(jobs, found, strict=True) if job.point == i]
+        rows = [line for row in subject.rows for line in _rows(subject, row, mine, classes)]
         tables.append(Table(at=at, table=rows, runs=mine, verdict=verdict([d for d in mine if d.row == judged])))
-    total, on, classes = found[0].test.total, f"{found[0].test.total:,} {found[0].evaluated_on}", dataset.facts.classes
-    scored: dict[str, Any] = {"evaluated_on": on, "total": total, "classes": classes}
-    return Summary(**dict(subject), **scored, judged=judged, points=tables, made=made)
+    scored = {"evaluated_on": found[0].on, "total": found[0].test.total, "classes": classes}
+    return Summary.model_validate(dict(subject) | scored | {"judged": judged, "points": tables, "made": made})
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one table."""
-
-    subject: Subject
-    found: Sequence[Document]
-    scores: dict[str, Evaluation]
-    classes: list[str]
-
-    def rows(self) -> list[TableRow]:
-        rows = []
-        for row in self.subject.rows:
-            mine = [d for d in self.found if d.row == row.name]
-            if mine:
-                rows.append(self._row(row, row.name, mine, [d.test for d in mine]))
-            for bias in BIASES if mine and row.kind == "omission" else ():
-                rows.append(self._row(row, bias_row(row.name, bias), mine, [d.bias[bias] for d in mine]))
-        return rows
-
-    def _row(self, row: Row, name: str, mine: Sequence[Document], counted: Sequence[Counted | Correction]) -> TableRow:
+def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Sequence[str]) -> Iterator[TableRow]:
+    """The row of those of a kind and, of students without some classes, one for each bias correction."""
+    found = [d for d in documents if d.row == row.name]
+    stages: dict[str, list[Counted | Correction]] = {row.name: [d.test for d in found]} if found else {}
+    stages |= {bias_row(row.name, bias): [d.bias[bias] for d in found] for bias in (found[0].bias if found else ())}
+    for name, counted in stages.items():
         more: dict[str, Any] = {}
-        if omitted := [self.classes.index(c) for c in mine[0].omitted]:
+        if omitted := [classes.index(c) for c in found[0].omitted]:
             more["unseen"] = statistics.mean(sum(c.per_class_errors[k] for k in omitted) for c in counted)
-        if epochs := [d.last_epoch for d in mine if d.last_epoch]:
-            more |= {"train_errors": statistics.mean(e.train_errors for e in epochs), "samples": mine[0].samples}
         if name == row.name:
-            scores = [self.scores[d.run] for d in mine]
-            more |= {"nll": statistics.mean(s.nll for s in scores), "ece": statistics.mean(s.ece for s in scores)}
-            more["multiply_adds"] = scores[0].cost.multiply_adds
-        more |= {"expect": self.subject.expect.get(name), "paper": self.subject.paper.get(name, [])}
-        return TableRow(row=name, kind=row.kind, n=len(counted), **dict(spread([c.errors for c in counted])), **more)
+            more |= {key: statistics.mean(getattr(d.quality, key) for d in found) for key in ("nll", "ece")}
+            more |= {"multiply_adds": found[0].cost and found[0].cost.multiply_adds, "samples": found[0].samples}
+            if epochs := [d.last_epoch for d in found if d.last_epoch]:
+                more["train_errors"] = statistics.mean(e.train_errors for e in epochs)
+        more |= {"expect": subject.expect.get(name), "paper": subject.paper.get(name, [])}
+        yield TableRow(row=name, kind=row.kind, **dict(spread([c.errors for c in counted])), **more)
 
 
 def made(jobs: Sequence[Job], places: Places) -> Made:
     """How the runs of some jobs were made: command lines, commits, devices, versions, seconds of training."""
-    runs = {job.spec.name: Run(places.runs_dir, job.spec) for job in jobs}
-    records = [run.environment() for run in runs.values()]
-    here = environment(places.device, places.threads)
-
-    def seen(key: str) -> list[str]:
-        return sorted({str(record.get(key, "unknown")) for record in records})
-
-    return Made(
-        command_line=here["command_line"],
-        commits=seen("git_commit"),
-        devices=[f"{device}, {here['cores']} cores" if device == "cpu" else device for device in seen("device")],
-        versions=f"torch {', '.join(seen('torch'))}, Python {', '.join(seen('python'))}",
-        date=here["started"][:10],
-        seconds=sum(run.result().seconds for run in runs.values() if run.spec.command != "ensemble"),
-    )
-
-
-# Scores from the weights.
-
-
-@code.quiet()
-def evaluate(jobs: Sequence[Job], dataset: Dataset, places: Places) -> list[Evaluation]:
-    """Each run of some jobs, scored from its weights on the test images and held against its teacher."""
-    device = torch.device(places.device)
-    test = dataset.test.to(device)
-
-    @cache
-    def log_p(name: str) -> Tensor | None:
-        """log p [N, C] of a run; None where it, or a member of it, is not there."""
-        if not (places.runs_dir / name).is_dir():
-            return None
-        run = places.open(name)
-        if run.finished() is None or orphaned(run):
-            return None
-        return losses.average(torch.stack([predict(net, test) for net in nets(run, device)]), 1.0, run.spec.average)
-
-    return [_evaluation(Run(places.runs_dir, job.spec), job.teacher, log_p, test, places) for job in distinct(jobs)]
-
-
-def _evaluation(
-    run: Run, beside: str | None, log_p: Callable[[str], Tensor | None], test: Split, places: Places
-) -> Evaluation:
-    result, own, teacher = run.result("evaluated"), log_p(run.name), log_p(beside) if beside else None
-    assert own is not None
-    price, follows = cost(run, test), None
-    if beside and teacher is not None:
-        agreement, kl = score.follows(own, teacher)
-        of_teacher = places.open(beside)
-        right = [1 - r.test.errors / r.test.total for r in (result, of_teacher.result())]
-        follows = Follows(
-            run=beside,
-            agreement=agreement,
-            kl_from_teacher=kl,
-            accuracy_kept=right[0] / right[1] if right[1] else None,
-            multiply_adds_kept=price.multiply_adds / cost(of_teacher).multiply_adds,
-        )
-    scored = {"test": score.count_errors(own, test.labels), **score.quality(own, test.labels)._asdict()}
-    where = f"{places.device.partition(':')[0]}, {torch.get_num_threads()} thread(s)"
-    return Evaluation(**dict(result) | scored, teacher=follows, measured_on=where, cost=price)
+    runs, here = [Run(places.runs_dir, job.spec) for job in distinct(jobs)], environment(places.device, places.threads)
+    records, kept = [run.environment() for run in runs], ("git_commit", "device", "torch", "python")
+    seen = {key: sorted({str(record.get(key, "unknown")) for record in records}) for key in kept}
+    seconds = sum(run.result().seconds for run in runs if run.spec.command != "ensemble")
+    now = {"command_line": here["command_line"], "date": here["started"][:10], "cores": here["cores"]}
+    return Made.model_validate(now | {"seconds": seconds} | seen)
 
 
 def cost(run: Run, test: Split | None = None) -> Cost:
@@ -386,14 +288,12 @@ def cost(run: Run, test: Split | None = None) -> Cost:
     device = test.labels.device if test else torch.device("cpu")
     own = nets(run, device)
     weights = [p for net in own for p in net.parameters()]
-    latencies = {}
-    for n in (1, 128) if test else ():
-        assert test
-        x = test.inputs(torch.arange(min(n, len(test)), device=device))
-        latencies[str(n)] = score.latency(lambda x: torch.stack([net(x) for net in own]), x)
+    batches = [test.inputs(torch.arange(n, device=device)) for n in (1, min(128, len(test)))] if test else []
+    times = [score.latency(lambda x: torch.stack([net(x) for net in own]), batch) for batch in batches]
     return Cost(
         parameters=sum(p.numel() for p in weights),
         multiply_adds=sum(multiply_adds(net, run.spec.dataset.shape) for net in own),
         weight_bytes=sum(p.numel() * p.element_size() for p in weights),
-        latency_ms=latencies,
+        measured_on=f"{device.type}, {torch.get_num_threads()} thread(s)",
+        latency_ms=dict(zip(("1", "128"), times, strict=False)),
     )

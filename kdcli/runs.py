@@ -175,6 +175,11 @@ class Result(Section):
     sha256: dict[str, str] = {}
     checksum: str = ""  # of this document without this key
 
+    @property
+    def on(self) -> str:
+        """What the errors were counted on: `10,000 test images`."""
+        return f"{self.test.total:,} {self.evaluated_on}"
+
 
 class Unfinished(Section):
     """What result.json says while there is no result."""

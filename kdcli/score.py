@@ -1,9 +1,6 @@
 """What is counted and measured on predictions, and the bias correction for classes a student never saw."""
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +24,10 @@ def errors_of_guessing(labels: Tensor) -> int:
     return len(labels) - int(torch.bincount(labels).max())
 
 
-class Quality(NamedTuple):
+class Quality(Section):
     """Of log-probabilities: the confusion matrix (rows: label, columns: prediction); NLL in nats a sample; the Brier
-    score (1950), squared distance to the one-hot label, summed over classes, 0 to 2; ece: see `calibration_error`."""
+    score (1950), squared distance to the one-hot label, summed over classes, 0 to 2; the expected calibration error
+    (Guo et al., arXiv:1706.04599, eq. 3), mean |accuracy - confidence| over the bins, weighted by their samples."""
 
     confusion: list[list[int]]
     nll: float
@@ -42,19 +40,26 @@ def quality(log_p: Tensor, labels: Tensor) -> Quality:
     classes = log_p.shape[1]
     pairs = torch.bincount(labels * classes + log_p.argmax(1), minlength=classes**2)
     return Quality(
-        pairs.view(classes, classes).tolist(),
-        float(F.nll_loss(log_p, labels)),
-        float((log_p.exp() - F.one_hot(labels, classes)).square().sum(1).mean()),
-        calibration_error(log_p, labels),
+        confusion=pairs.view(classes, classes).tolist(),
+        nll=float(F.nll_loss(log_p, labels)),
+        brier=float((log_p.exp() - F.one_hot(labels, classes)).square().sum(1).mean()),
+        ece=sum(n * abs(right - confidence) for n, confidence, right in calibration(log_p, labels)) / len(labels),
     )
 
 
-def calibration_error(log_p: Tensor, labels: Tensor) -> float:
-    """The expected calibration error (Guo et al., arXiv:1706.04599, eq. 3): mean |accuracy - confidence| over equal
-    intervals of the top class's probability, weighted by their samples."""
+def calibration(log_p: Tensor, labels: Tensor) -> list[tuple[int, float, float]]:
+    """Of each of the equal intervals of the top class's probability that hold samples: how many, their mean confidence,
+    and the share of them that is right."""
     confidence, predicted = log_p.double().exp().max(1)
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS)
-    return float(torch.bincount(bins, (predicted == labels).double() - confidence).abs().sum() / len(labels))
+    bins, right = (confidence * BINS).ceil().long().clamp(1, BINS), (predicted == labels).double()
+    mine = [bins == b for b in bins.unique().tolist()]
+    return [(int(of.sum()), float(confidence[of].mean()), float(right[of].mean())) for of in mine]
+
+
+def discordant(log_p: Tensor, other_log_p: Tensor, labels: Tensor) -> tuple[int, int]:
+    """How many samples only the one gets right, and how many only the other; both log-probabilities [N, C]."""
+    one, other = (log_p.argmax(1) == labels for log_p in (log_p, other_log_p))
+    return int((one & ~other).sum()), int((other & ~one).sum())
 
 
 def follows(log_p: Tensor, teacher_log_p: Tensor) -> tuple[float, float]:
@@ -103,23 +108,18 @@ def prior_shift(logits: Tensor, omitted: Sequence[int], share: float) -> float:
 
 
 class Latency(Section):
-    """Milliseconds of a batch, median and 95th percentile, and the images a second at the median."""
+    """Milliseconds of a batch, the median, and the images a second at that."""
 
     p50: float
-    p95: float
     images_per_s: int
 
 
 def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float = 0.05) -> Latency:
-    """The time of `forward` on one batch, over at least 20 calls and about `seconds` after a warm-up."""
-    wait: Callable[[], object] = torch.cuda.synchronize if inputs.is_cuda else lambda: None
-    times: list[float] = []
+    """The time of `forward` on one batch, over about so many seconds after a warm-up."""
+    from torch.utils.benchmark import Timer
+
+    names = {"forward": forward, "inputs": inputs}
+    timer = Timer("forward(inputs)", globals=names, num_threads=torch.get_num_threads())
     with torch.inference_mode():
-        while len(times) < 23 or sum(times[3:]) < seconds:
-            wait()
-            start = time.perf_counter()
-            forward(inputs)
-            wait()
-            times.append(time.perf_counter() - start)
-    p50, p95 = (q * 1e3 for q in statistics.quantiles(times[3:], n=20)[9::9])
-    return Latency(p50=round(p50, 4), p95=round(p95, 4), images_per_s=round(len(inputs) / p50 * 1e3))
+        p50 = 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+    return Latency(p50=round(p50, 4), images_per_s=round(len(inputs) / p50 * 1e3))

@@ -12,20 +12,25 @@ from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kdcli.config import Omission
+from kdcli.config import bias_row
 from kdcli.runs import Correction, Counted, Epoch, Listed
 from kdcli.verdict import Spread, Verdict, against
 
 if TYPE_CHECKING:  # they need torch, which `kd runs` does without
     from kdcli import compare, plan, predict, results
-    from kdcli.results import Document, Evaluation, Summary
+    from kdcli.results import Document, Summary
 
 Parts = Iterator["Table | str"]  # what is printed, one below the other
 WIDE = 12  # of more classes than these none has a column of its own
-WORST, PAIRS = 3, 10  # so many classes, and pairs that are taken for each other, are named instead
-MATRICES = 4  # confusion matrices are shown for so many runs at most
+WORST = 3  # classes are shown instead in the terminal
+PAIRS = 20  # of classes that are taken for each other, or look alike, are shown instead of a matrix
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
+PAPER_LEGEND = (
+    "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it out, not "
+    "distinguishable where it does not; of a single net lower, higher or the same. The intervals do not cover the "
+    "sampling of the test set."
+)
 BIAS_LEGEND = (
     "Bias chosen by test: on the test set, as the paper did; heldout: on training images outside the transfer set; "
     "prior: on the unlabelled training images, from the known shares of the classes."
@@ -95,26 +100,57 @@ class Table(NamedTuple):
         yield table
 
 
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table without the columns that would be empty."""
+    kept = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in rows)]
+    return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
 def tables(command: str, documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
     """What a training command has to show for its runs; of the runs that those are made from, the warnings alone."""
+    from kdcli.results import verdict
+
     mine = [d for d in documents if d.command == command]
-    if command == "omit-classes":
-        yield from _omissions(mine, classes)
-    else:
-        yield from {"train-teacher": _trained, "ensemble": _ensembles, "distill": _distilled}[command](mine)
+    rows = [row for d in mine for row in _lines(d, classes)]
+    if len(mine) > 1 and len({d.row for d in mine}) == 1:
+        counts = {"teacher": [d.teacher.errors for d in mine if d.teacher], "errors": [d.test.errors for d in mine]}
+        counts["baseline"] = [d.baseline.errors for d in mine if d.baseline]
+        rows.append({"run": "mean"} | {key: f"{statistics.mean(of):g}" for key, of in counts.items() if of})
+    columns = ["run", "teacher", "baseline", "errors", "rate", "fewer than the best", "than the mean", "b", "unseen"]
+    yield table(f"Errors on {mine[0].on}", columns, [[row.get(key, "") for key in columns] for row in rows])
+    if found := verdict(mine):
+        yield found.sentence()
+    if any(d.bias for d in mine):
+        yield f"b: added to the logits of the unseen classes. {BIAS_LEGEND}"
     yield from notes(documents)
+
+
+def _lines(d: "Document", classes: Sequence[str]) -> Iterator[dict[str, str]]:
+    """A run; the members of an ensemble before it, and after it both averages, or the bias corrections."""
+    yield from ({"run": member.run, "errors": str(member.errors)} for member in d.members)
+    stages: dict[str, Counted | Correction] = {d.run: d.test}
+    stages |= {f"{how} average": counted for how, counted in d.averages.items()}
+    stages |= {bias_row(d.row, bias): corrected for bias, corrected in d.bias.items()}
+    for name, c in stages.items():
+        line = {"run": name, "errors": str(c.errors), "rate": _rate(c.errors, d.test.total)}
+        if name == d.run:
+            line |= {key: str(of.errors) for key, of in (("teacher", d.teacher), ("baseline", d.baseline)) if of}
+        if members := [member.errors for member in d.members]:
+            line["fewer than the best"] = f"{min(members) - c.errors:+d}"
+            line["than the mean"] = f"{statistics.mean(members) - c.errors:+.1f}"
+        if d.omitted:
+            line["unseen"] = str(sum(c.per_class_errors[classes.index(name)] for name in d.omitted))
+        if isinstance(c, Correction):
+            line["b"] = f"{c.shift:+.2f}"
+        yield line
 
 
 def notes(documents: Sequence["Document"]) -> list[str]:
     """Trainings that learned nothing, and nets of several seeds that learn from the same teacher."""
-    taught = {called(d): [o.teacher.run for o in documents if o.row == d.row and o.teacher] for d in documents}
+    taught = {called(d): [tuple(o.parents) for o in documents if o.row == d.row and o.parents] for d in documents}
     shared = [row for row, teachers in taught.items() if len(teachers) > 1 and len(set(teachers)) == 1]
     hides = "one teacher for all seeds: its interval leaves the variation of the teacher out."
     return [f"{d.run}: {d.warning}." for d in documents if d.warning] + [f"The {row} has {hides}" for row in shared]
-
-
-def _on(document: "Document | Evaluation") -> str:
-    return f"{document.test.total:,} {document.evaluated_on}"
 
 
 def _rate(errors: float, total: int) -> str:
@@ -125,93 +161,41 @@ def _spread(row: Spread) -> str:
     return f"{row.mean:g}" if row.std is None else f"{row.mean:.1f} ± {row.std:.1f}"
 
 
-def _trained(documents: Sequence["Document"]) -> Parts:
-    rows = [[d.run, str(d.test.errors), _rate(d.test.errors, d.test.total), f"{d.seconds:.0f} s"] for d in documents]
-    yield Table(f"Errors on {_on(documents[0])}", ("run", "errors", "rate", "trained in"), rows)
+def foremost(weights: Sequence[float], most: int = WIDE) -> list[int]:
+    """The classes to show: all; of too many for a column each, the `most` with the greatest weights."""
+    order = sorted(range(len(weights)), key=lambda c: -weights[c])
+    return order[:most] if len(weights) > WIDE else sorted(order)
 
 
-def _ensembles(documents: Sequence["Document"]) -> Parts:
-    columns = ("member", "errors", "fewer than the best", "than the mean")
-    for d in documents:
-        best, mean = min(m.errors for m in d.members), statistics.mean(m.errors for m in d.members)
-        rows = [[m.run, str(m.errors), "", ""] for m in d.members] + [["mean member", f"{mean:.1f}", "", ""]]
-        for how, counted in d.averages.items():
-            fewer = [f"{best - counted.errors:+d}", f"{mean - counted.errors:+.1f}"]
-            rows.append([f"{how} average", str(counted.errors), *fewer])
-        yield Table(f"{d.run}: errors on {_on(d)}", columns, rows)
+def largest(matrix: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
+    """The largest positive values off the diagonal of a matrix [C, C], largest first: row, column, value."""
+    off = [(i, j, v) for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j and v > 0]
+    return sorted(off, key=lambda cell: -cell[2])[:PAIRS]
 
 
-def _distilled(documents: Sequence["Document"]) -> Parts:
-    from kdcli.results import verdict
-
-    counts: list[list[float]] = [[*(b.errors for b in (d.teacher, d.baseline) if b), d.test.errors] for d in documents]
-    if len(documents) > 1:
-        counts.append([statistics.mean(column) for column in zip(*counts, strict=True)])
-    names, total = [*(d.run for d in documents), "mean"], documents[0].test.total
-    rows = [[name, *(f"{n:g}" for n in row), _rate(row[-1], total)] for name, row in zip(names, counts, strict=False)]
-    columns = ("run", "teacher", *(["baseline"] if documents[0].baseline else []), "student", "rate")
-    yield Table(f"Errors on {_on(documents[0])}", columns, rows)
-    if found := verdict(documents):
-        yield found.sentence()
+def short(name: str, most: int = 18) -> str:
+    """A name without its middle where it is long."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
-def _by_class(errors: Sequence[int], classes: Sequence[str]) -> dict[str, str]:
-    """Columns and their cells: one a class; of many classes one alone, for the worst."""
-    if len(classes) <= WIDE:
-        return {name: str(count) for name, count in zip(classes, errors, strict=True)}
-    worst = sorted(zip(errors, classes, strict=True), key=lambda pair: -pair[0])[:WORST]
-    return {"worst classes": ", ".join(f"{name}: {count}" for count, name in worst if count)}
-
-
-def _omissions(documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
-    for d in documents:
-        keeps = d.row != Omission(omit=d.omitted).label  # then b is what the kept biases gain: the same predictions
-        stages: dict[str, Counted | Correction] = {"before": d.test, **d.bias}
-        rows, cells = [], {}
-        for name, stage in stages.items():
-            shift = f"{-stage.shift if keeps else stage.shift:+.2f}" if isinstance(stage, Correction) else ""
-            unseen = sum(stage.per_class_errors[classes.index(c)] for c in d.omitted)
-            cells = _by_class(stage.per_class_errors, classes)
-            rows.append([name, shift, str(stage.errors), str(unseen), *cells.values()])
-        moved = ", ".join(c for c in classes if (c in d.omitted) != keeps)
-        title = f"{d.run}\n{d.row}: errors on {_on(d)}; b is added to the bias of {moved}"
-        yield Table(title, ("bias", "b", "all", "unseen", *cells), rows)
-    yield BIAS_LEGEND
-
-
-def evaluations(document: "results.Evaluations") -> Parts:
+def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
     """What `kd evaluate` shows."""
-    first, scores, costs, times, by_class = document.runs[0], [], [], [], []
-    for e in document.runs:
-        run, t, one, many = e.run.partition("/")[2], e.teacher, e.cost.latency_ms["1"], e.cost.latency_ms["128"]
-        follows = [_rate(t.agreement, 1), f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
-        kept = f"{_rate(t.accuracy_kept, 1)} at {100 * t.multiply_adds_kept:.2g} %" if t and t.accuracy_kept else ""
-        scores.append([run, str(e.test.errors), *(f"{x:.4f}" for x in (e.nll, e.brier, e.ece)), *follows])
-        costs.append([run, *(f"{n:,}" for n in (e.cost.parameters, e.cost.multiply_adds, e.cost.weight_bytes)), kept])
-        times.append([run, *(f"{ms:.3f}" for ms in (one.p50, one.p95, many.p50, many.p95)), f"{many.images_per_s:,}"])
-        cells = _by_class(e.test.per_class_errors, document.classes)
-        by_class.append([run, *cells.values()])
-    title = f"{first.experiment}: errors on {_on(first)}; agreement with and KL from the teacher"
-    yield Table(title, ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"), scores)
-    title = "Cost of one image; accuracy kept of the teacher's, at which share of its multiply-adds"
-    yield Table(title, ("run", "parameters", "mult-adds", "bytes", "kept"), costs)
-    title = f"Milliseconds a batch of 1 and of 128 on this machine ({first.measured_on})"
-    yield Table(title, ("run", "1: p50", "p95", "128: p50", "p95", "images/s"), times)
-    yield Table("Errors per class", ("run", *cells), by_class)
-    if len(document.runs) > MATRICES:
-        yield "Confusion matrices: with --json, or for a few runs named with --run."
-    else:
-        yield from (_confusion(e, document.classes) for e in document.runs)
-
-
-def _confusion(evaluation: "Evaluation", classes: Sequence[str]) -> Table:
-    """Images by label and prediction; of many classes the pairs that are confused most."""
-    if len(classes) <= WIDE:
-        rows = [[label, *map(str, counts)] for label, counts in zip(classes, evaluation.confusion, strict=True)]
-        return Table(f"{evaluation.run}\nimages by label (row) and prediction (column)", ("", *classes), rows)
-    wrong = [(n, i, j) for i, counts in enumerate(evaluation.confusion) for j, n in enumerate(counts) if n and i != j]
-    rows = [[f"{classes[i]} → {classes[j]}", str(n)] for n, i, j in sorted(wrong, key=lambda w: -w[0])[:PAIRS]]
-    return Table(f"{evaluation.run}\nmost confused", ("label → prediction", "images"), rows)
+    scores, costs, by_class, on = [], [], [], ""
+    shown = foremost([sum(d.test.per_class_errors[c] for d in documents) for c in range(len(classes))], WORST)
+    for d in documents:
+        run, q, cost = d.run.partition("/")[2], d.quality, d.cost
+        follows = [_rate(d.teacher.agreement, 1), f"{d.teacher.kl_from_teacher:.4f}"] if d.teacher else ["", ""]
+        scores.append([run, str(d.test.errors), *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
+        by_class.append([run, *(str(d.test.per_class_errors[c]) for c in shown)])
+        if cost:
+            on, times = cost.measured_on, [f"{time.p50:.3f}" for time in cost.latency_ms.values()]
+            costs.append([run, f"{cost.parameters:,}", f"{cost.multiply_adds:,}", *times])
+    title = f"{documents[0].experiment}: errors on {documents[0].on}; agreement with and KL from the teacher"
+    yield table(title, ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"), scores)
+    title = f"Cost of one image, and milliseconds (median) for a batch of 1 and of 128 on this machine ({on})"
+    yield table(title, ("run", "parameters", "mult-adds", "1", "128"), costs)
+    title = "Errors per class" if len(shown) == len(classes) else "Errors in the worst classes"
+    yield Table(title, ("run", *(short(classes[c]) for c in shown)), by_class)
 
 
 def planned(runs: Sequence["plan.Planned"]) -> Table:
@@ -257,7 +241,9 @@ def compare_tables(document: "compare.Comparisons") -> Parts:
     yield Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)
     for c in document.comparisons:
         changed = "; ".join(f"{key} {_value(b)}, not {_value(a)}" for key, (a, b) in c.changed.items()) or "nothing"
-        said = c.sentence(c.group, first.group) if isinstance(c, Verdict) else c.why_not
+        said = "The groups share no seed: nothing to pair, so no verdict."
+        if c.verdict:
+            said = c.verdict.sentence(c.group, first.group)
         if c.seeds not in ([], first.seeds):
             said = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): {said}"
         yield f"{c.group} against {first.group}: {changed}.\n{said}\n"
@@ -295,10 +281,8 @@ def _bar(p: float) -> str:
 def final_table(summary: "Summary") -> Table:
     """The one table that `kd run` ends with: without the columns that would be empty."""
     over = f"mean ± std over {len(summary.seeds)} seeds" if len(summary.seeds) > 1 else f"seed {summary.seeds[0]}"
-    columns, rows = _grid_rows(summary) if summary.grid else _rows(summary)
-    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
     title = f"{summary.file}: errors on {summary.evaluated_on}, {over}"
-    return Table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    return table(title, *(_grid_rows(summary) if summary.grid else _rows(summary)))
 
 
 def _rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
@@ -378,14 +362,9 @@ def _table_remarks(summary: "Summary") -> Iterator[str]:
     elif not isinstance(own, str):  # the report of a run with nothing to hold it against
         errors, total = own.test.errors, own.test.total
         bias = f" With the bias chosen on held-out images: {own.bias['heldout'].errors}." if own.bias else ""
-        yield f"The {called(own)} makes {errors} errors on {_on(own)}, {_rate(errors, total)}.{bias}"
-    if words := {row[-1] for row in _rows(summary)[1]} - {""}:
-        single = "; of a single net lower, higher or the same" if words & {"lower", "higher", "the same"} else ""
-        yield (
-            "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it "
-            f"out, not distinguishable where it does not: our interval is as wide as it is{single}. The intervals do "
-            "not cover the sampling of the test set."
-        )
+        yield f"The {called(own)} makes {errors} errors on {own.on}, {_rate(errors, total)}.{bias}"
+    if any(row.paper for row in rows):
+        yield PAPER_LEGEND
     if any(row.unseen is not None for row in rows):
         brackets = "; in brackets, the paper's" if any(len(row.paper) > 1 for row in rows) else ""
         yield f"Unseen: the errors on classes missing from the transfer set{brackets}."
@@ -400,8 +379,8 @@ def called(row: "results.TableRow | Document") -> str:
 
 def missed(summary: "Summary") -> list[str]:
     """The expectations that were not met, a line each."""
-    rows = [row for point in summary.points for row in point.table if not row.met]
-    return [f"expect.{row.row}: {row.mean:.1f} errors, not {row.expect:g} or fewer" for row in rows]
+    rows = [(row, row.expect) for point in summary.points for row in point.table if row.expect is not None]
+    return [f"expect.{row.row}: {row.mean:.1f} errors, not {most:g} or fewer" for row, most in rows if row.mean > most]
 
 
 def markdown(summary: "Summary", pictures: Sequence[str]) -> str:
@@ -414,5 +393,6 @@ def made(summary: "Summary") -> str:
     """How, where and by what the runs were made."""
     m, minutes = summary.made, summary.made.seconds / 60
     spent = f"{m.seconds:.0f} seconds" if minutes < 1 else f"{minutes:.{0 if minutes > 10 else 1}f} minutes"
-    how = f"`{m.command_line}`; commit {', '.join(m.commits)}; {', '.join(m.devices)}, {m.versions}, {m.date}"
+    commits, devices, torch, python = map(", ".join, (m.git_commit, m.device, m.torch, m.python))
+    how = f"`{m.command_line}`; commit {commits}; {devices}, {m.cores} cores, torch {torch}, Python {python}, {m.date}"
     return f"{how}; {spent} of training in all."

@@ -27,17 +27,12 @@ class Work:
     jobs: list[Job]
     places: Places
 
-    @property
-    def shown(self) -> list[Job]:
-        """The jobs that have a place in a table: members have none."""
-        return [job for job in self.jobs if job.row.kind != "member"]
-
-    def summary(self) -> tuple[results.Summary, list[results.Evaluation]]:
-        """What the finished jobs say together, and the scores of each run."""
-        evaluations = results.evaluate(self.shown, self.dataset, self.places)
-        found = results.documents(self.shown, self.places, self.dataset.test.labels)
+    def summary(self) -> results.Summary:
+        """What the finished jobs say together; members have no place in the table."""
+        shown = [job for job in self.jobs if job.row.kind != "member"]
+        found = results.documents(shown, self.dataset, self.places, costs=True)
         made = results.made(self.jobs, self.places)
-        return results.summarise(self.subject, self.shown, found, evaluations, self.dataset, made), evaluations
+        return results.summarise(self.subject, shown, found, self.dataset.facts.classes, made)
 
 
 def prepare(

@@ -595,7 +595,8 @@ def test_removal_asks_first(kd: Shell, answer: str, stays: bool) -> None:
 
 def test_run_ends_with_one_table_and_a_verdict(trained: Shell) -> None:
     document = json.loads((trained.folder / "run.json").read_text())
-    rows = {row["row"]: row for row in document["table"]}
+    (point,) = document["points"]
+    rows = {row["row"]: row for row in point["table"]}
     assert list(rows) == [
         "teacher",
         "ensemble",
@@ -608,8 +609,8 @@ def test_run_ends_with_one_table_and_a_verdict(trained: Shell) -> None:
         "omit 3, heldout bias",
         "omit 3, prior bias",
     ]
-    assert document["verdict"]["verdict"] in ("helped", "hurt", "no evidence")
-    assert document["verdict"]["fewer_errors"] == rows["baseline"]["mean"] - rows["student"]["mean"]
+    assert point["verdict"]["verdict"] in ("helped", "hurt", "no evidence")
+    assert point["verdict"]["fewer_errors"] == rows["baseline"]["mean"] - rows["student"]["mean"]
     folder = trained.folder / "runs" / "tiny" / "report"
     assert json.loads((folder / "report.json").read_text()) == document
     for name in ("errors.png", "learning-curves.png", "omitted-classes.png"):
@@ -625,7 +626,7 @@ def test_asking_again_prints_the_finished_run(kd: Shell, trained: Shell) -> None
     assert "finished before" in again.err
     assert "epoch" not in again.err
     first = json.loads((trained.folder / "run.json").read_text())
-    assert again.json["table"] == first["table"]
+    assert again.json["points"][0]["table"] == first["points"][0]["table"]
     assert {path: path.stat().st_mtime_ns for path in (kd.folder / "runs").rglob("*.safetensors")} == before
 
 
@@ -658,7 +659,7 @@ def test_json_documents_hold_what_they_promise(kd: Shell) -> None:
     assert sum(teacher["test"]["per_class_errors"]) == teacher["test"]["errors"]
     student = here(kd, "distill", "tiny.yaml", "--json").json
     assert (student["row"], student["kind"]) == ("student", "student")
-    assert student["teacher"] == {"run": teacher["run"], "errors": teacher["test"]["errors"]}
+    assert (student["teacher"]["run"], student["teacher"]["errors"]) == (teacher["run"], teacher["test"]["errors"])
     assert student["baseline"]["run"].startswith("tiny/baseline/0-")
     assert (
         student["baseline"]["errors"] - student["test"]["errors"]
@@ -738,13 +739,13 @@ def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
     for run in document["runs"]:
         result = json.loads((kd.folder / "runs" / run["run"] / "result.json").read_text())
         assert run["test"] == result["test"]
-        assert sum(map(sum, run["confusion"])) == 500
+        assert sum(map(sum, run["quality"]["confusion"])) == 500
         assert run["cost"]["weight_bytes"] == 4 * run["cost"]["parameters"]
         assert ("teacher" in run) == (run["command"] in ("baseline", "distill", "omit-classes"))
     ensembles = [run["cost"]["parameters"] for run in document["runs"] if run["command"] == "ensemble"]
     assert sorted(ensembles) == [2 * 1210, 2 * 4810]
     text = kd_here(kd.folder, "evaluate", "tiny.yaml", "--run", document["runs"][0]["run"])
-    assert "label (row)" in text.out
+    assert "Errors per class" in text.out
 
 
 def test_evaluation_leaves_out_what_it_cannot_score_and_says_so(kd: Shell) -> None:

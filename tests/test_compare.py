@@ -25,14 +25,14 @@ def runs(folder: Path, command: str) -> list[str]:
 
 
 def test_two_single_runs_are_compared_by_mcnemars_test(trained: Shell) -> None:
-    student = json.loads((trained.folder / "run.json").read_text())["runs"]
+    student = json.loads((trained.folder / "run.json").read_text())["points"][0]["runs"]
     (document,) = (d for d in student if d.get("row") == "student")
     baseline = document["baseline"]
     found = json.loads(kd_here(trained.folder, "compare", baseline["run"], document["run"], "--json").out)
     (comparison,) = found["comparisons"]
     n = baseline["fixed"] + baseline["broken"]
-    assert comparison["p"] == pytest.approx(stats.binomtest(baseline["fixed"], n).pvalue)
-    assert comparison["fewer_errors"] == baseline["errors"] - document["test"]["errors"]
+    assert comparison["verdict"]["p"] == pytest.approx(stats.binomtest(baseline["fixed"], n).pvalue)
+    assert comparison["verdict"]["fewer_errors"] == baseline["errors"] - document["test"]["errors"]
     assert comparison["changed"]["command"] == ["baseline", "distill"]
     assert comparison["changed"]["teacher"] == [None, "train-teacher"]
     text = kd_here(trained.folder, "compare", baseline["run"], document["run"]).out
@@ -63,8 +63,8 @@ def test_groups_are_compared_over_the_seeds_they_share(grid: Shell) -> None:
     first = found["groups"][0]
     for group, comparison in zip(found["groups"][1:], found["comparisons"], strict=True):
         fewer = [a - b for a, b in zip(first["errors"], group["errors"], strict=True)]
-        assert comparison["fewer_errors"] == pytest.approx(sum(fewer) / 3)
-        assert comparison["p"] == pytest.approx(stats.ttest_1samp(fewer, 0).pvalue)
+        assert comparison["verdict"]["fewer_errors"] == pytest.approx(sum(fewer) / 3)
+        assert comparison["verdict"]["p"] == pytest.approx(stats.ttest_1samp(fewer, 0).pvalue)
     hidden = {json.dumps(c["changed"].get("model.hidden")) for c in found["comparisons"]}
     assert len(hidden) == 2  # the same width as A's, and the other
 
@@ -104,8 +104,8 @@ def test_students_of_two_teachers_count_a_seed_once(taught: Shell) -> None:
     assert sorted(seed[1] for seed in teachers if seed) == ["0", "1", "own"]
     for group, comparison in zip(students, found["comparisons"], strict=True):
         fewer = [a - b for a, b in zip(baselines["errors"], group["errors"], strict=True)]
-        assert (comparison["n"], comparison["seeds"]) == (2, [0, 1])
-        assert comparison["p"] == pytest.approx(stats.ttest_1samp(fewer, 0).pvalue)
+        assert (comparison["verdict"]["n"], comparison["seeds"]) == (2, [0, 1])
+        assert comparison["verdict"]["p"] == pytest.approx(stats.ttest_1samp(fewer, 0).pvalue)
     assert len({run for group in students for run in group["runs"]}) == 4
 
 
@@ -219,11 +219,12 @@ def test_rows_are_held_against_the_papers_figures(
     (tmp_path / "tiny.yaml").write_text(TINY + paper)
     monkeypatch.setattr("kdcli.page.pictures", lambda found: {})  # which take long
     document = kd_here(tmp_path, "run", "tiny.yaml", "--json").json
-    rows: dict[str, dict[str, Any]] = {row["row"]: row for row in document["table"]}
+    (point,) = document["points"]
+    rows: dict[str, dict[str, Any]] = {row["row"]: row for row in point["table"]}
     assert {name: row["paper"] for name, row in rows.items() if row["paper"]} == {
         "student": [1], "baseline": [499], "teacher": [300], "omit 3": [499, 1],
     }  # fmt: skip
-    omitted = next(run for run in document["runs"] if run["row"] == "omit 3")
+    omitted = next(run for run in point["runs"] if run["row"] == "omit 3")
     assert rows["omit 3"]["unseen"] == omitted["test"]["per_class_errors"][3]
     out = kd_here(tmp_path, "run", "tiny.yaml").out
     words = {name: line.split()[-1] for line in out.splitlines() for name in rows if line.startswith(f" {name}  ")}

@@ -92,7 +92,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Own:
 
 def find(shell: Shell, row: str) -> Run:
     """The run of a row of the table."""
-    documents = json.loads((shell.folder / "run.json").read_text())["runs"]
+    documents = json.loads((shell.folder / "run.json").read_text())["points"][0]["runs"]
     return open_run(shell.folder / "runs", next(d["run"] for d in documents if d["row"] == row))
 
 

@@ -91,7 +91,7 @@ def test_evaluation_counts_the_same_errors(mnist: dict[str, dict[str, Any]]) -> 
     assert student["teacher"]["run"] == teacher["run"]
     assert student["teacher"]["agreement"] > 0.98
     assert student["cost"]["multiply_adds"] == 784 * 400 + 400 * 400 + 400 * 10
-    assert sum(map(sum, student["confusion"])) == 10_000
+    assert sum(map(sum, student["quality"]["confusion"])) == 10_000
 
 
 def test_a_training_imports_no_pictures(mnist_dir: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import OWN, OWN_DATA, OWN_NETS, Done, Shell, kd_here
 from PIL import Image
 from safetensors.torch import load_file
@@ -36,7 +35,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 @pytest.fixture(scope="module")
 def document(own: Shell) -> dict[str, Any]:
+    """What `kd run` prints, with the one table of an experiment without a grid at the top."""
     found: dict[str, Any] = json.loads((own.folder / "run.json").read_text())
+    found |= found["points"][0]
     return found
 
 
@@ -86,7 +87,7 @@ def test_the_page_names_the_classes_and_shows_the_images_as_they_are(own: Shell)
     assert len(shown) > 10
     assert {(image.size, image.mode) for image in shown} == {((9, 6), "RGB")}
     pictures = {path.name for path in (own.folder / "runs/own/report").glob("*.png")}
-    assert {"taught-omit-dog.png", "soft-targets.png", "dark-knowledge.png", "omitted-classes.png"} <= pictures
+    assert {"dark-knowledge.png", "omitted-classes.png"} <= pictures
 
 
 def test_evaluation_counts_parameters_and_multiply_adds_of_convolutions(own: Shell, document: dict[str, Any]) -> None:
@@ -96,23 +97,21 @@ def test_evaluation_counts_parameters_and_multiply_adds_of_convolutions(own: She
     assert found["classes"] == NAMES
     for run, width in zip(found["runs"], (16, 4), strict=True):
         assert run["test"] == json.loads((own.folder / "runs" / run["run"] / "result.json").read_text())["test"]
-        assert [len(row) for row in run["confusion"]] == [3, 3, 3]
+        assert [len(row) for row in run["quality"]["confusion"]] == [3, 3, 3]
         assert run["cost"]["multiply_adds"] == 27 * width * 6 * 9 + 4 * width * 3
         assert run["cost"]["parameters"] == 28 * width + 2 * width + 4 * width * 3 + 3
     assert found["runs"][1]["teacher"]["run"] == runs[0]
     text = kd_here(own.folder, *words).out
-    assert len(re.findall(r"^ +(?:run +)?cat +dog +owl *$", text, re.MULTILINE)) == 3  # errors by class, two matrices
+    assert re.search(r"^ +run +cat +dog +owl *$", text, re.MULTILINE)  # errors by class
 
 
-@pytest.mark.parametrize(
-    ("flag", "omitted", "moved"), [("--omit=cat", ["cat"], "cat"), ("--keep=owl", ["cat", "dog"], "owl")]
-)
-def test_classes_are_omitted_by_name(own: Shell, flag: str, omitted: list[str], moved: str) -> None:
+@pytest.mark.parametrize(("flag", "omitted"), [("--omit=cat", ["cat"]), ("--keep=owl", ["cat", "dog"])])
+def test_classes_are_omitted_by_name(own: Shell, flag: str, omitted: list[str]) -> None:
     found = kd_here(own.folder, "omit-classes", "own.yaml", flag, "--json", *SHORT).json
     assert (found["row"], found["omitted"]) == (flag[2:].replace("=", " "), omitted)
     text = kd_here(own.folder, "omit-classes", "own.yaml", flag, *SHORT).out
-    assert f"b is added to the bias of {moved}\n" in text
-    assert re.search(r"^ +bias +b +all +unseen +cat +dog +owl *$", text, re.MULTILINE)
+    assert re.search(r"^ +run +teacher +errors +rate +b +unseen *$", text, re.MULTILINE)
+    assert len(re.findall(r" (?:test|heldout|prior) bias +\d+ +[\d.]+ % +[+-][\d.]+ +\d+ *$", text, re.MULTILINE)) == 3
 
 
 @pytest.mark.parametrize(
@@ -356,7 +355,7 @@ def test_many_classes_have_no_column_each_in_the_report(hundred: Shell) -> None:
 
 
 def test_many_classes_have_no_bar_or_cell_each_in_the_pictures(hundred: Shell, drawn: list[Drawn]) -> None:
-    assert len(drawn) == len(list((hundred.folder / "runs/hundred/report").glob("*.png"))) == 9
+    assert len(drawn) == len(list((hundred.folder / "runs/hundred/report").glob("*.png"))) == 6
     for figure in drawn:
         assert max([0, *figure.bars]) <= 24  # 12 before and after
         assert max([0, *figure.names, *figure.texts]) <= 24
@@ -367,19 +366,11 @@ def test_many_classes_have_no_bar_or_cell_each_in_the_pictures(hundred: Shell, d
 def test_many_classes_have_no_column_each_in_the_terminal(hundred: Shell) -> None:
     found = json.loads((hundred.folder / "run.json").read_text())
     assert len(found["classes"]) == 100
-    student = run_of(found, "student")
-    matrix = torch.tensor(
-        kd_here(hundred.folder, "evaluate", "hundred.yaml", "--run", student, "--json").json["runs"][0]["confusion"]
-    )
-    assert matrix.shape == (100, 100)
+    student = run_of(found["points"][0], "student")
     out = kd_here(hundred.folder, "evaluate", "hundred.yaml", "--run", student).out
-    assert "worst classes" in out
-    pairs = re.findall(r"^ kind (\d+) → kind (\d+) +(\d+) *$", out, re.MULTILINE)
-    wrong = matrix.fill_diagonal_(0)
-    assert [int(n) for _, _, n in pairs] == wrong.flatten().topk(10).values.tolist()
-    assert all(int(wrong[int(i), int(j)]) == int(n) for i, j, n in pairs)
+    assert re.search(r"^ run +kind \d+ +kind \d+ +kind \d+ *$", out, re.MULTILINE)
     omitted = kd_here(hundred.folder, "omit-classes", "hundred.yaml", "--jobs", "1").out
-    assert omitted.count("worst classes") == 2
+    assert max(len(line) for line in omitted.splitlines() if line.startswith(" ")) <= 80
     asked = kd_here(hundred.folder, "predict", student, "--test-image", "5").out
     assert len(re.findall(r"^ kind \d+", asked, re.MULTILINE)) <= 4
 
@@ -387,6 +378,6 @@ def test_many_classes_have_no_column_each_in_the_terminal(hundred: Shell) -> Non
 def test_many_classes_are_held_out_in_their_shares(hundred: Shell) -> None:
     found = json.loads((hundred.folder / "run.json").read_text())
     held = math.ceil(1200 / 10)  # left out in the file: a tenth
-    samples = {run["row"]: run["samples"] for run in found["runs"]}
+    samples = {run["row"]: run["samples"] for run in found["points"][0]["runs"]}
     assert samples["student"] == 1200
     assert samples["omit kind 3"] == pytest.approx(1200 - held - 12 + 1, abs=1)

@@ -45,7 +45,7 @@ def test_calibration_error_by_hand() -> None:
     """Two bins: four samples at confidence 0.75 of which half are right, two sure and right: 4/6 * 0.25."""
     p = torch.tensor([[0.75, 0.25]] * 4 + [[1.0, 0.0]] * 2)
     labels = torch.tensor([0, 0, 1, 1, 0, 0])
-    assert score.calibration_error(p.log().clamp(-100), labels) == pytest.approx(4 / 6 * 0.25)
+    assert score.quality(p.log().clamp(-100), labels).ece == pytest.approx(4 / 6 * 0.25)
 
 
 def test_comparison_with_a_teacher() -> None:
@@ -64,7 +64,7 @@ def test_latency_is_the_time_of_a_batch() -> None:
         return x
 
     found = score.latency(forward, torch.zeros(8, 3), seconds=0)
-    assert 2 <= found.p50 <= found.p95
+    assert 2 <= found.p50 < 20
     assert found.images_per_s == pytest.approx(8 / found.p50 * 1e3, rel=0.01)
 
 

@@ -4,7 +4,8 @@ from scipy import stats
 from kdcli import results
 from kdcli.results import Against, Document
 from kdcli.runs import Counted
-from kdcli.verdict import Verdict, against, mean_interval, paired, seeds_to_settle, spread
+from kdcli.score import Quality
+from kdcli.verdict import Verdict, against, paired, seeds_to_settle, spread
 
 
 def judged(*pairs: tuple[int, int]) -> Verdict:
@@ -85,10 +86,10 @@ def test_nothing_settles_an_effect_of_nothing() -> None:
 def test_the_interval_is_scipys() -> None:
     errors = [97, 103, 99, 110, 94]
     wanted = stats.t.interval(0.95, 4, sum(errors) / 5, stats.sem(errors))
-    assert mean_interval(errors) == pytest.approx(wanted)
-    assert mean_interval([5]) is None
     found = spread(errors)
-    assert (found.errors, found.mean, found.interval) == (errors, sum(errors) / 5, mean_interval(errors))
+    assert (found.errors, found.mean) == (errors, sum(errors) / 5)
+    assert found.interval == pytest.approx(wanted)
+    assert spread([5, 5]).interval is None
     assert found.std == pytest.approx(stats.tstd(errors))
     assert spread([5]) == spread([5]).model_copy(update={"mean": 5, "std": None, "interval": None})
 
@@ -123,6 +124,7 @@ def test_students_are_judged_against_the_baselines_of_their_seeds() -> None:
         counted = Counted(errors=errors, total=500, per_class_errors=[errors])
         about = {"command": "distill", "experiment": "x", "run": "r", "seed": 0, "seconds": 1.0, "evaluated_on": "test"}
         whole = about | {"row": "student", "kind": "student", "test": counted, "baseline": beside}
+        whole["quality"] = Quality(confusion=[], nll=0, brier=0, ece=0)
         return Document.model_validate(whole)
 
     found = results.verdict([document(74, 146), document(80, 140), document(60, None)])
