@@ -105,7 +105,10 @@ class Call:
         from kdcli.work import prepare
 
         places, named = self.places(), self.teacher
-        return prepare(self.command, self.experiment, self.overrides, places, named, self.baseline, self.dry_run)
+        work = prepare(self.command, self.experiment, self.overrides, places, named, self.baseline, self.dry_run)
+        for line in work.dataset.notes:
+            self.display.note(line)
+        return work
 
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished."""
@@ -176,14 +179,21 @@ class Call:
         """Show the resolved experiment, the device, and what would be trained; write nothing."""
         import yaml
 
-        from kdcli.plan import describe
+        from kdcli.engine import share
+        from kdcli.estimate import seconds
+        from kdcli.plan import describe, unfinished
 
-        resolved, device = self.load().model_dump(exclude_none=True), work.places.device
+        experiment, missing = self.load(), [run.spec for run in unfinished(work.jobs, work.places)]
+        resolved, device = experiment.model_dump(exclude_none=True), work.places.device
         runs = describe(work.jobs, work.dataset, work.places.runs_dir)
+        places, at_once = share(missing, work.places, experiment.threads, self.jobs)
+        spent = sum(seconds(missing, [job.spec for job in work.planned], work.dataset, places).values()) / at_once
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=80)
         text += f"# device: {device}, threads: {work.places.threads}"
         document = {"command": self.command, "dry_run": True, "device": device, "runs": runs, "resolved": resolved}
-        self.present(document, text, show.planned(runs), "# --dry-run: nothing was written")
+        document["seconds"] = round(spent)
+        time = f"# about {show.duration(spent)} on this machine, {at_once} at once" if missing else "# nothing to train"
+        self.present(document, text, show.planned(runs), time, "# --dry-run: nothing was written")
 
     def present(self, document: Section | dict[str, Any], *parts: show.Table | str) -> None:
         """The document as JSON, or tables and lines for a person, on stdout."""
@@ -423,6 +433,29 @@ def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> Non
         return note("nothing was removed")
     remove(sorted(folders, key=lambda folder: folder.parent.name in TEACHERS))
     note(f"removed {show.number_of_runs(len(chosen))}")
+
+
+@command("init", ("device", "debug"))
+def init(
+    call: Call,
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="Of images: train/CLASS/… and test/CLASS/…, or CLASS/….")],
+    teacher: Annotated[str, Option(help="The large net: a name, as in model.name.")] = "resnet20",
+    student: Annotated[str, Option(help="The small net.")] = "resnet8",
+) -> None:
+    """Print an experiment file for a folder of images: kd init photos > photos.yaml."""
+    from kdcli.init import experiment_file
+
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: there is no such folder")
+    print(experiment_file(folder, teacher, student, call.places()), end="")
+
+
+@command("schema", ("debug",))
+def schema(call: Call) -> None:
+    """Print the JSON schema of experiment files, with which editors complete and check them."""
+    import json
+
+    print(json.dumps(Experiment.model_json_schema(), indent=1))
 
 
 @app.callback(invoke_without_command=True)

@@ -208,6 +208,10 @@ class Train(Section):
         if self.warmup >= self.epochs:
             yield "warmup", f"must be shorter than the {self.epochs} epochs, not {self.warmup:g}"
 
+    def steps(self, samples: int) -> int:
+        """Batches an epoch: a lone last sample joins the batch before, since BatchNorm cannot be trained on one."""
+        return max(samples // self.batch_size + (samples % self.batch_size > 1), 1)
+
     @property
     def augmented(self) -> bool:
         """Whether a net never sees an image twice as it is: its teacher must see what it sees."""
@@ -242,6 +246,7 @@ class Baseline(Section):
 class Distill(Section):
     """The loss of a student: lambda1 * T^2 * KL(teacher || student), softened by T, + lambda2 * cross-entropy."""
 
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("lambda2"))
     teacher: Literal["teacher", "ensemble"] = "teacher"
     T: float = Field(ge=1e-3, le=1e4, description="temperature")
     lambda1: float = Field(ge=0, le=1e6, description="weight of the soft targets")
@@ -265,7 +270,8 @@ class Distill(Section):
             yield "lambda1", "and lambda2 are both 0: the student would learn nothing"
 
 
-ClassName = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]  # 3 is "3"
+Word = BeforeValidator(lambda name: str(name) if type(name) is int else name, json_schema_input_type=str | int)
+ClassName = Annotated[str, Word]  # 3 is "3"
 
 
 class Omission(Section):
@@ -304,7 +310,9 @@ class Row(NamedTuple):
 
 
 Count = Annotated[float, Field(ge=0)]
-OneOrMore = BeforeValidator(lambda given: given if isinstance(given, list) else [given])
+OneOrMore = BeforeValidator(
+    lambda given: given if isinstance(given, list) else [given], json_schema_input_type=float | list[float]
+)
 Paper = Annotated[list[Count], OneOrMore, Field(min_length=1, max_length=2)]
 Values = Annotated[list[Any], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

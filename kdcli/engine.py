@@ -8,7 +8,7 @@ directories.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -54,10 +54,15 @@ def obtain(
     if finished:
         more = f" and {len(finished) - 1} more" if len(finished) > 1 else ""
         note(f"{finished[0].name}{more}: finished before")
-    at_once = at_once or os.cpu_count() or 1
-    if sum(spec.train is not None for spec in missing.values()) < 2 or places.device != "cpu":
+    run_all(missing, *share(missing.values(), places, threads, at_once), tell, note)
+
+
+def share(missing: Iterable[Spec], places: Places, threads: int | None, at_once: int | None) -> tuple[Places, int]:
+    """How some runs are trained: with what each, and how many at once; on a GPU one, unless more are asked for."""
+    at_once = at_once or (os.cpu_count() or 1 if places.device == "cpu" else 1)
+    if sum(spec.train is not None for spec in missing) < 2:
         at_once = 1  # to combine members is not worth a process
-    run_all(missing, places if at_once == 1 else places._replace(threads=threads or 1), at_once, tell, note)
+    return (places if at_once == 1 else places._replace(threads=threads or 1)), at_once
 
 
 def run_all(waiting: dict[str, Spec], places: Places, at_once: int, tell: Tell, note: Note) -> None:

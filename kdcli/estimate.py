@@ -1,6 +1,5 @@
 """How long trainings take on this machine, from a few timed steps of each kind."""
 
-import math
 import time
 from collections.abc import Sequence
 
@@ -32,8 +31,7 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
             timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
         a_step, an_image = timed[kind]
         n = len(dataset.transfer_set(spec.omitted, spec.data.transfer))
-        steps = math.ceil(n / train.batch_size)
-        found[spec.name] = train.epochs * (steps * a_step + len(dataset.test) * an_image)
+        found[spec.name] = train.epochs * (train.steps(n) * a_step + len(dataset.test) * an_image)
     return found
 
 
@@ -66,13 +64,3 @@ def _timed(
         predict(net, images)
         an_image = (time.perf_counter() - start) / len(images)
     return sorted(times[1:])[len(times) // 2 - 1], an_image
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a reader: `40 s`, `12 min`, `3 h 10 min`, `2.1 days`."""
-    if seconds < 60:
-        return f"{max(seconds, 1):.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 2 * 24 * 60 else f"{minutes / 1440:.1f} days"

@@ -123,7 +123,13 @@ def shades(matrix: Tensor) -> list[list[float]]:
 
 
 def pixels(split: Split, i: int) -> NDArray[np.uint8]:
-    """An image to look at, [H, W, 3]; one without three colours is the mean of its channels, dark on light."""
-    image = split.images(torch.tensor([i]))[0].float() * (255 / split.white)
+    """An image to look at, [H, W, 3]; one without three colours is the mean of its channels, dark on light. The row of
+    a table is a strip, a cell a column, the darker the further above the mean of its column."""
+    image = split.images(torch.tensor([i]))[0].float()
+    if image.shape[1:] == (1, 1):
+        columns = split.store[:, :, 0, 0].float()
+        z = (image[:, 0, 0] - columns.mean(0)) / columns.std(0).clamp_min(1e-9)
+        return np.asarray((255 * (0.5 - z / 6).clamp(0, 1)).round().byte()).reshape(1, -1, 1).repeat(3, 2)
+    image *= 255 / split.white
     shown = image if len(image) == 3 else 255 - image.mean(0).expand(3, -1, -1)
     return np.asarray(shown.permute(1, 2, 0).round().byte())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -58,14 +59,14 @@ def fit(
     from a state, training goes on as if it had never stopped. Raises BadInput when the state is of another training.
     """
     n, device = len(transfer_set), transfer_set.labels.device
-    steps = math.ceil(n / train.batch_size)
+    steps = train.steps(n)
     loop = _Loop(net, Views(transfer_set, train, seed), (teacher, distill), start, steps)
     for epoch in range(start.epochs, train.epochs):
         net.train()
         order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
-        drawn, starts = loop.views.draw(epoch), range(0, n, train.batch_size)
+        drawn, ends = loop.views.draw(epoch), [*range(train.batch_size, n, train.batch_size)][: steps - 1]
         with seeded(seed, "dropout", epoch):
-            batches = [slice(start, start + train.batch_size) for start in starts]
+            batches = [slice(start, end) for start, end in pairwise([0, *ends, n])]
             found = [loop.step(order[rows], {name: draws[rows] for name, draws in drawn.items()}) for rows in batches]
         sums, errors = zip(*found, strict=True)
         loss = Loss(*(torch.stack(part) for part in zip(*sums, strict=True)))  # on the device, read once an epoch

@@ -10,15 +10,18 @@ from typing import NamedTuple
 import jinja2
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 
+from kdcli import BadInput
 from kdcli.config import Experiment, Model
 from kdcli.data import Dataset, Split
-from kdcli.estimate import duration, seconds
+from kdcli.estimate import seconds
 from kdcli.images import Folder, Header, headers, list_folder
 from kdcli.models import build, fits, multiply_adds
 from kdcli.plan import distinct, plan
 from kdcli.runs import Facts, Places
+from kdcli.show import duration
 from kdcli.sources import stratified
 from kdcli.yamlfile import Loader
 
@@ -59,7 +62,7 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
     """A commented experiment file for a folder of images: its nets, sizes, epochs and time. Raises BadInput."""
     look, name = _look(path), "".join(c if c.isascii() and c.isalnum() else "-" for c in path.absolute().name)
     text = Path(__file__).with_name("init.yaml").read_text()
-    template = jinja2.Template(text, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     epochs, batch = min(max(round(SEEN / len(look.train)), 5), 60), 128 if len(look.train) >= 2_000 else 32
     render = partial(
         template.render,
@@ -101,7 +104,10 @@ def _look(path: Path) -> Look:
 
 def _cost(name: str, facts: Facts) -> str:
     """The parameters and the multiply-adds an image of a net. Raises BadInput where it does not fit the images."""
-    model = Model(name=name)
+    try:
+        model = Model(name=name)
+    except ValidationError as error:
+        raise BadInput(f"{name}: {error.errors()[0]['msg']}") from None
     fits(net := build(model, facts), model, facts)
     parameters = sum(p.numel() for p in net.parameters())
     return f"{parameters / 1e6:.2g} M parameters, {multiply_adds(net, facts.shape) / 1e6:.3g} M multiply-adds an image"

@@ -1,6 +1,5 @@
 """The runs of an experiment, described once: dry-run, training, resuming, tables and report all read this list."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -232,7 +231,7 @@ def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Plan
         spec, more = job.spec, dict[str, int]()
         if spec.model and spec.train:
             n, size = len(dataset.transfer_set(spec.omitted, spec.data.transfer)), spec.train.batch_size
-            more = {"samples": n, "batch_size": size, "steps": math.ceil(n / size) * spec.train.epochs}
+            more = {"samples": n, "batch_size": size, "steps": spec.train.steps(n) * spec.train.epochs}
             more["parameters"] = try_net(spec.model, spec.dataset)[0]
         found.append(Planned(run=spec.name, row=job.row.name, status=Run(runs_dir, spec).status(), **more))
     return found
@@ -330,9 +329,9 @@ def _close_runs(wanted: Run, note: Note) -> list[str]:
 def evaluable(
     planned: Sequence[Job], places: Places, names: Sequence[str], seeds: Sequence[int] | None, retype: str, note: Note
 ) -> list[Job]:
-    """Every finished run of the experiment (of these seeds, if any are given), or the named ones, each with the run that
-    it is compared with, at a point of its own: they are of no one plan. Unnamed runs of other data or without their
-    parents are noted and left out. Raises BadInput when there is none."""
+    """Every finished run of the experiment (of these seeds, if any are given), or the named ones, each with the run
+    that it is compared with, at a point of its own: they are of no one plan. Unnamed runs of other data or without
+    their parents are noted and left out. Raises BadInput when there is none."""
     like, runs = planned[0].spec, [places.open(name, "--run") for name in dict.fromkeys(names)]
     for run in [] if names else list_runs(places.runs_dir, like.experiment, (*TEACHERS, *STUDENTS), note):
         if run.finished() and (seeds is None or run.spec.seed in seeds):

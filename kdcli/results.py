@@ -61,6 +61,8 @@ class TableRow(Spread):
 
     row: str
     kind: Kind
+    balanced: float | None = None  # error rate, the mean over the classes, where they are not alike in number
+    top5: float | None = None  # mean errors, of more than ten classes
     unseen: float | None = None  # mean errors on the classes that the transfer set lacks
     train_errors: float | None = None
     samples: int | None = None
@@ -188,7 +190,7 @@ def verdict(distilled: Sequence[Document]) -> Verdict | None:
 # The table.
 
 
-def about(experiment: Experiment, title: str, points: list[dict[str, str]]) -> Subject:
+def about(experiment: Experiment, title: str, points: list[dict[str, str]], dataset: Dataset) -> Subject:
     """An experiment as the subject of a summary; `points`: the values of the grid's keys at each."""
     return Subject(
         experiment=experiment.name,
@@ -196,6 +198,7 @@ def about(experiment: Experiment, title: str, points: list[dict[str, str]]) -> S
         seeds=experiment.seed,
         settings=experiment.model_dump(exclude_defaults=True, exclude={"paper", "expect"}),
         grid=list(experiment.grid),
+        remarks=list(dataset.notes),
         rows=experiment.rows,
         at=points,
         expect=experiment.expect,
@@ -265,6 +268,9 @@ def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Se
             more["unseen"] = statistics.mean(sum(c.per_class_errors[k] for k in omitted) for c in counted)
         if name == row.name:
             more |= {key: statistics.mean(getattr(d.quality, key) for d in found) for key in ("nll", "ece")}
+            for key in ("balanced", "top5"):
+                of = [getattr(d.quality, key) for d in found]
+                more[key] = None if None in of else statistics.mean(of)
             more |= {"multiply_adds": found[0].cost and found[0].cost.multiply_adds, "samples": found[0].samples}
             if epochs := [d.last_epoch for d in found if d.last_epoch]:
                 more["train_errors"] = statistics.mean(e.train_errors for e in epochs)

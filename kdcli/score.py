@@ -1,5 +1,6 @@
 """What is counted and measured on predictions, and the bias correction for classes a student never saw."""
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,14 +34,21 @@ class Quality(Section):
     nll: float
     brier: float
     ece: float
+    balanced: float | None = None  # the mean over the classes of their error rates, where they differ in number
+    top5: int | None = None  # errors where any of the five likeliest classes is right, of more than ten
 
 
 def quality(log_p: Tensor, labels: Tensor) -> Quality:
     """The quality of log-probabilities [N, C] of samples with labels [N]."""
-    classes = log_p.shape[1]
+    classes, counts = log_p.shape[1], torch.bincount(labels, minlength=log_p.shape[1])
     pairs = torch.bincount(labels * classes + log_p.argmax(1), minlength=classes**2)
+    there, right = counts[counts > 0], pairs.view(classes, classes).diag()[counts > 0]
+    balanced = None if there.max() <= 1.5 * there.min() else float(1 - (right / there).mean())
+    hits = (log_p.topk(min(5, classes), 1).indices == labels[:, None]).any(1)
     return Quality(
         confusion=pairs.view(classes, classes).tolist(),
+        balanced=balanced,
+        top5=int((~hits).sum()) if classes > 10 else None,
         nll=float(F.nll_loss(log_p, labels)),
         brier=float((log_p.exp() - F.one_hot(labels, classes)).square().sum(1).mean()),
         ece=sum(n * abs(right - confidence) for n, confidence, right in calibration(log_p, labels)) / len(labels),
@@ -108,18 +116,22 @@ def prior_shift(logits: Tensor, omitted: Sequence[int], share: float) -> float:
 
 
 class Latency(Section):
-    """Milliseconds of a batch, the median, and the images a second at that."""
+    """Milliseconds of a batch, median and 95th percentile, and the images a second at the median."""
 
     p50: float
+    p95: float
     images_per_s: int
 
 
 def latency(forward: Callable[[Tensor], Tensor], inputs: Tensor, seconds: float = 0.05) -> Latency:
-    """The time of `forward` on one batch, over about so many seconds after a warm-up."""
+    """The time of `forward` on one batch, over at least 20 calls and about `seconds` after a warm-up."""
     from torch.utils.benchmark import Timer
 
-    names = {"forward": forward, "inputs": inputs}
+    names, times = {"forward": forward, "inputs": inputs}, list[float]()
     timer = Timer("forward(inputs)", globals=names, num_threads=torch.get_num_threads())
     with torch.inference_mode():
-        p50 = 1e3 * timer.blocked_autorange(min_run_time=seconds).median
-    return Latency(p50=round(p50, 4), images_per_s=round(len(inputs) / p50 * 1e3))
+        timer.timeit(3)
+        while len(times) < 20 or sum(times) < seconds:
+            times.append(timer.timeit(1).mean)
+    p50, p95 = (1e3 * q for q in statistics.quantiles(times, n=20)[9::9])
+    return Latency(p50=round(p50, 4), p95=round(p95, 4), images_per_s=round(len(inputs) / p50 * 1e3))

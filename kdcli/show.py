@@ -185,15 +185,16 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Part
     for d in documents:
         run, q, cost = d.run.partition("/")[2], d.quality, d.cost
         follows = [_rate(d.teacher.agreement, 1), f"{d.teacher.kl_from_teacher:.4f}"] if d.teacher else ["", ""]
-        scores.append([run, str(d.test.errors), *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
+        more = ["" if q.balanced is None else _rate(q.balanced, 1), "" if q.top5 is None else str(q.top5)]
+        scores.append([run, str(d.test.errors), *more, *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
         by_class.append([run, *(str(d.test.per_class_errors[c]) for c in shown)])
         if cost:
-            on, times = cost.measured_on, [f"{time.p50:.3f}" for time in cost.latency_ms.values()]
+            on, times = cost.measured_on, [f"{ms:.3f}" for t in cost.latency_ms.values() for ms in (t.p50, t.p95)]
             costs.append([run, f"{cost.parameters:,}", f"{cost.multiply_adds:,}", *times])
     title = f"{documents[0].experiment}: errors on {documents[0].on}; agreement with and KL from the teacher"
-    yield table(title, ("run", "errors", "NLL", "Brier", "ECE", "agrees", "KL"), scores)
-    title = f"Cost of one image, and milliseconds (median) for a batch of 1 and of 128 on this machine ({on})"
-    yield table(title, ("run", "parameters", "mult-adds", "1", "128"), costs)
+    yield table(title, ("run", "errors", "balanced", "top-5", "NLL", "Brier", "ECE", "agrees", "KL"), scores)
+    title = f"Cost of one image, and milliseconds for a batch of 1 and of 128 on this machine ({on})"
+    yield table(title, ("run", "parameters", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
     title = "Errors per class" if len(shown) == len(classes) else "Errors in the worst classes"
     yield Table(title, ("run", *(short(classes[c]) for c in shown)), by_class)
 
@@ -224,6 +225,16 @@ def number_of_runs(n: int) -> str:
 def size(count: int) -> str:
     """Bytes for a reader."""
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader: `40 s`, `12 min`, `3 h 10 min`, `2.1 days`."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 2 * 24 * 60 else f"{minutes / 1440:.1f} days"
 
 
 def _age(seconds: int) -> str:
@@ -291,8 +302,9 @@ def _rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
         unseen = "" if r.unseen is None else f"{r.unseen:.1f}"
         paper = ("", "{:g}", "{:g} ({:g})")[len(r.paper)].format(*r.paper)
         verdict = against(r.paper[0], r.mean, r.interval) if r.paper else ""
-        rows.append([r.row, _spread(r), _rate(r.mean, summary.total), unseen, paper, verdict])
-    return ["", "errors", "rate", "unseen", "paper", "verdict"], rows
+        more = ["" if r.balanced is None else _rate(r.balanced, 1), "" if r.top5 is None else f"{r.top5:.1f}"]
+        rows.append([r.row, _spread(r), _rate(r.mean, summary.total), *more, unseen, paper, verdict])
+    return ["", "errors", "rate", "balanced", "top-5", "unseen", "paper", "verdict"], rows
 
 
 def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:

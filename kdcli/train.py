@@ -1,6 +1,5 @@
 """One spec to one finished run: a function that needs nothing but its arguments, so that any engine can call it."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -83,7 +82,7 @@ def _counted(
 ) -> Iterator[tuple[Epoch, Fitted]]:
     """Each epoch of a training on so many images, `before` seconds of which came before a continuation, with its errors
     on the test images. Raises Diverged where the loss, or what the net says now, is not finite."""
-    steps = math.ceil(images / how.batch_size)
+    steps = how.steps(images)
     began = last = time.perf_counter()
     for fitted in epochs:
         now = time.perf_counter()

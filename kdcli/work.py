@@ -64,7 +64,7 @@ def prepare(
                 continue
             if [other.experiment for other in others] != [point.experiment for point in points]:
                 _refuse_idle(override, command, before, jobs)
-    subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points])
+    subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points], dataset)
     places = places._replace(threads=experiment.threads or os.cpu_count() or 1)
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
 
@@ -84,6 +84,7 @@ def prepare_run(name: str, places: Places, note: Note) -> Work:
     for job in jobs:
         usable(places.open(job.spec.name), run.spec, "reported")
     dataset, folder = dataset_of(run, places.data_dir), places.runs_dir / run.name / "report"
+    subject = subject.model_copy(update={"remarks": [*subject.remarks, *dataset.notes]})
     return Work(subject, folder, dataset, jobs, jobs, places)
 
 

@@ -113,7 +113,7 @@ def is_gone(pid: int) -> bool:
 def without_report(patch: pytest.MonkeyPatch) -> None:
     """Leave out the pictures and the timing of nets, which take seconds."""
     patch.setattr("kdcli.page.write_report", lambda *_: [Path("report.html")])
-    patch.setattr("kdcli.score.latency", lambda *_: Latency(p50=1, images_per_s=1))
+    patch.setattr("kdcli.score.latency", lambda *_: Latency(p50=1, p95=1, images_per_s=1))
 
 
 def weights(folder: Path) -> dict[str, bytes]:

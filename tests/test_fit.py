@@ -452,3 +452,20 @@ def test_a_gpu_trains_to_the_errors_of_the_cpu(make: Callable[[], nn.Module]) ->
         found = last(place(make(), device), train(epochs=20, jitter=1), images=digits.train)
         counts.append(int((predict(found.net, digits.test).argmax(1) != digits.test.labels).sum()))
     assert all(abs(one - other) <= 10 for one, other in pairwise(counts))
+
+
+def test_a_last_batch_of_one_sample_joins_the_one_before() -> None:
+    """BatchNorm cannot be trained on a lone sample, and every sample counts."""
+    for samples, size, wanted in (
+        (33, 16, [16, 17]),
+        (34, 16, [16, 16, 2]),
+        (32, 16, [16, 16]),
+        (1, 16, [1]),
+        (3, 1, [1, 1, 1]),
+    ):
+        images, sizes = DIGITS.train.at(torch.arange(samples)), list[int]()
+        student = net()
+        student.register_forward_pre_hook(lambda _, x, sizes=sizes: sizes.append(len(x[0])))
+        last(student, train(epochs=1, batch_size=size), images=images)
+        assert sizes == wanted
+        assert train(batch_size=size).steps(samples) == len(wanted)

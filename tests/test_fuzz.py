@@ -138,7 +138,9 @@ def test_a_damaged_run_is_told_or_does_no_harm(
     """One file of one run is damaged at random: every number shown is the old one, or the damage is told."""
     shutil.copytree(trained.folder / "runs", tmp_path / "runs")
     shutil.copy(trained.folder / "tiny.yaml", tmp_path)
-    monkeypatch.setattr(score, "latency", lambda *_: score.Latency(p50=1, images_per_s=1))  # to measure takes long
+    monkeypatch.setattr(
+        score, "latency", lambda *_: score.Latency(p50=1, p95=1, images_per_s=1)
+    )  # to measure takes long
     draws = random.Random(seed)
     runs = sorted(path for path in (tmp_path / "runs/tiny").glob("*/*") if path.parent.name != "report")
     run = draws.choice(runs)
