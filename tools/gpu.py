@@ -32,11 +32,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from kdcli import failure, yamlfile
+from kdcli import BadInput, failure, yamlfile
 from kdcli import fit as training
 from kdcli.config import Data, Distill, Network, Train
 from kdcli.data import Split, open_dataset
-from kdcli.device import place, seeded
+from kdcli.device import place, seeded, select_device
 from kdcli.fit import NOTHING, Fitted, fit
 from kdcli.models import build
 from kdcli.runs import Facts, State
@@ -248,7 +248,8 @@ def trained(network: Network, train_set: Split, seed: int, device: torch.device,
     """The end of a training on hard labels or, with a teacher's logits `soft` [N, C], at T = 20."""
     images = train_set.to(device)
     with seeded(seed, "init"):
-        net = place(build(network.model, MNIST_FACTS), device)
+        facts = MNIST_FACTS.model_copy(update={"shape": list(images.store.shape[1:])})
+        net = place(build(network.model, facts), device)
     if soft is None:
         return last(fit(net, images, network.train, seed))
     distill = Distill(T=20, lambda1=0.9, lambda2=0.1)
@@ -338,12 +339,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: to try the script itself
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("gpu.py: this machine has no usable CUDA device")
+    try:
+        device = select_device(arguments.device)  # which makes convolutions repeat
+    except BadInput as error:
+        sys.exit(f"gpu.py: {error}")
     warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # each compiling is a first one
-    torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}; torch {torch.__version__}, Python {platform.python_version()}")
