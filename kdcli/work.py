@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcli import BadInput, results, yamlfile
+from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
 from kdcli.plan import Job, Note, check, find_teacher, part, plan, usable
 from kdcli.runs import Places
@@ -63,7 +64,7 @@ def prepare(
             except BadInput:  # the experiment cannot do without it
                 continue
             if [other.experiment for other in others] != [point.experiment for point in points]:
-                _refuse_idle(override, command, before, jobs)
+                _refuse_idle(override, command, before, jobs, experiment)
     subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points], dataset)
     places = places._replace(threads=experiment.threads or os.cpu_count() or 1)
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
@@ -88,14 +89,19 @@ def prepare_run(name: str, places: Places, note: Note) -> Work:
     return Work(subject, folder, dataset, jobs, jobs, places)
 
 
-def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job]) -> None:
+def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job], experiment: Experiment) -> None:
     """Raise BadInput for a `--set` that changes the experiment but nothing that the command does."""
     if _does(before, command) != _does(after, command):
         return
     one, other = ({(j.row.name, j.spec.name): j for j in jobs if j.row.kind != "member"} for jobs in (before, after))
     rows = dict.fromkeys(row for row, run in one | other if ((row, run) in one) != ((row, run) in other))
     where = f"it changes: {', '.join(rows)}" if rows else "it changes no run of this experiment"
-    raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}")
+    section, _, rest = override.key.partition(".train.")
+    own = (
+        [f"{other}.train.{rest}" for other in [*experiment.student_trains][1:]] if section == "student" and rest else []
+    )
+    hint = f"; set for nets with a train of their own: {', '.join(own)}" if own else ""
+    raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}{hint}")
 
 
 def _does(jobs: Sequence[Job], command: str) -> set[str | None]:

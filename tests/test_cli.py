@@ -274,6 +274,7 @@ def test_a_set_that_an_entry_with_a_train_of_its_own_does_not_hear_is_refused(kd
     assert line.startswith(
         "--set student.train.epochs=2: changes nothing that kd omit-classes does; it changes: student"
     )
+    assert line.endswith("; set for nets with a train of their own: baseline.train.epochs, omit_classes.0.train.epochs")
     words = ("omit-classes", "tiny.yaml", "--json", "--set", "omit_classes.0.train.epochs=2")
     assert here(kd, *words).json["last_epoch"]["epoch"] == 2
     assert here(kd, *words, "--epochs", "3").json["last_epoch"]["epoch"] == 3
