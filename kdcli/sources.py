@@ -121,19 +121,18 @@ def _facts(found: Found) -> Facts:
     for name in ARRAYS:
         for part in np.array_split(getattr(found, name), len(x) // 10_000 + 1):
             digest.update(np.ascontiguousarray(part).data)
-    sums = np.zeros((2, shape[1]))
-    for part in np.array_split(x, len(x) // 1_000 + 1):  # of bytes these sums are whole numbers, and exact
-        sums += [part.sum((0, 2, 3), np.float64), np.square(part, dtype=np.float64).sum((0, 2, 3))]
-    mean, square = sums / (x.size // shape[1]) / [[white], [white**2]]
-    std = np.sqrt(np.maximum(square - mean**2, 0))
+    parts, each = np.array_split(x, len(x) // 1_000 + 1), x.size // shape[1]
+    mean = sum(part.sum((0, 2, 3), np.float64) for part in parts) / each
+    std = np.sqrt(sum(np.square(part - mean[:, None, None]).sum((0, 2, 3)) for part in parts) / each)
+    std[std < 1e-6 * np.abs(mean)] = white  # a channel that is the same everywhere stays as it is
     return Facts(
         fingerprint=digest.hexdigest(),
         classes=found.classes,
         shape=list(shape[1:]),
         white=white,
         table=x.dtype != np.uint8,
-        mean=mean.round(6).tolist(),
-        std=np.where(std < 1e-6, 1, std).round(6).tolist(),  # of a channel that is the same everywhere
+        mean=[float(f"{m:.9g}") for m in mean / white],
+        std=[float(f"{s:.9g}") for s in np.where(std == 0, white, std) / white],
     )
 
 
