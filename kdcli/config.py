@@ -1,6 +1,7 @@
 """The experiment file's sections: what can be said in one, with types, bounds and a description of each key."""
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -47,20 +48,19 @@ class Section(BaseModel):
         yield from ()
 
 
-def _beside(path: str, info: ValidationInfo, what: str) -> Path:
-    """A path made absolute: it is beside the experiment file, unless it is that of a run, which may be gone."""
-    context = info.context or {}
-    found = Path(context.get("folder", ""), path).absolute()
-    if not context.get("reading") and not (found.is_dir() if what == "folder" else found.is_file()):
-        raise problem("", f"there is no {what} {found}")
-    return found
+def _beside(path: str, info: ValidationInfo) -> str:
+    """A path made absolute: it is beside the experiment file."""
+    return os.path.abspath(Path((info.context or {}).get("folder", ""), path))
 
 
 def _function(reference: str, info: ValidationInfo) -> str:
     path, _, function = reference.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
         raise problem("", f"must be FILE.py:FUNCTION, such as nets.py:make, not {reference!r}")
-    return f"{_beside(path, info, 'file')}:{function}"
+    file = _beside(path, info)
+    if not (info.context or {}).get("reading") and not os.path.isfile(file):  # that of a run may be gone
+        raise problem("", f"there is no file {file}")
+    return f"{file}:{function}"
 
 
 def _source(name: str) -> str:
@@ -93,10 +93,10 @@ class Data(Section):
     one_of = ("name", "folder", "arrays", "function")
     name: Annotated[str, AfterValidator(_source)] | None = Field(None, description="digits, mnist, torchvision:CLASS")
     split: str | None = Field(None, description="of a dataset of torchvision's that has several: EMNIST's balanced")
-    folder: Annotated[str, AfterValidator(lambda f, info: str(_beside(f, info, "folder")))] | None = Field(
+    folder: Annotated[str, AfterValidator(_beside)] | None = Field(
         None, description="train/CLASS/… and test/CLASS/… (or val, valid), or CLASS/…: image files"
     )
-    arrays: Annotated[str, AfterValidator(lambda f, info: str(_beside(f, info, "file")))] | None = Field(
+    arrays: Annotated[str, AfterValidator(_beside)] | None = Field(
         None, description="an .npz file of x_train, y_train, x_test, y_test, or MedMNIST's"
     )
     function: Function | None = Field(None, description="FILE.py:FUNCTION that returns the images and labels")

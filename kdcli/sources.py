@@ -52,6 +52,9 @@ def _stamp(data: Data) -> str:
     """What changes when the files of a source do."""
     if data.function:
         return code.digest(data.function)
+    for key, path, there in (("folder", data.folder, os.path.isdir), ("arrays", data.arrays, os.path.isfile)):
+        if path and not there(path):
+            raise BadKeys((f"data.{key}", f"there is no {'folder' if key == 'folder' else 'file'} {path}"))
     if data.folder:
         folder = list_folder(Path(data.folder))
         seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f, _ in (*folder.train, *folder.test)]

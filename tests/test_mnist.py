@@ -15,12 +15,12 @@ name: mnist
 data: {name: mnist, heldout: 5000}
 teacher:
   model: {hidden: [500, 500], dropout: 0.25}
-  train: {epochs: 14, batch_size: 200, optimizer: adam, lr: 2e-3, jitter: 1}
+  train: {epochs: 9, batch_size: 200, optimizer: adam, lr: 2e-3, jitter: 1}
 student:
   model: {hidden: [400, 400]}
-  train: {epochs: 10, batch_size: 100, optimizer: adam, lr: 2e-3}
+  train: {epochs: 6, batch_size: 100, optimizer: adam, lr: 2e-3}
 baseline:
-  train: {epochs: 10, batch_size: 100, optimizer: adam, lr: 1e-3}
+  train: {epochs: 6, batch_size: 100, optimizer: adam, lr: 1e-3}
 distill: {T: 4, lambda1: 0.9}
 """
 
@@ -34,7 +34,7 @@ def mnist(mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "teacher": ["train-teacher"],
         "student": ["distill"],
         "omit": ["omit-classes", "--omit", "3", "--epochs", "5"],
-        "keep": ["omit-classes", "--keep", "7,8", "--epochs", "15"],
+        "keep": ["omit-classes", "--keep", "7,8", "--epochs", "8"],
         "ensemble": ["ensemble", "--members", "2", "--epochs", "1"],
         "evaluation": ["evaluate"],
     }
