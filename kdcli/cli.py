@@ -273,7 +273,7 @@ def evaluate(
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
     if call.dry_run:
         return call.describe(replace(work, jobs=jobs))
-    found, classes = documents(jobs, work.dataset, work.places, costs=True), work.dataset.facts.classes
+    found, classes = documents(jobs, work.dataset, work.places, costs="timed"), work.dataset.facts.classes
     whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
     call.present(whole, *show.evaluations(found, classes))
     call.display.note(f"next: kd report {call.retype()}")
@@ -355,7 +355,8 @@ def export_(
     d = export(found, form, out, call.data_dir)
     errors = f"{d.errors} errors on {d.total:,} images as in torch ({d.torch_errors})"
     proved = f"{errors}; probabilities differ by {d.max_difference:.1e} at most"
-    hint = [f"try it: kd predict {shlex.quote(d.file)} IMAGE.png"] if form == "onnx" else []
+    of_images = form == "onnx" and not found.spec.dataset.table
+    hint = [f"try it: kd predict {shlex.quote(d.file)} IMAGE.png"] if of_images else []
     call.present(d, f"wrote {d.file}: {d.bytes:,} bytes, {proved}", f"wrote {d.card}", *hint)
 
 
@@ -363,7 +364,7 @@ def export_(
 def predict_(
     call: Call,
     net: Annotated[str, NameArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
-    images: Annotated[list[Path] | None, Argument(metavar="IMAGE...", help="PNG or JPEG files.")] = None,
+    images: Annotated[list[Path] | None, Argument(metavar="IMAGE...", help="Image files.")] = None,
     test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="Repeat it.")] = None,
     temperatures: Annotated[str, Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
     top: Annotated[int, Option(min=1, help="Show so many classes.")] = 3,

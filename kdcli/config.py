@@ -206,7 +206,7 @@ class Train(Section):
         if self.schedule == "step" and (not falls or sorted(set(falls)) != falls):
             yield "milestones", "must be ascending epochs, such as [60, 80]"
         if self.warmup >= self.epochs:
-            yield "warmup", f"must be shorter than the {self.epochs} epochs, not {self.warmup:g}"
+            yield "warmup", f"must be less than epochs, {self.epochs}, not {self.warmup:g}"
 
     def steps(self, samples: int) -> int:
         """Batches an epoch: a lone last sample joins the batch before, since BatchNorm cannot be trained on one."""

@@ -96,7 +96,8 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     )
     given = {"mean": data.mean, "std": data.std, "given": True} if data.mean else {}
     if data.mean and len(data.mean) not in (1, facts.shape[0]):
-        raise BadKeys(("data.mean", f"must have 1 or {facts.shape[0]} numbers, one a channel, not {len(data.mean)}"))
+        numbers = "a number" if facts.shape[0] == 1 else f"1 number, or {facts.shape[0]}: one a channel"
+        raise BadKeys(("data.mean", f"must have {numbers}, not {len(data.mean)}"))
     held = data.heldout or min(max(len(train) // 10, len(facts.classes)), len(train) // 3)
     if held > len(train) // 3:
         raise BadKeys(("data.heldout", f"must be at most {len(train) // 3}, a third of the training images"))

@@ -95,8 +95,10 @@ class _Worker:
 
     def __init__(self, places: Places) -> None:
         self.connection, theirs = Pipe()
+        # -P and our own path: a file in the user's folder may be called random.py, or that folder hold another kd
+        same = f"import sys; sys.path[:] = {sys.path!r}; from kdcli.engine import main; main()"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from kdcli.engine import main; main()", str(theirs.fileno())],
+            [sys.executable, "-P", "-c", same, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=2,  # what somebody's code prints

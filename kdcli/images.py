@@ -105,7 +105,7 @@ def list_folder(path: Path) -> Folder:
     train, *tests = _parts(path)
     classes, ignored = _classes(train), Counter[str]()
     if len(classes) < 2:
-        raise BadInput(f"{train}: has {len(classes)} folders of classes: it takes two or more, each with its images")
+        raise BadInput(f"{train}: must hold two or more folders of classes, each with its images, not {len(classes)}")
     of_train = [(file, i) for i, name in enumerate(classes) for file in _files(train / name, ignored)]
     of_test = [(file, i) for i, name in enumerate(classes) for t in tests[:1] for file in _files(t / name, ignored)]
     have, notes = {i for _, i in of_train}, list[str]()
@@ -167,6 +167,10 @@ def _files(folder: Path, ignored: "Counter[str]") -> list[Path]:
             seen.add((place.st_dev, place.st_ino))
             hidden = {name for name in (*inner, *names) if _hidden(name)}
             inner[:] = [name for name in inner if name not in hidden]
+            for link in (Path(parent, name) for name in inner if os.path.islink(os.path.join(parent, name))):
+                to, own = link.resolve(), folder.resolve()
+                if (own.parent in (to, *to.parents) and own not in (to, *to.parents)) or to in own.parents:
+                    raise BadInput(f"{link}: leads out of its class, to {to}: remove the link")
             images = [n for n in names if n not in hidden and os.path.splitext(n)[1].lower() in FORMATS]
             found += [Path(parent, name) for name in images]
             ignored["hidden entries"] += len(hidden)

@@ -155,8 +155,13 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
 def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     student, (_, height, width) = e.student.model, dataset.facts.shape
     for section, train in {"teacher": e.teacher.train, **e.student_trains}.items():
-        if 2 * train.jitter >= min(height, width):
+        if 2 * train.jitter >= min(height, width) and not dataset.facts.table:
             yield f"{section}.train.jitter", f"is too far for images of {height} x {width} pixels"
+        if (train.cutout or 0) >= min(height, width) and not dataset.facts.table:
+            yield f"{section}.train.cutout", f"must be less than the {height} x {width} pixels of the images"
+        for key in ("jitter", "flip", "crop", "cutout") if dataset.facts.table else ():
+            if getattr(train, key):
+                yield f"{section}.train.{key}", "belongs to images, and this is a table: remove it"
         if train.max_norm and (e.teacher.model if section == "teacher" else student).name:
             yield f"{section}.train.max_norm", "is for multi-layer perceptrons (hidden: …): remove it"
     nets = {"teacher.model": e.teacher.model, "student.model": student}

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -137,16 +137,23 @@ class _Net(NamedTuple):
 
 
 @code.quiet()
-def documents(jobs: Sequence[Job], dataset: Dataset, places: Places, costs: bool = False) -> list[Document]:
-    """The documents of jobs that are all finished; for the `costs` their nets are built and timed."""
+def documents(
+    jobs: Sequence[Job], dataset: Dataset, places: Places, costs: Literal["", "counted", "timed"] = ""
+) -> list[Document]:
+    """The documents of jobs that are all finished; for the `costs` their nets are built, and those of a kind timed
+    once."""
     labels, test = dataset.test.labels, dataset.test.to(torch.device(places.device))
     baselines = {(job.point, job.spec.seed): job.spec.name for job in jobs if job.row.kind == "baseline"}
+
+    priced = dict[str, Cost]()
 
     @cache
     def net(name: str) -> _Net:
         run = places.open(name)
-        log_p = log_probabilities(run, len(labels))
-        return _Net(run.result("reported"), log_p, cost(run, test) if costs else None)
+        log_p, kind = log_probabilities(run, len(labels)), repr([member.spec.model for member in members(run)])
+        if costs and kind not in priced:
+            priced[kind] = cost(run, test if costs == "timed" else None)
+        return _Net(run.result("reported"), log_p, priced.get(kind))
 
     made = []
     for job in jobs:

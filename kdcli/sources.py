@@ -81,7 +81,7 @@ def _kept(key: str, data: Data, root: Path, download: bool) -> tuple[Found, Fact
     """What a source holds, from the files that it was decoded into; the first time they are made."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd")
     folder = cache / key
-    if not (folder / "facts.json").is_file():
+    if not _is_whole(folder):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=f"{key}.") as made:
@@ -89,13 +89,26 @@ def _kept(key: str, data: Data, root: Path, download: bool) -> tuple[Found, Fact
                 shutil.rmtree(folder, ignore_errors=True)
                 (Path(made) / key).replace(folder)
         except OSError as error:
-            instead = "XDG_CACHE_HOME names another folder"
-            raise BadInput(
-                f"{error.filename or cache}: {error.strerror}: decoded images go to {cache}; {instead}"
-            ) from None
+            where = f"decoded images go to {cache}; XDG_CACHE_HOME names another folder"
+            raise BadInput(f"{error.filename or cache}: {error.strerror}: {where}") from None
     about = json.loads((folder / "facts.json").read_text())
     facts = Facts.model_validate(about["facts"])
     return _mapped(folder, facts.classes)._replace(white=facts.white, notes=about["notes"]), facts
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a source was decoded into a folder, and its files are those that were written."""
+    try:
+        written = json.loads((folder / "facts.json").read_text())["files"]
+        return bool(written == _files(folder))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _files(folder: Path) -> list[list[int]]:
+    """The size of each array's file and when it was written, which tell a damaged one without reading it."""
+    stats = [(folder / f"{name}.npy").stat() for name in ARRAYS]
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
 
 
 def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
@@ -113,7 +126,7 @@ def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
     if data.name == "mnist" and not facts.fingerprint.startswith(MNIST):
         instead = "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
         raise BadInput(f"{root}/MNIST/raw: these files are not MNIST's, which `name: mnist` means: {instead}")
-    text = json.dumps({"facts": facts.model_dump(), "notes": found.notes})
+    text = json.dumps({"facts": facts.model_dump(), "notes": found.notes, "files": _files(folder)})
     (folder / "facts.json").write_text(text)
 
 
@@ -331,7 +344,8 @@ def _npz(file: Path) -> Found:
         with np.load(file, allow_pickle=False) as arrays:
             content = {name: arrays[name] for name in arrays.files}
     except Exception as error:  # of numpy, zlib and zipfile, a dozen kinds
-        raise BadInput(f"{file}: cannot be read as .npz: {failure(error)[:200]}") from None
+        why = "it holds objects" if "Object arrays" in str(error) else "is damaged, or of another format"
+        raise BadInput(f"{file}: cannot be read as .npz: {why}") from None
     names = {
         f"{part}_{what}": f"{axis}_{part}"
         for part in ("train", "test")
@@ -357,9 +371,13 @@ def _arrays(found: Any, source: str) -> Found:
     if twice := [c for c in classes if classes.count(c) > 1]:
         raise BadInput(f"{source}: classes names {twice[0]} twice")
     if len(classes) < 2 or np.unique(y_train).tolist() != list(range(len(classes))):
-        raise BadInput(f"{source}: y_train must hold every one of two or more classes, 0 to {len(classes) - 1}")
-    if int(y_test.max()) >= len(classes) or x_test.shape[1:] != x_train.shape[1:] or x_test.dtype != x_train.dtype:
-        raise BadInput(f"{source}: x_test and y_test must have the classes and the image size of training")
+        has = f"and has {np.unique(y_train)[:20].tolist()}, with {len(classes)} names"
+        raise BadInput(f"{source}: y_train must hold every one of two or more classes, 0 to {len(classes) - 1}, {has}")
+    if int(y_test.max()) >= len(classes):
+        raise BadInput(f"{source}: y_test holds {y_test.max()}: training has the classes 0 to {len(classes) - 1}")
+    if x_test.shape[1:] != x_train.shape[1:] or x_test.dtype != x_train.dtype:
+        sizes = f"{x_train.dtype} {list(x_train.shape[1:])}, not {x_test.dtype} {list(x_test.shape[1:])}"
+        raise BadInput(f"{source}: x_test must be like x_train, {sizes}")
     return Found(x_train, y_train, x_test, y_test, classes, 255 if x_train.dtype == np.uint8 else 1)
 
 
@@ -378,12 +396,16 @@ def _checked(source: str, found: Mapping[str, Any], part: str) -> tuple[Array, A
         )
     if y.shape == (len(x), 1):
         y = y[:, 0]
-    if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
+    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
         raise BadInput(f"{source}: y_{part} must be whole numbers from 0, [{len(x)}], not {is_y}")
+    if y.min() < 0:
+        raise BadInput(f"{source}: y_{part} must be whole numbers from 0, and holds {y.min()}")
     if table:
         x = x.astype(np.float32)[:, :, None, None]
     elif x.ndim == 3:
         x = x[:, None]
+    elif x.shape[1] in (1, 3) and x.shape[3] in (1, 3):
+        raise BadInput(f"{source}: x_{part} {list(x.shape)} may be [N, C, H, W] or [N, H, W, C]: nothing is guessed")
     elif x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(x), y.astype(np.int64)

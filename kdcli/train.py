@@ -114,7 +114,9 @@ def _kept(run: Run, net: nn.Module, dataset: Dataset, device: torch.device, note
     if spec.omitted:
         found["bias"] = _corrections(logits, dataset, spec.omitted)
     elif test.errors >= guessing:
-        found["warning"] = f"is no better than guessing, which makes {guessing:,} errors: try a lower lr"
+        found["warning"] = (
+            f"is no better than guessing, which makes {guessing:,} errors: train it longer, or at another lr"
+        )
         note(f"{run.name}: {test.errors:,} errors of {test.total:,}: {found['warning']}")
     return found
 

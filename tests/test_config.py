@@ -39,7 +39,7 @@ MISTAKES = {
     "nothing to learn": (edited("lambda1: 0.9", "lambda1: 0, lambda2: 0"), "f:11: distill.lambda1: and lambda2 are both 0: the student would learn nothing"),
     "unknown optimizer": (edited("optimizer: adam", "optimizer: adm"), "f:6: teacher.train.optimizer: must be 'sgd', 'adam' or 'adamw', not 'adm'"),
     "momentum of adam": (edited("lr: 3e-3", "lr: 3e-3, momentum: 0.5"), "f:6: teacher.train.momentum: belongs to sgd, not to adam: remove it"),
-    "warm-up too long": (edited("lr: 3e-3", "lr: 3e-3, warmup: 6"), "f:6: teacher.train.warmup: must be shorter than the 6 epochs, not 6"),
+    "warm-up too long": (edited("lr: 3e-3", "lr: 3e-3, warmup: 6"), "f:6: teacher.train.warmup: must be less than epochs, 6, not 6"),
     "both omit and keep": (edited("omit: [3]", "{omit: [3], keep: [7]}"), "f:13: omit_classes.0: needs either omit or keep, and only one of them"),
     "a class in two spellings": (edited("omit: [3]", 'omit: [3, "3"]'), "f:13: omit_classes.0.omit: names a class twice: ['3', '3']"),
     "a class that is no name": (edited("omit: [3]", "omit: [true]"), "f:13: omit_classes.0.omit.0: must be a valid string, not True"),

@@ -301,7 +301,9 @@ def test_a_training_no_better_than_guessing_says_so(kd: Shell, monkeypatch: pyte
     for command in ("baseline", "distill"):
         (result,) = results(kd.folder, command)
         assert result["test"]["errors"] >= 449
-        assert result["warning"] == "is no better than guessing, which makes 449 errors: try a lower lr"
+        assert (
+            result["warning"] == "is no better than guessing, which makes 449 errors: train it longer, or at another lr"
+        )
         note = f"{result['run']}: {result['test']['errors']} errors of 500: {result['warning']}"
         assert note in done.err.splitlines()
         said.append(f"{result['run']}: {result['warning']}.")
@@ -310,3 +312,19 @@ def test_a_training_no_better_than_guessing_says_so(kd: Shell, monkeypatch: pyte
     sound = kd_here(kd.folder, *words)
     assert sound.code == 0, sound.err
     assert "guessing" not in sound.out + sound.err
+
+
+def test_files_of_the_users_folder_take_the_place_of_no_module(kd: Shell) -> None:
+    for name in ("random", "statistics", "yaml", "kdcli"):
+        (kd.folder / f"{name}.py").write_text("raise SystemExit('a file of the user was run')\n")
+    command = [
+        str(Path(sys.executable).with_name("kd")),
+        "train-teacher",
+        "tiny.yaml",
+        "--seeds",
+        "0-1",
+        "--epochs",
+        "1",
+    ]
+    done = subprocess.run(command, cwd=kd.folder, capture_output=True, text=True)
+    assert (done.returncode, "was run" in done.stderr) == (0, False), done.stderr

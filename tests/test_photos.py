@@ -210,3 +210,25 @@ def test_balanced_error_and_top_five_by_hand() -> None:
 )
 def test_durations_for_a_reader(seconds: float, said: str) -> None:
     assert duration(seconds) == ("1 h 0 min" if said == "60 min" else said)
+
+
+@pytest.mark.parametrize("key", ["flip=true", "crop=0.5", "cutout=1", "jitter=1"])
+def test_a_table_is_taken_as_one(key: str, shell: Shell) -> None:
+    """scikit-learn's breast cancer, 30 columns of very different sizes: perceptrons make few errors on it."""
+    from sklearn.datasets import load_breast_cancer
+
+    x, y = load_breast_cancer(return_X_y=True)
+    np.savez(shell.folder / "table.npz", x_train=x[:400], y_train=y[:400], x_test=x[400:], y_test=y[400:])
+    text = "name: table\ndata: {arrays: table.npz}\nteacher: {model: {hidden: [64]}, train: {epochs: 20, lr: 0.05}}\n"
+    text += "student: {model: {hidden: [4]}, train: {epochs: 20, lr: 0.05}}\ndistill: {T: 2, lambda1: 0.9}\n"
+    (shell.folder / "table.yaml").write_text(text)
+    refused = kd_here(shell.folder, "run", "table.yaml", "--set", f"student.train.{key}")
+    assert (refused.code, refused.out) == (2, "")
+    assert "student.train." in refused.err
+    assert "belongs to images, and this is a table: remove it" in refused.err
+    if key.startswith("flip"):
+        done = kd_here(shell.folder, "run", "table.yaml", "--json")
+        assert done.code == 0, done.err
+        assert {row["row"]: row["mean"] < 12 for row in done.json["points"][0]["table"]} == dict.fromkeys(
+            ("teacher", "baseline", "student"), True
+        )

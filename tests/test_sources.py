@@ -75,7 +75,7 @@ def test_mean_and_std_are_those_of_the_training_images_by_numpy(tmp_path: Path) 
     np.testing.assert_allclose(found.facts.std, x.std((0, 2, 3)), atol=1e-6)
     given = opened(tmp_path / "photos", mean=[0.5], std=[0.25]).facts
     assert (given.mean, given.std, given.given) == ([0.5], [0.25], True)
-    with pytest.raises(BadKeys, match=r"data\.mean: must have 1 or 3 numbers, one a channel, not 2"):
+    with pytest.raises(BadKeys, match=r"data\.mean: must have 1 number, or 3: one a channel, not 2"):
         opened(tmp_path / "photos", mean=[0.5, 0.5], std=[0.2, 0.2])
 
 
@@ -163,9 +163,12 @@ def test_a_truncated_file_is_named_and_of_many_the_first_ten(tmp_path: Path) -> 
 
 
 def test_one_class_alone_and_no_folder_are_refused(tmp_path: Path) -> None:
-    assert "has 1 folders of classes: it takes two or more" in refused(photos(tmp_path / "one", ("cat",)))[0]
+    assert (
+        "must hold two or more folders of classes, each with its images, not 1"
+        in refused(photos(tmp_path / "one", ("cat",)))[0]
+    )
     (tmp_path / "none").mkdir()
-    assert "has 0 folders of classes" in refused(tmp_path / "none")[0]
+    assert "must hold two or more folders of classes, each with its images, not 0" in refused(tmp_path / "none")[0]
 
 
 def test_a_class_missing_from_the_test_images_is_named(tmp_path: Path) -> None:
@@ -343,7 +346,7 @@ def test_a_table_is_rows_of_floats_normalised_column_by_column(tmp_path: Path) -
         ({"x_train": np.zeros((8, 2, 2, 3), np.float32)}, "x_train must be bytes (uint8)"),
         ({"y_train": np.eye(8)}, "y_train must be whole numbers from 0, [8]"),
         ({"y_train": np.array(list("abababab"))}, "y_train must be whole numbers from 0, [8]"),
-        ({"x_test": np.zeros((4, 9, 9), np.uint8)}, "x_test and y_test must have the classes and the image size of training"),
+        ({"x_test": np.zeros((4, 9, 9), np.uint8)}, "x_test must be like x_train, uint8 [1, 6, 5], not uint8 [1, 9, 9]"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_arrays_is_told(change: dict[str, object], said: str, tmp_path: Path) -> None:
@@ -434,3 +437,30 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch:
         f"{tmp_path}: CIFAR10 is not there and could not be downloaded (OSError: no network): put its files "
         f"in {tmp_path}, where torchvision looks for them, or name another folder with --data-dir or KD_DATA"
     )
+
+
+@pytest.mark.parametrize("damage", ["facts.json", "x_train.npy", "y_test.npy"])
+@pytest.mark.parametrize("how", ["truncate", "rewrite", "remove"])
+def test_a_damaged_cache_is_made_anew(damage: str, how: str, tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    first = opened(root)
+    images = first.train.store.clone()
+    (file,) = (tmp_path / "cache" / "kd").glob(f"*/{damage}")
+    content = file.read_bytes()
+    file.unlink()
+    if how != "remove":
+        file.write_bytes(content[:10] if how == "truncate" else content[:-4] + bytes(4))
+    sources._read.cache_clear()
+    again = opened(root)
+    assert again.facts == first.facts
+    assert torch.equal(again.train.store, images)
+
+
+def test_a_link_that_leads_to_another_class_is_refused(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    (root / "train" / "cat" / "up").symlink_to(root / "train" / "dog")
+    assert refused(root)[0].startswith(f"{root}/train/cat/up: leads out of its class, to ")
+    (root / "train" / "cat" / "up").unlink()
+    photos(tmp_path / "elsewhere", ("more",))
+    (root / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "train" / "more")
+    assert len(opened(root).train) == 9
