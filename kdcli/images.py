@@ -1,19 +1,24 @@
 """Image files: how one becomes bytes, and what lies in a folder of them."""
 
 import os
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from signal import SIG_IGN, SIGINT, signal
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
 
 from kdcli import BadInput
 
+T = TypeVar("T")
 FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 TESTS = ("test", "val", "valid")  # what the folder of the test images may be called, the first that is there
 GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L"}
@@ -65,10 +70,31 @@ class Header(NamedTuple):
 
 def headers(files: Sequence[Path]) -> list[Header]:
     """The headers of image files. Raises BadInput with those that cannot be read."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(_header, files))
+    found = in_processes(lambda i: _header(files[i]), len(files), "")
     refuse([one for one in found if isinstance(one, str)])
     return [one for one in found if isinstance(one, Header)]
+
+
+class _Forked:
+    """What forked processes do: they take over a closure, which could not be sent to them."""
+
+    one: Callable[[int], Any]
+
+    @staticmethod
+    def call(i: int) -> Any:
+        return _Forked.one(i)
+
+
+def in_processes(one: Callable[[int], T], count: int, doing: str) -> list[T]:
+    """`one` of 0, 1, … below `count`, in as many processes as there are cores; threads would wait for each other. What
+    it is `doing` is shown, unless that is empty."""
+    console = Console(stderr=True)
+    if doing and not console.is_terminal:
+        print(doing, file=sys.stderr)
+    _Forked.one, hidden = one, not doing or not console.is_terminal
+    with get_context("fork").Pool(os.cpu_count(), signal, (SIGINT, SIG_IGN)) as pool:  # who starts them ends them
+        found = pool.imap(_Forked.call, range(count), chunksize=100)
+        return list(track(found, doing, count, console=console, transient=True, disable=hidden))
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -181,22 +181,29 @@ def short(name: str, most: int = 18) -> str:
 def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
     """What `kd evaluate` shows."""
     scores, costs, by_class, on = [], [], [], ""
-    shown = foremost([sum(d.test.per_class_errors[c] for d in documents) for c in range(len(classes))], WORST)
     for d in documents:
         run, q, cost = d.run.partition("/")[2], d.quality, d.cost
         follows = [_rate(d.teacher.agreement, 1), f"{d.teacher.kl_from_teacher:.4f}"] if d.teacher else ["", ""]
         more = ["" if q.balanced is None else _rate(q.balanced, 1), "" if q.top5 is None else str(q.top5)]
         scores.append([run, str(d.test.errors), *more, *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
-        by_class.append([run, *(str(d.test.per_class_errors[c]) for c in shown)])
+        by_class.append([run, *_worst(d, classes)])
         if cost:
-            on, times = cost.measured_on, [f"{ms:.3f}" for t in cost.latency_ms.values() for ms in (t.p50, t.p95)]
+            on, times = cost.measured_on, [f"{ms:.3g}" for t in cost.latency_ms.values() for ms in (t.p50, t.p95)]
             costs.append([run, f"{cost.parameters:,}", f"{cost.multiply_adds:,}", *times])
     title = f"{documents[0].experiment}: errors on {documents[0].on}; agreement with and KL from the teacher"
     yield table(title, ("run", "errors", "balanced", "top-5", "NLL", "Brier", "ECE", "agrees", "KL"), scores)
     title = f"Cost of one image, and milliseconds for a batch of 1 and of 128 on this machine ({on})"
-    yield table(title, ("run", "parameters", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
-    title = "Errors per class" if len(shown) == len(classes) else "Errors in the worst classes"
-    yield Table(title, ("run", *(short(classes[c]) for c in shown)), by_class)
+    yield table(title, ("run", "params", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
+    columns = ("run", "errors by class, most first", "taken for each other most")
+    yield Table("Where the errors are", columns, by_class)
+
+
+def _worst(d: "Document", classes: Sequence[str]) -> list[str]:
+    """The classes with the most errors, and the pairs of label and prediction, each with their number."""
+    errors, pairs = d.test.per_class_errors, largest(d.quality.confusion)[:WORST]
+    first = sorted((c for c in range(len(classes)) if errors[c]), key=lambda c: -errors[c])[:WIDE]
+    by_class = ", ".join(f"{short(classes[c])} {errors[c]}" for c in first)
+    return [by_class, ", ".join(f"{short(classes[i])} → {short(classes[j])} {n:g}" for i, j, n in pairs)]
 
 
 def planned(runs: Sequence["plan.Planned"]) -> Table:

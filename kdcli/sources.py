@@ -6,10 +6,8 @@ import inspect
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +19,7 @@ from PIL import Image
 
 from kdcli import BadInput, BadKeys, code, failure
 from kdcli.config import Data, nearest
-from kdcli.images import TESTS, Labelled, headers, list_folder, open_image, refuse, to_bytes
+from kdcli.images import TESTS, Labelled, headers, in_processes, list_folder, open_image, refuse, to_bytes
 from kdcli.runs import Facts
 
 MNIST = "12176aed4628b392"  # the beginning of its fingerprint
@@ -45,7 +43,13 @@ def read(data: Data, data_dir: Path | None, download: bool) -> tuple[Found, Fact
     """The images that a `data` section names, and what they are. Raises BadInput or BadKeys when they cannot be had."""
     root = Path(data_dir or os.environ.get("KD_DATA") or "data")
     how = data.model_dump_json(include={"name", "split", "folder", "arrays", "function", "size", "channels", "test"})
-    return _read(how, _stamp(data), root, download)
+    try:
+        return _read(how, _stamp(data), root, download)
+    except BadKeys:
+        raise
+    except BadInput as error:
+        key = next(key for key in data.one_of if getattr(data, key))
+        raise BadKeys(*((f"data.{key}", line) for line in error.lines)) from error
 
 
 def _stamp(data: Data) -> str:
@@ -244,21 +248,18 @@ def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:
 
 def _of_dataset(dataset: Any, name: str, data: Data, file: Path) -> Array:
     """Decode the images of a dataset of torchvision's to a file; the labels."""
-    labels = np.zeros(len(dataset), np.int64)
 
-    def image(i: int) -> Image.Image:
+    def sample(i: int) -> tuple[Image.Image, int]:
         try:
-            shown, label = dataset[i]
+            image, label = dataset[i]
         except Exception as error:
             raise BadInput(f"{name}: image {i} cannot be read: {failure(error)}") from None
-        if not isinstance(shown, Image.Image) or not isinstance(label, int | np.integer):
-            raise BadKeys(("data.name", f"{name} does not give an image and the number of its class"))
-        labels[i] = label
-        return shown
+        if not isinstance(image, Image.Image) or not isinstance(label, int | np.integer):
+            raise BadInput(f"{name} does not give an image and the number of its class")
+        return image, int(label)
 
-    channels = data.channels or (1 if image(0).mode == "L" else 3)
-    _fill(file, len(dataset), image, data.size, channels, name)
-    return labels
+    channels = data.channels or (1 if sample(0)[0].mode == "L" else 3)
+    return _fill(file, len(dataset), sample, data.size, channels, name)
 
 
 def _mapped(folder: Path, classes: list[str]) -> Found:
@@ -282,11 +283,11 @@ def _folder(data: Data, out: Path) -> Found:
     channels = _common(data, [file for file, _ in (*train, *test)])
     for part, files in (("train", train), ("test", test)):
 
-        def image(i: int, files: Labelled = files) -> Image.Image:
-            return open_image(files[i][0], data.size or 0)
+        def sample(i: int, files: Labelled = files) -> tuple[Image.Image, int]:
+            return open_image(files[i][0], data.size or 0), files[i][1]
 
-        _fill(out / f"x_{part}.npy", len(files), image, data.size, channels, str(folder.path))
-        np.save(out / f"y_{part}", np.array([c for _, c in files], np.int64))
+        labels = _fill(out / f"x_{part}.npy", len(files), sample, data.size, channels, str(folder.path))
+        np.save(out / f"y_{part}", labels)
     found = _mapped(out, folder.classes)
     return found._replace(notes=[*notes, *_of_duplicates(found, test, train)])
 
@@ -304,38 +305,29 @@ def _common(data: Data, files: Sequence[Path]) -> int:
 
 
 def _fill(
-    file: Path, count: int, image: Callable[[int], Image.Image], size: int | None, channels: int, what: str
-) -> None:
-    """Decode so many images into a file of bytes [N, C, H, W], in parallel. Raises BadInput with those that are bad."""
-    from rich.console import Console
-    from rich.progress import track
-
+    file: Path, count: int, sample: Callable[[int], tuple[Image.Image, int]], size: int | None, channels: int, what: str
+) -> Array:
+    """Decode so many images into a file of bytes [N, C, H, W]; the labels. Raises BadInput with those that are bad."""
     shape = (size, size) if size else None
-    first = to_bytes(image(0), shape, channels)
-    out = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *first.shape))
+    first = to_bytes(sample(0)[0], shape, channels)
+    out = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *first.shape))  # which the processes share
 
-    def one(i: int) -> str:
+    def one(i: int) -> tuple[int, str]:
         try:
-            array = to_bytes(image(int(i)), shape, channels)
-        except BadKeys:
-            raise
+            image, label = sample(i)
         except BadInput as error:
-            return str(error)
-        if array.shape == first.shape:
-            out[i] = array
-            return ""
-        sizes = [f"{width} x {height}" for _, height, width in (array.shape, first.shape)]
-        return f"{what}: image {i} is {sizes[0]}, the first {sizes[1]}: set data.size"
+            return -1, str(error)
+        array = to_bytes(image, shape, channels)
+        if array.shape != first.shape:
+            sizes = [f"{width} x {height}" for _, height, width in (array.shape, first.shape)]
+            return -1, f"{what}: image {i} is {sizes[0]}, the first {sizes[1]}: set data.size"
+        out[i] = array
+        return label, ""
 
-    console, problems, doing = Console(stderr=True), list[str](), f"{what}: decoding {count:,} images, once"
-    if not console.is_terminal:
-        print(doing, file=sys.stderr)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        blocks = np.array_split(np.arange(count), count // 500 + 1)
-        for block in track(blocks, doing, console=console, transient=True, disable=not console.is_terminal):
-            problems += filter(None, pool.map(one, block))
+    found = in_processes(one, count, f"{what}: decoding {count:,} images, once")
     out.flush()
-    refuse(problems)
+    refuse([problem for _, problem in found if problem])
+    return np.array([label for label, _ in found], np.int64)
 
 
 def _npz(file: Path) -> Found:

@@ -156,9 +156,9 @@ def test_a_truncated_file_is_named_and_of_many_the_first_ten(tmp_path: Path) -> 
         Image.effect_noise((64, 64), 90).convert("RGB").save(file)
         file.write_bytes(file.read_bytes()[:-2_000])
     lines = refused(root, size=8)
-    assert lines[0] == f"{root}/train/cat/0.png: is damaged or no image"
+    assert lines[0] == f"data.folder: {root}/train/cat/0.png: is damaged or no image"
     assert len(lines) == 11
-    assert lines[-1] == "and 20 more"
+    assert lines[-1] == "data.folder: and 20 more"
     assert not list((tmp_path / "cache" / "kd").iterdir())  # nothing half done is kept
 
 
@@ -434,7 +434,7 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch:
     with pytest.raises(BadInput) as error:
         open_dataset(Data(name="torchvision:CIFAR10"), tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: CIFAR10 is not there and could not be downloaded (OSError: no network): put its files "
+        f"data.name: {tmp_path}: CIFAR10 is not there and could not be downloaded (OSError: no network): put its files "
         f"in {tmp_path}, where torchvision looks for them, or name another folder with --data-dir or KD_DATA"
     )
 
@@ -459,7 +459,7 @@ def test_a_damaged_cache_is_made_anew(damage: str, how: str, tmp_path: Path) -> 
 def test_a_link_that_leads_to_another_class_is_refused(tmp_path: Path) -> None:
     root = photos(tmp_path / "photos")
     (root / "train" / "cat" / "up").symlink_to(root / "train" / "dog")
-    assert refused(root)[0].startswith(f"{root}/train/cat/up: leads out of its class, to ")
+    assert refused(root)[0].startswith(f"data.folder: {root}/train/cat/up: leads out of its class, to ")
     (root / "train" / "cat" / "up").unlink()
     photos(tmp_path / "elsewhere", ("more",))
     (root / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "train" / "more")

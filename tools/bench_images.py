@@ -10,6 +10,7 @@ Arms are shuffled in every round and ratios taken round by round (tools/bench.py
 """
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -34,13 +35,13 @@ from torchvision.datasets import ImageFolder
 from kdcli import nets, sources
 from kdcli.config import Data, Distill, Model, Train
 from kdcli.data import Dataset, Split, open_dataset
-from kdcli.device import seeded
+from kdcli.device import place, seeded
 from kdcli.fit import fit
 from kdcli.models import Normalised, build
 from kdcli.runs import Facts
 from kdcli.teacher import Teacher
 
-BATCH, STEPS = 128, 8
+BATCH, STEPS, CPU = 128, 8, torch.device("cpu")
 DISTILL = Distill(T=4, lambda1=0.9, lambda2=0.1)
 FACTS = Facts(fingerprint="", classes=[str(c) for c in range(10)], shape=[3, 32, 32], white=255, mean=[0.5], std=[0.25])
 
@@ -72,7 +73,7 @@ def steps(images: Split, distilled: bool, live: nn.Module | None = None, **views
     logits = torch.randn(1, len(images), 10)
     teacher = Teacher(lambda index, x: live(x)[None] if live else logits[:, index])
     soft = {"teacher": teacher, "distill": DISTILL} if distilled else {}
-    return fit(student(), images, recipe(**views), 0, **soft)  # type: ignore[arg-type]
+    return fit(place(student(), CPU), images, recipe(**views), 0, **soft)  # type: ignore[arg-type]
 
 
 def cpu() -> float:
@@ -113,7 +114,7 @@ def naive(folder: Path, teacher: nn.Module, augment: bool) -> Iterator[None]:
 def of_steps(dataset: Dataset, folder: Path, rounds: int) -> Iterator[str]:
     images = dataset.train.at(torch.randperm(len(dataset.train))[: STEPS * BATCH])
     big = nets.build("resnet56", 3, 10).eval().requires_grad_(False)
-    seen = Normalised(big, [0.5], [0.25]).eval()
+    seen = place(Normalised(copy.deepcopy(big), [0.5], [0.25]).eval(), CPU)
     arms = {
         "bare": bare(images),
         "cached logits": steps(images, distilled=True),
@@ -195,7 +196,8 @@ def prepare(folder: Path, count: int) -> None:
                 array[part] = draws.integers(0, 256, (len(part), 3, 32, 32), np.uint8)
             np.save(out / f"{name.replace('x', 'y')}.npy", np.arange(n) % 10)
         facts = FACTS.model_copy(update={"fingerprint": "0" * 64})
-        (out / "facts.json").write_text(json.dumps({"facts": facts.model_dump(), "notes": []}))
+        about = {"facts": facts.model_dump(), "notes": [], "files": sources._files(out)}
+        (out / "facts.json").write_text(json.dumps(about))
 
     with mock.patch.object(sources, "_decode", filled):
         open_dataset(Data(arrays=str((folder / "big.npz").absolute())))
