@@ -5,9 +5,10 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -84,6 +85,12 @@ class _Forked:
     def call(i: int) -> Any:
         return _Forked.one(i)
 
+    @staticmethod
+    def start() -> None:
+        """Who started them ends them."""
+        signal(SIGINT, SIG_IGN)
+        signal(SIGTERM, SIG_DFL)
+
 
 def in_processes(one: Callable[[int], T], count: int, doing: str) -> list[T]:
     """`one` of 0, 1, … below `count`, in as many processes as there are cores; threads would wait for each other. What
@@ -92,9 +99,13 @@ def in_processes(one: Callable[[int], T], count: int, doing: str) -> list[T]:
     if doing and not console.is_terminal:
         print(doing, file=sys.stderr)
     _Forked.one, hidden = one, not doing or not console.is_terminal
-    with get_context("fork").Pool(os.cpu_count(), signal, (SIGINT, SIG_IGN)) as pool:  # who starts them ends them
-        found = pool.imap(_Forked.call, range(count), chunksize=100)
-        return list(track(found, doing, count, console=console, transient=True, disable=hidden))
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork"), _Forked.start) as pool:
+        try:
+            found = pool.map(_Forked.call, range(count), chunksize=100)
+            return list(track(found, doing, count, console=console, transient=True, disable=hidden))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -138,14 +138,14 @@ def _made(name: str, make: Callable[[], Any]) -> nn.Module:
 def fits(net: nn.Module, model: Model, facts: Facts) -> None:
     """Raise BadInput unless a net of a model section, made to be tried, gives one logit a class, in training too."""
     shape, classes, device = facts.shape, len(facts.classes), next(net.parameters(), torch.empty(0)).device
-    if not any(p.requires_grad for p in net.parameters()):
-        raise BadInput("model: has no parameter that can be trained")
     with torch.no_grad(), code.blaming(model.file, f"model: does not take images {shape}"):
         for mode in (True, False):
             out = net.train(mode)(torch.zeros(2, *shape, device=device))
             found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             if found != [2, classes]:
                 raise BadInput(f"model: must give [2, {classes}] logits for 2 images {shape}, not {found}")
+    if not any(p.requires_grad for p in net.parameters()):
+        raise BadInput("model: has no parameter that can be trained")
 
 
 def multiply_adds(net: nn.Module, shape: Sequence[int]) -> int:

@@ -746,7 +746,7 @@ def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
     ensembles = [run["cost"]["parameters"] for run in document["runs"] if run["command"] == "ensemble"]
     assert sorted(ensembles) == [2 * 1210, 2 * 4810]
     text = kd_here(kd.folder, "evaluate", "tiny.yaml", "--run", document["runs"][0]["run"])
-    assert "Errors per class" in text.out
+    assert "Where the errors are" in text.out
 
 
 def test_evaluation_leaves_out_what_it_cannot_score_and_says_so(kd: Shell) -> None:

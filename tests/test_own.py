@@ -102,7 +102,8 @@ def test_evaluation_counts_parameters_and_multiply_adds_of_convolutions(own: She
         assert run["cost"]["parameters"] == 28 * width + 2 * width + 4 * width * 3 + 3
     assert found["runs"][1]["teacher"]["run"] == runs[0]
     text = kd_here(own.folder, *words).out
-    assert re.search(r"^ +run +cat +dog +owl *$", text, re.MULTILINE)  # errors by class
+    assert re.search(r"(cat|dog|owl) \d+, (cat|dog|owl) \d+", text)  # errors by class
+    assert " → " in text
 
 
 @pytest.mark.parametrize(("flag", "omitted"), [("--omit=cat", ["cat"]), ("--keep=owl", ["cat", "dog"])])
@@ -368,7 +369,8 @@ def test_many_classes_have_no_column_each_in_the_terminal(hundred: Shell) -> Non
     assert len(found["classes"]) == 100
     student = run_of(found["points"][0], "student")
     out = kd_here(hundred.folder, "evaluate", "hundred.yaml", "--run", student).out
-    assert re.search(r"^ run +kind \d+ +kind \d+ +kind \d+ *$", out, re.MULTILINE)
+    assert "errors by class, most first" in out
+    assert max(map(len, out.splitlines())) <= 100
     omitted = kd_here(hundred.folder, "omit-classes", "hundred.yaml", "--jobs", "1").out
     assert max(len(line) for line in omitted.splitlines() if line.startswith(" ")) <= 80
     asked = kd_here(hundred.folder, "predict", student, "--test-image", "5").out
