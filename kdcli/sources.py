@@ -175,7 +175,8 @@ def _of_duplicates(found: Found, test: Labelled | None = None, train: Labelled |
     more = f"; and {len(pairs) - 5:,} more" if len(pairs) > 5 else ""
     other = sum(int(found.y_test[j] != found.y_train[i]) for j, i in pairs)
     labels = f", {other:,} of them with another label" if other else ""
-    return [f"{len(pairs):,} test images lie in the training set too, pixel for pixel{labels}: {some}{more}."]
+    lie = "test image lies" if len(pairs) == 1 else "test images lie"
+    return [f"{len(pairs):,} {lie} in the training set too, pixel for pixel{labels}: {some}{more}."]
 
 
 def _digits() -> Found:

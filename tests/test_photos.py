@@ -59,7 +59,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 def document(shell: Shell) -> dict[str, Any]:
     done = shell("run", "photos.yaml", "--seeds", "0-1", "--json", OMP_NUM_THREADS="1")
     assert done.code == 0, done.err
-    assert done.err.count("1 test images lie in the training set too, pixel for pixel: ") == 1
+    assert done.err.count("1 test image lies in the training set too, pixel for pixel: ") == 1
     return done.json
 
 
@@ -82,10 +82,10 @@ def test_the_table_is_that_of_any_experiment_with_the_balanced_error(shell: Shel
 def test_copies_of_training_images_are_in_the_output_the_json_and_the_report(
     shell: Shell, document: dict[str, Any]
 ) -> None:
-    note = f"1 test images lie in the training set too, pixel for pixel: {shell.folder}/photos/test/cat/copy.jpg is {shell.folder}/photos/train/cat/0.jpg."
+    note = f"1 test image lies in the training set too, pixel for pixel: {shell.folder}/photos/test/cat/copy.jpg is {shell.folder}/photos/train/cat/0.jpg."
     assert note in document["remarks"]
     assert f"{shell.folder}/photos: files that are no images left out: 1." in document["remarks"]
-    assert "lie in the training set too" in (shell.folder / "runs/photos/report/report.html").read_text()
+    assert "lies in the training set too" in (shell.folder / "runs/photos/report/report.html").read_text()
     assert note in (shell.folder / "runs/photos/report/report.md").read_text()
 
 
