@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from pydantic import field_serializer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +37,12 @@ class Quality(Section):
     brier: float
     ece: float
     balanced: float | None = None  # the mean over the classes of their error rates, where they differ in number
-    top5: int | None = None  # errors where any of the five likeliest classes is right, of more than ten
+    top5: int | None = None  # errors where none of the five likeliest classes is right, of more than ten
+
+    @field_serializer("confusion")
+    def _of_few(self, matrix: list[list[int]]) -> list[list[int]]:
+        """Documents hold the matrix of up to 100 classes: of 1,000 it has a million numbers."""
+        return matrix if len(matrix) <= 100 else []
 
 
 def quality(log_p: Tensor, labels: Tensor) -> Quality:

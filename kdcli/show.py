@@ -202,8 +202,8 @@ def _worst(d: "Document", classes: Sequence[str]) -> list[str]:
     """The classes with the most errors, and the pairs of label and prediction, each with their number."""
     errors, pairs = d.test.per_class_errors, largest(d.quality.confusion)[:WORST]
     first = sorted((c for c in range(len(classes)) if errors[c]), key=lambda c: -errors[c])[:WIDE]
-    by_class = ", ".join(f"{short(classes[c])} {errors[c]}" for c in first)
-    return [by_class, ", ".join(f"{short(classes[i])} → {short(classes[j])} {n:g}" for i, j, n in pairs)]
+    by_class = ", ".join(f"{short(classes[c])}: {errors[c]}" for c in first)
+    return [by_class, ", ".join(f"{short(classes[i])} → {short(classes[j])}: {n:g}" for i, j, n in pairs)]
 
 
 def planned(runs: Sequence["plan.Planned"]) -> Table:

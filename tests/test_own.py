@@ -102,7 +102,7 @@ def test_evaluation_counts_parameters_and_multiply_adds_of_convolutions(own: She
         assert run["cost"]["parameters"] == 28 * width + 2 * width + 4 * width * 3 + 3
     assert found["runs"][1]["teacher"]["run"] == runs[0]
     text = kd_here(own.folder, *words).out
-    assert re.search(r"(cat|dog|owl) \d+, (cat|dog|owl) \d+", text)  # errors by class
+    assert re.search(r"(cat|dog|owl): \d+, (cat|dog|owl): \d+", text)  # errors by class
     assert " → " in text
 
 
