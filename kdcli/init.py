@@ -99,7 +99,7 @@ def _look(path: Path) -> Look:
         test, train = train[at], train[~torch.isin(torch.arange(len(train)), at)]
     look = Look(folder, found, train, test, None, notes)
     alike = len({(one.width, one.height) for one in found}) == 1 and found[0].width == found[0].height <= SIZES[1]
-    return look if alike else look._replace(size=SIZES[look.median > 1.5 * SIZES[0]])
+    return look if alike else look._replace(size=min(SIZES[look.median > 1.5 * SIZES[0]], round(look.median)))
 
 
 def _cost(name: str, facts: Facts) -> str:

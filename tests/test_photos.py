@@ -120,7 +120,7 @@ def test_init_writes_a_file_that_runs_as_it_stands(shell: Shell) -> None:
     assert done.code == 0, done.err
     (shell.folder / "mine.yaml").write_text(done.out)
     values = yaml.load(done.out, yamlfile.Loader)
-    assert values["data"] == {"folder": str(shell.folder / "photos"), "size": 32}
+    assert values["data"] == {"folder": str(shell.folder / "photos"), "size": 16}
     assert values["teacher"]["model"] == {"name": "resnet20"}
     assert "120 training and 61 test images of 3 classes" in done.out
     assert "30 to 60 training images a class, of 20 x 16 pixels" in done.out
