@@ -96,6 +96,7 @@ class _Loop:
         done = start.epochs * steps - 1
         self.rate = LambdaLR(self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, done)
         self.forward = forward_of(net, views.images.labels.device)
+        self.bounded = [part for part in net.modules() if isinstance(part, MLP)] if train.max_norm else []
 
     def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor]:
         """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses and errors."""
@@ -112,8 +113,8 @@ class _Loop:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.train.clip)
         self.optimizer.step()
         self.rate.step()
-        if self.train.max_norm and isinstance(self.net, MLP):
-            self.net.constrain(self.train.max_norm)
+        for part in self.bounded:
+            part.constrain(self.train.max_norm or 0)
         if self.average:
             self.average.update_parameters(self.net)
         wrong = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1))

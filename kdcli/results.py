@@ -142,7 +142,7 @@ def documents(
 ) -> list[Document]:
     """The documents of jobs that are all finished; for the `costs` their nets are built, and those of a kind timed
     once."""
-    labels, test = dataset.test.labels, dataset.test.to(torch.device(places.device))
+    labels, test = dataset.test.labels, dataset.test.to(torch.device(places.device)) if costs == "timed" else None
     baselines = {(job.point, job.spec.seed): job.spec.name for job in jobs if job.row.kind == "baseline"}
 
     priced = dict[str, Cost]()
@@ -152,7 +152,7 @@ def documents(
         run = places.open(name)
         log_p, kind = log_probabilities(run, len(labels)), repr([member.spec.model for member in members(run)])
         if costs and kind not in priced:
-            priced[kind] = cost(run, test if costs == "timed" else None)
+            priced[kind] = cost(run, test)
         return _Net(run.result("reported"), log_p, priced.get(kind))
 
     made = []

@@ -61,12 +61,9 @@ def _stamp(data: Data) -> str:
             raise BadKeys((f"data.{key}", f"there is no {'folder' if key == 'folder' else 'file'} {path}"))
     if data.folder:
         folder = list_folder(Path(data.folder))
-        seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f, _ in (*folder.train, *folder.test)]
+        seen = [(str(file), *_written(file)) for file, _ in (*folder.train, *folder.test)]
         return hashlib.sha256(json.dumps([folder.classes, folder.notes, seen]).encode()).hexdigest()
-    if data.arrays:
-        file = Path(data.arrays).stat()
-        return f"{file.st_size} {file.st_mtime_ns}"
-    return ""
+    return str(_written(Path(data.arrays))) if data.arrays else ""
 
 
 @lru_cache(maxsize=2)
@@ -104,15 +101,15 @@ def _is_whole(folder: Path) -> bool:
     """Whether a source was decoded into a folder, and its files are those that were written."""
     try:
         written = json.loads((folder / "facts.json").read_text())["files"]
-        return bool(written == _files(folder))
+        return bool(written == [_written(folder / f"{name}.npy") for name in ARRAYS])
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
 
-def _files(folder: Path) -> list[list[int]]:
-    """The size of each array's file and when it was written, which tell a damaged one without reading it."""
-    stats = [(folder / f"{name}.npy").stat() for name in ARRAYS]
-    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+def _written(file: Path) -> list[int]:
+    """The size of a file and when it was written, which tell one that has changed without reading it."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
@@ -130,7 +127,8 @@ def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
     if data.name == "mnist" and not facts.fingerprint.startswith(MNIST):
         instead = "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
         raise BadInput(f"{root}/MNIST/raw: these files are not MNIST's, which `name: mnist` means: {instead}")
-    text = json.dumps({"facts": facts.model_dump(), "notes": found.notes, "files": _files(folder)})
+    files = [_written(folder / f"{name}.npy") for name in ARRAYS]
+    text = json.dumps({"facts": facts.model_dump(), "notes": found.notes, "files": files})
     (folder / "facts.json").write_text(text)
 
 

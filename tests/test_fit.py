@@ -22,7 +22,7 @@ from kdcli.config import Data, Distill, Model, Train
 from kdcli.data import Split, open_dataset
 from kdcli.device import generator, place, seeded
 from kdcli.fit import Fitted, fit, learning_rate
-from kdcli.models import MLP
+from kdcli.models import MLP, Normalised
 from kdcli.runs import Epoch, Run, Spec, State, open_run
 from kdcli.teacher import Teacher, cached, kept_logits, live, predict
 
@@ -469,3 +469,9 @@ def test_a_last_batch_of_one_sample_joins_the_one_before() -> None:
         last(student, train(epochs=1, batch_size=size), images=images)
         assert sizes == wanted
         assert train(batch_size=size).steps(samples) == len(wanted)
+
+
+def test_max_norm_bounds_a_perceptron_whose_inputs_are_normalised_too() -> None:
+    inner = net()
+    last(Normalised(inner, [0.5], [0.25]), train(epochs=1, max_norm=0.1))
+    assert float(inner.linears()[0].weight.norm(dim=1).max()) <= 0.1 + 1e-6

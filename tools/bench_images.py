@@ -196,7 +196,11 @@ def prepare(folder: Path, count: int) -> None:
                 array[part] = draws.integers(0, 256, (len(part), 3, 32, 32), np.uint8)
             np.save(out / f"{name.replace('x', 'y')}.npy", np.arange(n) % 10)
         facts = FACTS.model_copy(update={"fingerprint": "0" * 64})
-        about = {"facts": facts.model_dump(), "notes": [], "files": sources._files(out)}
+        about = {
+            "facts": facts.model_dump(),
+            "notes": [],
+            "files": [sources._written(out / f"{name}.npy") for name in sources.ARRAYS],
+        }
         (out / "facts.json").write_text(json.dumps(about))
 
     with mock.patch.object(sources, "_decode", filled):
