@@ -454,9 +454,7 @@ def init(
 @command("schema", ("debug",))
 def schema(call: Call) -> None:
     """Print the JSON schema of experiment files, with which editors complete and check them."""
-    import json
-
-    print(json.dumps(Experiment.model_json_schema(), indent=1))
+    print(to_json(Experiment.model_json_schema(), indent=1).decode())
 
 
 @app.callback(invoke_without_command=True)

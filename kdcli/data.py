@@ -81,9 +81,6 @@ class Dataset:
         """The positions of some classes in the order of the logits."""
         return torch.tensor([self.facts.classes.index(c) for c in classes], dtype=torch.int64)
 
-    def to(self, device: torch.device) -> "Dataset":
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
-
 
 def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True) -> Dataset:
     """The dataset of an experiment's `data` section, whatever its transfer set. What torchvision knows is looked for in
@@ -98,13 +95,18 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     if data.mean and len(data.mean) not in (1, facts.shape[0]):
         numbers = "a number" if facts.shape[0] == 1 else f"1 number, or {facts.shape[0]}: one a channel"
         raise BadKeys(("data.mean", f"must have {numbers}, not {len(data.mean)}"))
-    held = data.heldout or min(max(len(train) // 10, len(facts.classes)), len(train) // 3)
+    held = data.heldout or tenth(len(train), len(facts.classes))
     if held > len(train) // 3:
         raise BadKeys(("data.heldout", f"must be at most {len(train) // 3}, a third of the training images"))
     whole = Dataset(train, test, held, facts.model_copy(update=given), found.notes)
     if data.evaluate_on == "test":
         return whole
     return replace(whole, train=train.at(_others(len(train), whole.heldout)), test=train.at(whole.heldout))
+
+
+def tenth(images: int, classes: int) -> int:
+    """How many of so many training images are held out unless an experiment says so: a tenth, one a class or more."""
+    return min(max(images // 10, classes), images // 3)
 
 
 def _others(n: int, index: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcli import BadInput
 from kdcli.config import Experiment, Model
-from kdcli.data import Dataset, Split
+from kdcli.data import Dataset, Split, tenth
 from kdcli.estimate import seconds
 from kdcli.images import Folder, Header, headers, list_folder
 from kdcli.models import build, fits, multiply_adds
@@ -55,7 +55,7 @@ class Look(NamedTuple):
         """A dataset with these labels whose images are all the same noise, to plan and to time."""
         facts, noise = self.facts, torch.randint(256, (1, *self.facts.shape), dtype=torch.uint8)
         train, test = (Split(noise, y, 255, torch.zeros(len(y), dtype=torch.int64)) for y in (self.train, self.test))
-        return Dataset(train, test, max(len(train) // 10, len(facts.classes)), facts)
+        return Dataset(train, test, tenth(len(train), len(facts.classes)), facts)
 
 
 def experiment_file(path: Path, teacher: str, student: str, places: Places) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they need torch, which `kd runs` does without
 
 Parts = Iterator["Table | str"]  # what is printed, one below the other
 WIDE = 12  # of more classes than these none has a column of its own
-WORST = 3  # classes are shown instead in the terminal
+WORST = 3  # of the pairs that are taken for each other most are shown in the terminal
 PAIRS = 20  # of classes that are taken for each other, or look alike, are shown instead of a matrix
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."

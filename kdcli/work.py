@@ -42,10 +42,16 @@ def prepare(
     """Read the experiment and its data, check both, and plan. Raises BadInput for all that can be known before a run is
     trained. `teacher`: the run that --teacher names; `dry`: nothing is downloaded."""
 
+    opened: dict[
+        str, Dataset
+    ] = {}  # by data section: most overrides leave it as it is, and to open a folder takes time
+
     def planned(overrides: list[Override]) -> tuple[list[Loaded], Dataset, list[Job]]:
         points = yamlfile.points(name, overrides)
+        data = points[0].experiment.data
         with points[0].located():
-            dataset = open_dataset(points[0].experiment.data, places.data_dir, download=not dry)
+            key = data.model_dump_json()
+            dataset = opened[key] = opened.get(key) or open_dataset(data, places.data_dir, download=not dry)
         for point in points:
             with point.located():
                 check(point.experiment, dataset)
@@ -97,9 +103,8 @@ def _refuse_idle(override: Override, command: str, before: list[Job], after: lis
     rows = dict.fromkeys(row for row, run in one | other if ((row, run) in one) != ((row, run) in other))
     where = f"it changes: {', '.join(rows)}" if rows else "it changes no run of this experiment"
     section, _, rest = override.key.partition(".train.")
-    own = (
-        [f"{other}.train.{rest}" for other in [*experiment.student_trains][1:]] if section == "student" and rest else []
-    )
+    apart = [*experiment.student_trains][1:] if section == "student" and rest else []
+    own = [f"{other}.train.{rest}" for other in apart]
     hint = f"; set for nets with a train of their own: {', '.join(own)}" if own else ""
     raise BadInput(f"{override.origin}: changes nothing that kd {command} does; {where}{hint}")
 
