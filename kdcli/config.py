@@ -7,7 +7,17 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 Average = Literal["arithmetic", "geometric"]
@@ -53,14 +63,18 @@ def _beside(path: str, info: ValidationInfo) -> str:
     return os.path.abspath(Path((info.context or {}).get("folder", ""), path))
 
 
+def _file(path: str, info: ValidationInfo) -> str:
+    file = _beside(path, info)
+    if not (info.context or {}).get("reading") and not os.path.isfile(file):  # that of a run may be gone
+        raise problem("", f"there is no file {file}")
+    return file
+
+
 def _function(reference: str, info: ValidationInfo) -> str:
     path, _, function = reference.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
         raise problem("", f"must be FILE.py:FUNCTION, such as nets.py:make, not {reference!r}")
-    file = _beside(path, info)
-    if not (info.context or {}).get("reading") and not os.path.isfile(file):  # that of a run may be gone
-        raise problem("", f"there is no file {file}")
-    return f"{file}:{function}"
+    return f"{_file(path, info)}:{function}"
 
 
 def _source(name: str) -> str:
@@ -84,7 +98,17 @@ def _net(name: str, info: ValidationInfo) -> str:
 # The nets of the distillation literature: of depth 6n + 2 and, wide ones, 6n + 4, which the check of the nets asks for.
 NET = re.compile(r"resnet(?P<depth>[1-9]\d*)(x(?P<times>[1-9]\d*))?|wrn-(?P<wide_depth>[1-9]\d*)-(?P<width>[1-9]\d*)")
 Function = Annotated[str, AfterValidator(_function)]  # of somebody's own Python file
+File = Annotated[str, AfterValidator(_file)]
+Word = BeforeValidator(lambda name: str(name) if type(name) is int else name, json_schema_input_type=str | int)
+ClassName = Annotated[str, Word]  # 3 is "3"
 Numbers = Annotated[list[float], Field(min_length=1, max_length=100_000)]
+
+
+def _of_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> Iterator[tuple[str, str]]:
+    if len(mean or []) != len(std or []):
+        yield ("std" if mean else "mean"), "must have as many numbers as the other of mean and std"
+    if min(std or [1]) <= 0:
+        yield "std", "must be above 0"
 
 
 class Data(Section):
@@ -105,6 +129,9 @@ class Data(Section):
     test: float | None = Field(None, gt=0, lt=1, description="share of a folder without test images (0.2)")
     mean: Numbers | None = Field(None, description="of the inputs in [0, 1], a number a channel; left out: measured")
     std: Numbers | None = Field(None, description="of the inputs; both left out, perceptrons see images in [0, 1]")
+    unlabelled: Annotated[str, AfterValidator(_beside)] | None = Field(
+        None, description="a folder of images that only the teacher labels, for students to see too"
+    )
     heldout: int | None = Field(None, ge=1, description="images that choose the bias of omit-classes; else a tenth")
     evaluate_on: Literal["test", "heldout"] = Field("test", description="heldout: count errors on those, untrained on")
     transfer: int | None = Field(None, ge=1, description="students see so many training images; left out: all")
@@ -117,10 +144,7 @@ class Data(Section):
         for key, (there, what) in belongs.items():
             if getattr(self, key) is not None and not there:
                 yield key, f"belongs to {what}: remove it"
-        if len(self.mean or []) != len(self.std or []):
-            yield ("std" if self.mean else "mean"), "must have as many numbers as the other of mean and std"
-        if min(self.std or [1]) <= 0:
-            yield "std", "must be above 0"
+        yield from _of_normalisation(self.mean, self.std)
 
 
 FIXED = ("data", *(f"data.{key}" for key in Data.model_fields if key != "transfer"))  # a grid's runs share a dataset
@@ -147,6 +171,7 @@ class Model(Section):
         None, description="resnet8, wrn-40-2, torchvision:NAME, timm:NAME or FILE.py:FUNCTION(classes, channels, …)"
     )
     args: dict[str, Any] = Field({}, description="arguments of the function, or of the net's")
+    pretrained: bool = Field(False, description="of a teacher: with the weights that torchvision or timm has for it")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         for key in ("dropout", "input_dropout") if self.name else ("args",):
@@ -154,6 +179,8 @@ class Model(Section):
                 yield key, f"belongs to {'hidden' if self.name else 'name'}: remove it"
         if self.args and NET.fullmatch(self.name or ""):
             yield "args", f"belongs to functions, torchvision and timm: {self.name} has none"
+        if self.pretrained and not (self.name or "").startswith(("torchvision:", "timm:")):
+            yield "pretrained", "belongs to torchvision:NAME and timm:NAME: remove it, or name a file of `weights`"
 
     @property
     def file(self) -> str:
@@ -225,16 +252,124 @@ class Network(Section):
     train: Train
 
 
+class Input(Section):
+    """How a teacher that was trained elsewhere sees its images, whatever the student sees."""
+
+    size: int | None = Field(None, ge=1, le=4096, description="pixels: images are resized to so many, square")
+    channels: Literal[1, 3] | None = Field(None, description="left out: those of the data")
+    range: Literal[1, 255] = Field(1, description="255 for a net that reads bytes, before mean and std")
+    mean: Numbers | None = Field(None, description="of its inputs, a number a channel, or one")
+    std: Numbers | None = Field(None, description="of its inputs; both left out, the data's or its library's")
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        yield from _of_normalisation(self.mean, self.std)
+
+
+class Origin(Section):
+    """Where a teacher that was trained elsewhere comes from, and how it is read."""
+
+    weights: File | None = Field(None, description="of the model: .safetensors, or .pt, .pth, .th read without code")
+    onnx: File | None = Field(None, description="an ONNX file, run by onnxruntime")
+    logits: File | None = Field(None, description="its logits or probabilities: .npz, .npy, .csv or .parquet")
+    head: Literal["new"] | None = Field(None, description="new: a fresh last layer for the classes of the data")
+    freeze: Literal["backbone"] | None = Field(None, description="backbone: only the last layer is trained")
+    input: Input | None = None
+    classes: list[ClassName] | None = Field(None, min_length=2, description="of its outputs, in their order")
+
+    @property
+    def file(self) -> str:
+        """The file that it is read from; empty where a library has the weights."""
+        return self.weights or self.onnx or self.logits or ""
+
+
+class TeacherSection(Origin):
+    """A net and how it is trained; or one that was trained elsewhere, as it is or, with `train`, trained further."""
+
+    one_of = ("model", "onnx", "logits")
+    model: Model | None = None
+    train: Train | None = Field(None, description="left out: the net is used as it is")
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        library = bool(self.model and self.model.pretrained)
+        if self.weights and library:
+            yield "weights", "and model.pretrained name two sources of weights: remove one"
+        if self.weights and not self.model:
+            yield "weights", "belongs to a model: add its `model` section"
+        for key in ("head", "freeze", "input", "classes"):
+            if getattr(self, key) is not None and not (self.file or library):
+                yield key, "belongs to a net that was trained elsewhere: name its weights, or remove it"
+        for key in ("head", "freeze", "train"):
+            if getattr(self, key) is not None and not self.model:
+                yield key, f"belongs to a model and its weights, not to {'onnx' if self.onnx else 'logits'}: remove it"
+        if not self.train and (self.head or self.freeze):
+            yield "train", f"is missing: {'a fresh head' if self.head else 'freeze'} asks for a training"
+        if not self.train and self.model and not (self.weights or library):
+            yield "train", "is missing: say how the net is trained, or name its weights"
+        if self.input and self.logits:
+            yield "input", "belongs to a net, not to logits: remove it"
+        if self.classes and self.head:
+            yield "classes", "belongs to a net with its own head: with a new one they are the data's; remove it"
+        if twice := [c for c in self.classes or [] if (self.classes or []).count(c) > 1]:
+            yield "classes", f"names {twice[0]} twice"
+
+    @property
+    def network(self) -> Network:
+        """The net and its training, of a teacher that is trained here."""
+        assert self.model
+        assert self.train
+        return Network(model=self.model, train=self.train)
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where it comes from; None of a net that is trained here from scratch."""
+        if not self.file and not (self.model and self.model.pretrained):
+            return None
+        return Origin(**{key: getattr(self, key) for key in Origin.model_fields})
+
+
+class Member(TeacherSection):
+    """A member of an ensemble."""
+
+    weight: float = Field(1.0, gt=0, le=1e6, description="in the average, relative to the others")
+
+
+Members = Annotated[
+    Annotated[int, Field(ge=2, le=1_000), Tag("<number>")]
+    | Annotated[list[Member], Field(min_length=2, max_length=1_000), Tag("<list>")],
+    Discriminator(lambda given: "<list>" if isinstance(given, list) else "<number>"),
+]
+
+
 class Ensemble(Section):
     """Several teachers and the average of their predictions."""
 
-    members: int = Field(ge=2, le=1_000)
+    members: Members = Field(description="how many, of the teacher's kind; or a list, each as a `teacher` section")
     average: Average = "arithmetic"
     models: list[Model] | None = Field(None, min_length=1, description="member i has models[i % n]; else the teacher's")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        if len(self.models or []) > self.members:
+        if self.models and isinstance(self.members, list):
+            yield "models", "belongs to a number of members, and each of these has a model of its own: remove it"
+        elif len(self.models or []) > self.number:
             yield "models", f"has {len(self.models or [])} entries for only {self.members} members"
+
+    @property
+    def number(self) -> int:
+        """How many members there are."""
+        return self.members if isinstance(self.members, int) else len(self.members)
+
+    def teachers(self, teacher: TeacherSection) -> list[TeacherSection]:
+        """What each member is, beside the experiment's `teacher`."""
+        if isinstance(self.members, list):
+            return list(self.members)
+        models = self.models or ([teacher.model] if teacher.model else [])
+        return [teacher.model_copy(update={"model": models[i % len(models)]}) for i in range(self.members)]
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the members in the average, as they were given; empty where all weigh the same."""
+        weights = [member.weight for member in self.members] if isinstance(self.members, list) else []
+        return weights if len(set(weights)) > 1 else []
 
 
 class Baseline(Section):
@@ -252,6 +387,8 @@ class Distill(Section):
     lambda1: float = Field(ge=0, le=1e6, description="weight of the soft targets")
     lambda2: float = Field(ge=0, le=1e6, description="weight of the hard labels; left out: 1 - lambda1")
     t_squared: bool = Field(True, description="false: without the paper's factor T^2")
+    views: int | None = Field(None, ge=1, le=10_000, description="views of each image kept with the teacher's logits")
+    half: bool = Field(False, description="keep the logits of the views in float16")
 
     @model_validator(mode="before")
     @classmethod
@@ -268,10 +405,8 @@ class Distill(Section):
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         if self.lambda1 == self.lambda2 == 0:
             yield "lambda1", "and lambda2 are both 0: the student would learn nothing"
-
-
-Word = BeforeValidator(lambda name: str(name) if type(name) is int else name, json_schema_input_type=str | int)
-ClassName = Annotated[str, Word]  # 3 is "3"
+        if self.half and not self.views:
+            yield "half", "belongs to views: remove it"
 
 
 class Omission(Section):
@@ -326,7 +461,7 @@ class Experiment(Section):
     seed: Seeds = [0]
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; left out: all cores")
     data: Data
-    teacher: Network
+    teacher: TeacherSection
     ensemble: Ensemble | None = None
     student: Network
     baseline: Baseline = Baseline()
@@ -341,6 +476,14 @@ class Experiment(Section):
             yield "seed", f"names a seed twice: {self.seed}"
         if self.distill.teacher == "ensemble" and self.ensemble is None:
             yield "distill.teacher", "is ensemble, but there is no ensemble section: add `ensemble: {members: 5}`"
+        if self.student.model.pretrained:
+            yield "student.model.pretrained", "belongs to a teacher: remove it"
+        if self.ensemble and isinstance(self.ensemble.members, int) and not self.teacher.train:
+            yield "ensemble.members", "would all be the same net, which is not trained: name a list of teachers"
+        for key, train in self.student_trains.items() if self.distill.views else ():
+            if key != "baseline" and (not train.augmented or train.mixup):
+                why = "blends images anew in every batch" if train.mixup else "is not augmented: its logits are kept"
+                yield "distill.views", f"has no use, since {key}.train {why}: remove it"
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.table:
                 yield f"{section}.{row}", f"is not a row of this experiment{nearest(row, self.table)}"

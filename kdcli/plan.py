@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdcli import BadInput, BadKeys, code, models
+from kdcli import BadInput, BadKeys, code, imports, models
 from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
@@ -67,37 +67,46 @@ class _Planner:
         }
         makers |= {entry.label: partial(self.student, teacher, entry) for entry in e.omit_classes}
         for row, seed in product(e.rows, e.seed):
+            if row.kind == "teacher" and seed != e.seed[0] and not e.teacher.train:
+                continue  # it is the same for all
             for spec in makers[row.name](seed):
                 beside = self.taught_by(teacher, spec.seed) if spec.command == "baseline" else None
                 yield Job(row, spec, point, spec.parents[0] if spec.distill else beside)
 
     def spec(self, command: Command, seed: int, **more: Any) -> Spec:
-        e, data = self.experiment, self.experiment.data
+        e, data, facts = self.experiment, self.experiment.data, self.dataset.facts
         held = command == "omit-classes" or data.evaluate_on == "heldout"
-        seen = {"heldout": self.dataset.held if held else None}
+        seen: dict[str, Any] = {"heldout": self.dataset.held if held else None}
         seen["transfer"] = data.transfer if command in STUDENTS else None
+        if "distill" not in more:  # only students see what nobody labelled
+            seen["unlabelled"], facts = None, facts.model_copy(update={"unlabelled": None})
         model: Model | None = more.get("model")
         if model and model.file:
             more["code"] = code.digest(model.name or "")
-        where, facts = data.model_copy(update=seen), self.dataset.facts
+        where = data.model_copy(update=seen)
         return Spec(experiment=e.name, command=command, seed=seed, dataset=facts, data=where, **more)
 
     def _net(self, kind: str, seed: int, number: int = 0) -> Spec:
-        """A baseline or a teacher, the latter with the model of this number: from hard labels alone."""
+        """A baseline, or the teacher of this number: the experiment's, then its members. One that is not trained here
+        has no seed."""
         e = self.experiment
         if kind == "baseline":
             return self.spec("baseline", seed, model=e.student.model, train=e.baseline.train or e.student.train)
-        models = [e.teacher.model, *(self.of.models or [])]
-        return self.spec("train-teacher", seed, model=models[number], train=e.teacher.train)
+        teacher = [e.teacher, *self.of.teachers(e.teacher)][number]
+        more: dict[str, Any] = {"model": teacher.model, "train": teacher.train}
+        if origin := teacher.origin:
+            more["origin"], more["content"] = imports.resolved(origin, teacher.model)
+        return self.spec("train-teacher", seed if teacher.train else 0, **more)
 
     def members(self, kind: str, seed: int) -> list[Spec]:
         """The members with this seed, the next, …"""
-        n = len(self.of.models or []) if kind == "teacher" else 0
-        return [self.net(kind, seed + i, i % n + 1 if n else 0) for i in range(self.of.members)]
+        own = kind == "teacher" and bool(self.of.models or isinstance(self.of.members, list))
+        return [self.net(kind, seed + i, i + 1 if own else 0) for i in range(self.of.number)]
 
     def _ensemble(self, kind: str, seed: int) -> Spec:
         names = [member.name for member in self.members(kind, seed)]
-        return self.spec("ensemble", seed, average=self.of.average, parents=names)
+        weights = self.of.weights if kind == "teacher" else []
+        return self.spec("ensemble", seed, average=self.of.average, parents=names, weights=weights)
 
     def taught_by(self, teacher: str, seed: int) -> str:
         """The teacher of the same seed, the one ensemble, that of the first seed, or the run that was named."""
@@ -154,7 +163,10 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
 
 def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     student, (_, height, width) = e.student.model, dataset.facts.shape
-    for section, train in {"teacher": e.teacher.train, **e.student_trains}.items():
+    described = e.ensemble.members if e.ensemble and isinstance(e.ensemble.members, list) else []
+    teachers = {"teacher": e.teacher} | {f"ensemble.members.{i}": t for i, t in enumerate(described)}
+    of_teachers = {section: teacher.train for section, teacher in teachers.items() if teacher.train}
+    for section, train in {**of_teachers, **e.student_trains}.items():
         if 2 * train.jitter >= min(height, width) and not dataset.facts.table:
             yield f"{section}.train.jitter", f"is too far for images of {height} x {width} pixels"
         if (train.cutout or 0) >= min(height, width) and not dataset.facts.table:
@@ -162,10 +174,14 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
         for key in ("jitter", "flip", "crop", "cutout") if dataset.facts.table else ():
             if getattr(train, key):
                 yield f"{section}.train.{key}", "belongs to images, and this is a table: remove it"
-        if train.max_norm and (e.teacher.model if section == "teacher" else student).name:
+        net = teachers[section].model if section in teachers else student
+        if train.max_norm and net and net.name:
             yield f"{section}.train.max_norm", "is for multi-layer perceptrons (hidden: …): remove it"
-    nets = {"teacher.model": e.teacher.model, "student.model": student}
+    nets = {f"{key}.model": t.model for key, t in teachers.items() if t.model and not t.origin}
+    nets |= {"student.model": student}
     nets |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
+    for key, teacher in teachers.items():
+        yield from imports.problems(key, teacher, dataset.facts)
     for key, model in nets.items():
         if message := try_net(model, dataset.facts)[1]:
             yield f"{key}.name", message

@@ -33,7 +33,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from kdcli import BadInput, __version__, failure
-from kdcli.config import Average, Data, Distill, Model, Section, Train
+from kdcli.config import Average, Data, Distill, Model, Origin, Section, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,7 @@ class Facts(Section):
     table: bool = False  # rows of floats; a channel is a column
     mean: list[float] = []  # of each channel of the training images in [0, 1], or given (or one for all)
     std: list[float] = []
+    unlabelled: str | None = None  # fingerprint of the images that only the teacher labels
     given: bool = False  # mean and std by the experiment: then perceptrons use them too
 
     def normalises(self, model: Model) -> bool:
@@ -81,7 +82,10 @@ class Spec(Section):
     omitted: list[str] = []  # classes missing from the transfer set
     average: Average = "arithmetic"  # of an ensemble
     parents: list[str] = []
+    weights: list[float] = []  # of its members, unless all weigh the same
     code: str | None = None  # sha256 of the file that makes the model
+    origin: Origin | None = None  # of a teacher that was trained elsewhere
+    content: str | None = None  # sha256 of the file that it was read from, or its library's name for the weights
 
     @cached_property
     def name(self) -> str:
@@ -92,6 +96,11 @@ class Spec(Section):
         identity |= {"schema": SCHEMA, "dataset": self.dataset.fingerprint}
         if self.model and self.model.file:
             identity["model"]["name"] = (self.model.name or "").rpartition(":")[2]
+        if self.origin:
+            files = {"weights", "onnx", "logits"}
+            identity["origin"] = self.origin.model_dump(exclude_defaults=True, exclude=files)
+        if self.dataset.unlabelled:
+            identity["unlabelled"] = self.dataset.unlabelled
         if self.model and self.dataset.normalises(self.model):
             identity["inputs"] = [self.dataset.mean, self.dataset.std]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -608,6 +617,8 @@ def settings(spec: Spec) -> Settings:
     kept.get("distill", {}).pop("teacher", None)  # the parents say which
     if spec.model and spec.model.name:
         kept["model"]["name"] = Path(spec.model.name).name
+    for key in kept.get("origin", {}).keys() & {"weights", "onnx", "logits"}:
+        kept["origin"][key] = Path(kept["origin"][key]).name
     return kept | {"data": where | {"content": spec.dataset.fingerprint[:12]}}
 
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from kdcli import BadInput, BadKeys
-from kdcli.config import Experiment, nearest
+from kdcli.config import Experiment, Section, nearest
 
 
 class Override(NamedTuple):
@@ -213,10 +213,15 @@ def _fields(section: Sequence[str | int]) -> list[str]:
     """The keys known in a section, the path to which is given."""
     kind: Any = Experiment
     for part in section:
-        kind = kind.model_fields[part].annotation if isinstance(part, str) else kind
-        while inner := get_args(kind):  # of `list[Model] | None`
-            kind = inner[0]
+        kind = _sections(kind.model_fields[part].annotation)[0] if isinstance(part, str) else kind
     return list(kind.model_fields)
+
+
+def _sections(annotation: Any) -> list[Any]:
+    """The kinds of section in an annotation such as `list[Model] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in _sections(inner)]
 
 
 def _origin(key: str, origins: dict[str, str]) -> str:
@@ -233,7 +238,12 @@ def _told(problems: Iterable[tuple[str, str]], origins: dict[str, str]) -> BadIn
 
 def _key(error: Any) -> str:
     """The dotted key of one of pydantic's errors."""
-    return ".".join(str(part) for part in (*error["loc"], error.get("ctx", {}).get("key", "")) if part != "")
+    return ".".join(str(part) for part in (*_place(error), error.get("ctx", {}).get("key", "")) if part != "")
+
+
+def _place(error: Any) -> list[str | int]:
+    """The keys that lead to an error, without the kinds of value that one of them may have."""
+    return [part for part in error["loc"] if not str(part).startswith("<")]
 
 
 _MESSAGES = {
@@ -254,5 +264,5 @@ def _message(error: Any) -> str:
     if kind in _MESSAGES:
         return _MESSAGES[kind].format(shown=shown, **ctx)
     if kind == "extra_forbidden":
-        return f"unknown key{nearest(str(error['loc'][-1]), _fields(error['loc'][:-1]))}"
+        return f"unknown key{nearest(str(error['loc'][-1]), _fields(_place(error)[:-1]))}"
     return re.sub("^Input should ", "must ", error["msg"]) + f", not {shown}"

@@ -118,7 +118,7 @@ def cases(width: int) -> list[Case]:
         train = Train(epochs=1, lr=0.1, jitter=2, weight_decay=5e-4)
         return Case(f"convolutional net, {width} channels", partial(conv_net, width), train, (3, 32, 32))
 
-    teacher, small, wide = mnist.teacher, conv(width), conv(4 * width)
+    teacher, small, wide = mnist.teacher.network, conv(width), conv(4 * width)
     plain = teacher.model_copy(update={"train": teacher.train.model_copy(update={"ema": None})})
     return [
         mlp("student, hard labels", mnist.student),
@@ -279,7 +279,10 @@ def digits_errors(device: torch.device, sizes: Sizes) -> None:
     """Teachers and students of several seeds, on the CPU in float32 and on the device with each arm."""
     train, test = digits()
     small = yamlfile.load("digits").experiment
-    networks = {"teacher": shorter(small.teacher, sizes.digits), "student": shorter(small.student, sizes.digits)}
+    networks = {
+        "teacher": shorter(small.teacher.network, sizes.digits),
+        "student": shorter(small.student, sizes.digits),
+    }
     soft = {
         seed: predict(trained(networks["teacher"], train, seed, torch.device("cpu"), None).net, train)
         for seed in range(sizes.seeds)
@@ -298,7 +301,7 @@ def mnist_errors(device: torch.device, sizes: Sizes) -> None:
     """A few epochs of mnist.yaml's teacher, and of its student from the float32 teacher's logits."""
     data, experiment = open_dataset(Data(name="mnist"), download=False), yamlfile.load("mnist").experiment
     soft: Tensor | None = None
-    for role, network in (("teacher", experiment.teacher), ("student", experiment.student)):
+    for role, network in (("teacher", experiment.teacher.network), ("student", experiment.student)):
         for name in ARMS:
             forget()
             began = time.perf_counter()
