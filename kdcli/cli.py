@@ -111,11 +111,19 @@ class Call:
         return work
 
     def obtain(self, work: "Work") -> None:
-        """Train the jobs that are not finished."""
+        """Train the jobs that are not finished; first of all read what was trained elsewhere, and say what speaks
+        against it."""
         from kdcli.engine import obtain
+        from kdcli.plan import doubts
 
+        elsewhere = [job for job in work.jobs if job.spec.imported]
+        others = [job for job in work.jobs if not job.spec.imported]
+        experiment, note = self.load(), self.display.note
         try:
-            obtain(work.jobs, work.places, self.load().threads, self.jobs, self.display.epoch, self.display.note)
+            for jobs in filter(None, (elsewhere, others)):
+                obtain(jobs, work.places, experiment.threads, self.jobs, self.display.epoch, note)
+                for line in doubts(jobs, experiment.expect, work.places) if jobs is elsewhere else ():
+                    note(line)
         finally:
             self.display.close()
 
@@ -124,13 +132,15 @@ class Call:
         sections = ["teacher"] if self.command in TEACHERS else self.load().student_trains
         self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in sections))
         work = self.prepare()
-        from kdcli.plan import require_teachers
+        from kdcli.plan import doubts, require_teachers
         from kdcli.results import documents
 
         if not work.jobs:
             key, flag = ("ensemble", "--members 5") if self.command == "ensemble" else ("omit_classes", "--omit 3")
             raise BadInput(f"{self.experiment}: {key}: there is none: add the section, or {flag}")
-        require_teachers(work.jobs, work.planned, work.places, self.retype(), self.display.note)
+        for teacher in require_teachers(work.jobs, work.planned, work.places, self.retype(), self.display.note):
+            for line in doubts([teacher], self.load().expect, work.places):
+                self.display.note(line)
         if self.dry_run:
             return self.describe(work)
         self.obtain(work)

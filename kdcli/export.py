@@ -48,14 +48,18 @@ class Exported(Section):
 class Probabilities(nn.Module):
     """A net, or the members of an ensemble, with the softmax at its end."""
 
-    def __init__(self, members: Sequence[nn.Module], how: Average) -> None:
+    def __init__(self, members: Sequence[nn.Module], how: Average, weights: Sequence[float]) -> None:
         super().__init__()
         self.members, self.how = nn.ModuleList(members), how
+        shares = torch.tensor(weights or [1.0] * len(members)).view(-1, 1, 1)
+        self.shares = nn.Buffer(shares / shares.sum(), persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Probabilities [B, classes] of images [B, C, H, W]."""
         logits = torch.stack([member(inputs) for member in self.members])
-        return logits.softmax(-1).mean(0) if self.how == "arithmetic" else logits.mean(0).softmax(-1)
+        if self.how == "arithmetic":
+            return (logits.softmax(-1) * self.shares).sum(0)
+        return (logits * self.shares).sum(0).softmax(-1)
 
 
 @code.quiet()
@@ -70,7 +74,10 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
         raise BadInput(f"--out {file}: must be a file in a folder that exists, with a name that ends in {suffix}")
     if taken := [path for path in (file, card) if os.path.lexists(path)]:
         raise BadInput(f"{taken[0]}: is there already: remove it, or choose another --out")
-    test, model = dataset_of(run, data_dir).test, Probabilities(nets(run, CPU), run.spec.average).eval()
+    test, model = (
+        dataset_of(run, data_dir).test,
+        Probabilities(nets(run, CPU), run.spec.average, run.spec.weights).eval(),
+    )
     content, opened = _written(run, model, form)
     batches = torch.arange(len(test)).split(100)
     wanted, found = (torch.cat([ask(test.inputs(i)) for i in batches]) for ask in (model, opened))
@@ -95,9 +102,11 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
 
 def _described(run: Run) -> str:
     """The function that makes the net of a run, or the widths of a perceptron's layers: `784-800-800-10`."""
-    facts, (model, _) = run.spec.dataset, run.spec.trained
+    facts, model, price = run.spec.dataset, run.spec.model, cost(run)
+    if not model or not price:
+        raise BadInput(f"{run.name}: is no net of torch's: its file is {run.spec.origin and run.spec.origin.file}")
     if model.name:
-        return f"{Path(model.name).name} ({cost(run).parameters:,} parameters)"
+        return f"{Path(model.name).name} ({price.parameters:,} parameters)"
     return "-".join(map(str, [torch.Size(facts.shape).numel(), *(model.hidden or []), len(facts.classes)]))
 
 

@@ -94,11 +94,12 @@ def _knowledge(last: Document, firsts: Sequence[Document], data: Dataset, places
     teacher = places.open(last.teacher.run) if last.teacher else student
     if any(member.spec.command == "baseline" for member in members(teacher)):
         return None
-    labels, how, T = data.train.labels, teacher.spec.average, student.spec.distill.T if student.spec.distill else 4.0
-    soft = losses.average(kept_logits(teacher, "train", len(labels)), T, how).exp()
+    labels, T = data.train.labels, student.spec.distill.T if student.spec.distill else 4.0
+    how, weights = teacher.spec.average, teacher.spec.weights
+    soft = losses.average(kept_logits(teacher, "train", len(labels)), T, how, weights).exp()
     mean = torch.stack([100 * soft[labels == c].mean(0) for c in range(soft.shape[1])])
     lessons = [_lesson(document, places.open(document.run), soft, data) for document in firsts]
-    log_p = partial(losses.average, kept_logits(teacher, "test", len(data.test)), how=how)
+    log_p = partial(losses.average, kept_logits(teacher, "test", len(data.test)), how=how, weights=weights)
     return Knowledge(T, log_p, soft, mean, lessons)
 
 

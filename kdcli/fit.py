@@ -63,6 +63,9 @@ def fit(
     loop = _Loop(net, Views(transfer_set, train, seed), (teacher, distill), start, steps)
     for epoch in range(start.epochs, train.epochs):
         net.train()
+        for frozen in (part for part in net.modules() if not any(p.requires_grad for p in part.parameters())):
+            if next(frozen.parameters(), None) is not None:
+                frozen.eval()  # its BatchNorm must not learn from what its weights do not
         order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
         drawn, ends = loop.views.draw(epoch), [*range(train.batch_size, n, train.batch_size)][: steps - 1]
         with seeded(seed, "dropout", epoch):
@@ -102,11 +105,11 @@ class _Loop:
         """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses and errors."""
         x, y = self.views.view(index, drawn), self.views.images.labels[index]
         taught = self.teacher.logits(index, x) if self.teacher else None
-        how = self.teacher.average if self.teacher else "arithmetic"
         logits = self.forward(x)
         if "mixup" in drawn:
             y = blend(F.one_hot(y, logits.shape[1]).double(), drawn["mixup"])
-        loss = objective(logits, y, taught, self.distill, how, self.train.label_smoothing)
+        how, weights = (self.teacher.average, self.teacher.weights) if self.teacher else ("arithmetic", ())
+        loss = objective(logits, y, taught, self.distill, how, weights, self.train.label_smoothing)
         self.optimizer.zero_grad()
         loss.total.backward()
         if self.train.clip:
@@ -152,7 +155,7 @@ class _Loop:
 
 def make_optimizer(net: nn.Module, train: Train) -> Optimizer:
     """torch's optimizer of a `train` section, in its fused form: the others cost 16 % of a step more (make bench)."""
-    weights = [{"params": net.parameters(), "initial_lr": train.lr}]
+    weights = [{"params": [p for p in net.parameters() if p.requires_grad], "initial_lr": train.lr}]
     decay = train.weight_decay
     match train.optimizer:
         case "sgd":

@@ -1,16 +1,280 @@
-"""Teachers that were trained elsewhere: what they are, read and checked."""
+"""Teachers that were trained elsewhere: a net with a file of weights, or a library's; an ONNX file. Each becomes a net
+that takes the images of a dataset and gives a logit for each of its classes."""
 
+import hashlib
+import importlib
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from kdcli.config import Model, Origin, TeacherSection
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcli import BadInput, code, hub, models
+from kdcli.config import Input, Model, Origin, TeacherSection
+from kdcli.device import seeded
 from kdcli.runs import Facts
+from kdcli.weights import classes_of, fit_weights, last_layer, read_weights, stripped
+
+TINY = torch.finfo(torch.float32).tiny  # what a probability of 0 counts as: float32 has underflowed there
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601), as Pillow converts
+
+
+class Imported(NamedTuple):
+    """A net as it was read, and what the reader should know of how."""
+
+    net: nn.Module
+    said: list[str]
+
+
+class Seen(nn.Module):
+    """A net before the images of a dataset that is not its own: given them in [0, 1], it sees them with its number of
+    channels, size and range of values; of its outputs those of the dataset's classes are taken."""
+
+    def __init__(self, net: nn.Module, shape: list[int], bytes_: bool, pick: list[int] | None) -> None:
+        super().__init__()
+        self.net, self.shape, self.scale, self.pick = net, shape, 255 if bytes_ else 1, pick
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes of the dataset] of images [N, C, H, W]."""
+        channels, *size = self.shape
+        if channels == 1 and x.shape[1] == 3:
+            x = (x * x.new_tensor(LUMA).view(-1, 1, 1)).sum(1, keepdim=True)
+        elif channels != x.shape[1]:
+            x = x.expand(-1, channels, -1, -1)
+        if size != list(x.shape[2:]):
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+        logits: Tensor = self.net(x * self.scale if self.scale != 1 else x)
+        return logits if self.pick is None else logits[:, self.pick]
+
+    def normalised(self, mean: list[float], std: list[float], bytes_: bool) -> "Seen":
+        """The same net with another normalisation of its inputs."""
+        inner = self.net.net if isinstance(self.net, models.Normalised) else self.net
+        device = next(self.buffers(), torch.empty(0)).device
+        return Seen(models.Normalised(inner, mean, std).to(device), self.shape, bytes_, self.pick)
 
 
 def resolved(origin: Origin, model: Model | None) -> tuple[Origin, str]:
-    """An origin with all that its file or its library says of its inputs; and the content that it is told by."""
-    raise NotImplementedError
+    """An origin with what its library says of its inputs, and what tells its content: the checksum of its file, or the
+    name of the library's weights. Raises BadInput when the file cannot be read, or the library has no weights."""
+    if origin.file:
+        return origin, _checksum(origin.file, Path(origin.file).stat().st_mtime_ns)
+    known = hub.pretrained(model.name or "" if model else "")
+    given = origin.input.model_dump(exclude_unset=True) if origin.input else {}
+    own = {"size": known.size, "channels": 3} | ({} if "mean" in given else {"mean": known.mean, "std": known.std})
+    return origin.model_copy(update={"input": Input(**own | given)}), known.name
+
+
+@cache
+def _checksum(file: str, _: int) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def problems(key: str, teacher: TeacherSection, facts: Facts) -> Iterator[tuple[str, str]]:
     """What keeps a teacher that was trained elsewhere from classifying the images of a dataset, by key."""
-    yield from ()
+    if not teacher.origin:
+        return
+    if facts.table and teacher.input and (teacher.input.size or teacher.input.channels or teacher.input.range != 1):
+        yield f"{key}.input", "size, channels and range belong to images, and this is a table: remove them"
+    elif absent := [c for c in facts.classes if c not in (teacher.classes or facts.classes)]:
+        yield f"{key}.classes", f"lacks {', '.join(absent[:5])}: name the classes of its outputs, in their order"
+    elif not teacher.logits:
+        try:
+            origin, content = resolved(teacher.origin, teacher.model)
+            model = teacher.model.model_dump_json() if teacher.model else None
+            _tried(origin.model_dump_json(), model, facts.model_dump_json(), content)
+        except BadInput as error:
+            at = next((name for name in ("weights", "onnx") if getattr(teacher, name)), "model.name")
+            yield f"{key}.{at}", "\n".join(error.lines)
+
+
+@cache
+def _tried(origin: str, model: str | None, facts: str, _: str) -> None:
+    """Read a teacher, once for each content, all as JSON. Raises BadInput as `imported` does."""
+    of = Model.model_validate_json(model, context={"reading": True}) if model else None
+    from_ = Origin.model_validate_json(origin, context={"reading": True})
+    seen = Facts.model_validate_json(facts)
+    with seeded(0, "sample"):
+        net = imported(from_, of, seen, load=bool(from_.file)).net
+        if of:
+            models.fits(net, of, seen)  # of a net that is thrown away: it changes what BatchNorm keeps
+
+
+def imported(origin: Origin, model: Model | None, facts: Facts, load: bool = True) -> Imported:
+    """The net of an origin for the images of a dataset, with its weights unless `load` is false, when they are to come
+    from a run. Raises BadInput when the file or the library does not give such a net."""
+    if origin.onnx:
+        return _of_onnx(Path(origin.onnx).read_bytes(), origin, facts)
+    assert model
+    own = _facts_of(origin, model, facts)
+    said: list[str] = []
+    names = own.classes
+    if model.pretrained and not origin.head:
+        names = origin.classes or hub.pretrained(model.name or "").classes
+    with code.blaming(model.file, f"{model.name or 'model'}: cannot be made"):
+        inner = models.build(model, own.model_copy(update={"classes": names, "mean": [], "std": []}))
+    fresh = last_layer(inner) if origin.head else ""
+    if load and origin.weights:
+        said, names, own = _loaded(inner, origin, own, names, fresh)
+    elif load:
+        said = hub.load(inner, model, len(names), own.shape[0], fresh)
+    if origin.head:
+        said.append(f"Its head, {fresh}, starts afresh for the {len(facts.classes)} classes of the data.")
+    if origin.freeze:
+        head = last_layer(inner)
+        for key, weight in inner.named_parameters():
+            weight.requires_grad_(key.startswith(f"{head}."))
+    net = models.Normalised(inner, own.mean, own.std) if own.mean else inner
+    return Imported(Seen(net, own.shape, _reads_bytes(origin), _picked(names, facts, said)), said)
+
+
+def _facts_of(origin: Origin, model: Model | None, facts: Facts) -> Facts:
+    """What the images and classes are to a net: its own where it says so, else the dataset's."""
+    given, (channels, height, width) = origin.input or Input(), facts.shape
+    shape = [given.channels or channels, given.size or height, given.size or width]
+    mean, std = (facts.mean, facts.std) if model and facts.normalises(model) and not _reads_bytes(origin) else ([], [])
+    if shape[0] == 1 < len(mean):
+        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+    if given.mean:
+        mean, std = given.mean, given.std or []
+    if len(mean) not in (0, 1, shape[0]):
+        raise BadInput(f"input.mean: must have a number, or {shape[0]}: one a channel, not {len(mean)}")
+    classes = facts.classes if origin.head else origin.classes or facts.classes
+    return facts.model_copy(update={"shape": shape, "mean": mean, "std": std, "classes": classes})
+
+
+def _reads_bytes(origin: Origin) -> bool:
+    return bool(origin.input and origin.input.range == 255)
+
+
+def _loaded(
+    inner: nn.Module, origin: Origin, own: Facts, names: list[str], fresh: str
+) -> tuple[list[str], list[str], Facts]:
+    """Give a net the weights of its file; how they were read, the names of its outputs and what its images are, both as
+    `kd export` wrote them if it did."""
+    file = Path(origin.weights or "")
+    found = read_weights(file)
+    tensors, said = stripped(found.tensors, [f"net.{key}" for key in inner.state_dict()])
+    if {"mean", "scale"} <= tensors.keys():  # a net of kd's that normalises its inputs itself
+        mean, std = tensors.pop("mean").flatten().tolist(), (1 / tensors.pop("scale")).flatten().tolist()
+        own, found = own.model_copy(update={"mean": mean, "std": std}), found._replace(tensors=tensors)
+        said = [*said, "Its own mean and std are in the file."]
+    elif own.mean and not (origin.input and origin.input.mean):
+        said = ["Its inputs are normalised with the mean and std of the data: teacher.input names others."]
+    try:
+        said = [*found.said, *fit_weights(inner, found, file, fresh), *said]
+    except BadInput as error:
+        raise BadInput(
+            f"{error.lines[0]}; of other classes: teacher.classes names them, head: new replaces them"
+        ) from None
+    written = classes_of(found.about)
+    if not origin.classes and not fresh and set(written) == set(names) and written != names:
+        names = written
+        said.append(f"The order of its classes is the one in the file: {', '.join(written[:10])}.")
+    return said, names, own
+
+
+def _picked(names: list[str], facts: Facts, said: list[str]) -> list[int] | None:
+    """Which of a net's outputs are the dataset's classes, in their order; None where they are all, as they are."""
+    if names == facts.classes:
+        return None
+    if absent := [name for name in facts.classes if name not in names]:
+        raise BadInput(
+            f"has {len(names):,} classes, and {absent[0]} of the data is none of them: name them in teacher.classes, "
+            "in the order of its outputs, or replace its last layer with head: new"
+        )
+    if len(names) > len(facts.classes):
+        said.append(f"Of its {len(names):,} classes the {len(facts.classes)} of the data are used.")
+    return [names.index(name) for name in facts.classes]
+
+
+class OnnxNet(nn.Module):
+    """A net in an ONNX file, asked through onnxruntime on the CPU: in batches where it takes any number of images, else
+    as many at a time as it does. Softmax outputs become log-probabilities, which are logits too."""
+
+    def __init__(self, session: Any, shape: list[int]) -> None:
+        super().__init__()
+        self.session, (first, *_) = session, session.get_inputs()
+        self.input, self.dims, self.kind = first.name, first.shape, first.type
+        self.batch = self.dims[0] if isinstance(self.dims[0], int) else None
+        self.last = len(self.dims) == 4 and self.dims[3] in (1, 3) and self.dims[1] not in (1, 3)  # [N, H, W, C]
+        noise = torch.rand(self.batch or 4, *shape, generator=torch.Generator().manual_seed(0))
+        outputs = self._run(noise)
+        self.output = next((i for i, y in enumerate(outputs) if y.ndim == 2 and y.dtype.kind == "f"), -1)
+        if self.output < 0:
+            shapes = ", ".join(f"{y.dtype} {list(y.shape)}" for y in outputs)
+            raise BadInput(f"must give an output [N, classes] of floats, and gives {shapes}")
+        y = outputs[self.output].astype(np.float64)
+        self.probabilities = bool((y >= 0).all() and np.abs(y.sum(1) - 1).max() < 1e-3)
+        self.classes = y.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, C, H, W]."""
+        n, parts = len(x), x.split(self.batch or max(len(x), 1))
+        whole = [F.pad(part, (0, 0) * 3 + (0, (self.batch or len(part)) - len(part))) for part in parts]
+        y = torch.cat([torch.from_numpy(self._run(part)[self.output].astype(np.float32)) for part in whole])[:n]
+        return (y.clamp_min(TINY).log() if self.probabilities else y).to(x.device)
+
+    def _run(self, x: Tensor) -> list[Any]:
+        x = x.permute(0, 2, 3, 1) if self.last else x.flatten(1) if len(self.dims) == 2 else x
+        kinds = {"tensor(float16)": "float16", "tensor(uint8)": "uint8", "tensor(double)": "float64"}
+        images = np.ascontiguousarray(x.cpu().numpy()).astype(kinds.get(self.kind, "float32"))
+        return list(self.session.run(None, {self.input: images}))
+
+
+def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
+    """The net in the content of an ONNX file. Raises BadInput when it cannot be run, or not on such images."""
+    runtime = library("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+    file = origin.onnx or ""
+    try:
+        session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        first, *more = session.get_inputs()
+    except Exception:  # the runtime has a dozen kinds of its own
+        raise BadInput(f"{file}: is damaged, cut short, or no ONNX file") from None
+    if more:
+        raise BadInput(f"{file}: takes {1 + len(more)} inputs, not images alone")
+    own = _facts_of(origin, None, facts)
+    given, dims = origin.input or Input(), [d if isinstance(d, int) else 0 for d in first.shape]
+    if len(dims) == 4:
+        channels, height, width = (dims[3], *dims[1:3]) if dims[3] in (1, 3) and dims[1] not in (1, 3) else dims[1:]
+        shape = [given.channels or channels or own.shape[0], height or own.shape[1], width or own.shape[2]]
+        own = own.model_copy(update={"shape": shape})
+    said = []
+    try:
+        net = OnnxNet(session, own.shape)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from None
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"{file}: takes {first.shape}, and cannot be given images {own.shape}: {why}") from None
+    batch = f", {net.batch} at a time" if net.batch else ""
+    outputs = "probabilities, whose logarithm is taken" if net.probabilities else "logits"
+    said.append(f"It takes images {own.shape}{batch}; its outputs are {outputs}.")
+    if not own.mean and not _reads_bytes(origin):
+        said.append("Its inputs are in [0, 1], not normalised: teacher.input may say otherwise.")
+    names = origin.classes or facts.classes
+    if len(names) != net.classes:
+        raise BadInput(f"{file}: gives {net.classes} outputs for {len(names)} classes: name all in teacher.classes")
+    whole = models.Normalised(net, own.mean, own.std) if own.mean else net
+    return Imported(Seen(whole, own.shape, _reads_bytes(origin), _picked(names, facts, said)), said)
+
+
+def reopened(origin: Origin, model: Model | None, facts: Facts, content: bytes | None) -> nn.Module:
+    """The net of an imported run, whose weights are still to be loaded or, of ONNX, come with the file's content."""
+    if content is not None:
+        return _of_onnx(content, origin, facts).net
+    return imported(origin, model, facts, load=False).net
+
+
+def library(name: str) -> Any:
+    """A module of an extra. Raises BadInput where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise BadInput(f"{name} is not installed: pip install 'kdcli[onnx]'") from None

@@ -2,6 +2,7 @@
 and Dean, arXiv:1503.02531."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,15 +18,19 @@ def soften(logits: Tensor, T: float) -> Tensor:
     return torch.log_softmax(logits.double() / T, -1)
 
 
-def average(members: Tensor, T: float, how: Average) -> Tensor:
+def average(members: Tensor, T: float, how: Average, weights: Sequence[float] = ()) -> Tensor:
     """Log-probabilities [N, C], float64, of an ensemble with logits [M, N, C] (section 2); a lone teacher has M = 1.
 
     `arithmetic`: each member is softened first, then the probabilities are averaged. `geometric`: the logits are
-    averaged, then softened, which is the renormalised geometric mean of the members' distributions.
+    averaged, then softened, which is the renormalised geometric mean of the members' distributions. `weights` [M] are
+    those of the members, relative to each other; without them all weigh the same.
     """
+    shares = members.new_tensor(weights or [1.0] * len(members), dtype=torch.float64).view(-1, 1, 1)
     if how == "geometric":
-        return soften(members.double().mean(0), T)
+        return soften((members.double() * shares).sum(0) / shares.sum() if weights else members.double().mean(0), T)
     log_p = soften(members, T)
+    if weights:
+        return (log_p + (shares / shares.sum()).log()).logsumexp(0)
     return log_p[0] if len(members) == 1 else log_p.logsumexp(0) - math.log(len(members))
 
 
@@ -53,6 +58,7 @@ def objective(
     teacher_logits: Tensor | None,
     distill: Distill | None,
     how: Average = "arithmetic",
+    weights: Sequence[float] = (),
     label_smoothing: float = 0.0,
 ) -> Loss:
     """The loss of a net, logits [N, C], with labels [N] or shares of the classes [N, C]: the cross-entropy alone, or of
@@ -65,6 +71,6 @@ def objective(
     hard = F.cross_entropy(logits.double(), labels, label_smoothing=label_smoothing)
     if distill is None or teacher_logits is None:
         return Loss(hard, hard, torch.zeros_like(hard))
-    t2_kl = kd(logits, average(teacher_logits, distill.T, how), distill.T)
+    t2_kl = kd(logits, average(teacher_logits, distill.T, how, weights), distill.T)
     soft = t2_kl if distill.t_squared else t2_kl / distill.T**2
     return Loss(distill.lambda1 * soft + distill.lambda2 * hard, hard, t2_kl)

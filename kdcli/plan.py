@@ -314,9 +314,9 @@ def find_teacher(places: Places, name: str) -> Run:
     return run
 
 
-def require_teachers(jobs: Sequence[Job], planned: Sequence[Job], places: Places, retype: str, note: Note) -> None:
-    """Raise BadInput where a run that jobs are made from is neither one of them nor finished: with the runs that come
-    close, how they differ, and what to type."""
+def require_teachers(jobs: Sequence[Job], planned: Sequence[Job], places: Places, retype: str, note: Note) -> list[Job]:
+    """The planned runs that jobs are made from and that are none of them. Raises BadInput where one is not finished:
+    with the runs that come close, how they differ, and what to type."""
     have = {job.spec.name for job in jobs}
     needed = dict.fromkeys(name for job in jobs for name in job.spec.parents if name not in have)
     absent = unfinished([job for job in planned if job.spec.name in needed], places)
@@ -330,6 +330,22 @@ def require_teachers(jobs: Sequence[Job], planned: Sequence[Job], places: Places
         raise BadInput(*lines)
     for name in needed:
         usable(places.open(name), jobs[0].spec, "a teacher")
+    return [job for job in distinct(planned) if job.spec.name in needed]
+
+
+def doubts(teachers: Iterable[Job], expect: dict[str, float], places: Places) -> Iterator[str]:
+    """What speaks against finished teachers that were trained elsewhere: that they seem to be misread, or make more
+    errors than the experiment expects."""
+    for job in distinct(teachers):
+        result = places.open(job.spec.name).result("a teacher")
+        for line in result.reading.warnings if result.reading else ():
+            yield f"{result.run}: {line}"
+        most = expect.get("teacher") if job.row.name == "teacher" else None
+        if result.reading and most is not None and result.test.errors > most:
+            yield (
+                f"{result.run}: It makes {result.test.errors:,} errors on {result.on}, and expect.teacher says "
+                f"{most:g} at most: it may be misread."
+            )
 
 
 def _close_runs(wanted: Run, note: Note) -> list[str]:

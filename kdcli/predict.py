@@ -99,7 +99,9 @@ def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]
 
 def _views(asked: Asked, inputs: Tensor) -> list[View]:
     """What is said of an image [1, C, H, W]."""
-    log_p = [losses.average(net.logits(torch.tensor([0]), inputs), T, net.average)[0] for _, T, net in asked]
+    log_p = [
+        losses.average(net.logits(torch.tensor([0]), inputs), T, net.average, net.weights)[0] for _, T, net in asked
+    ]
     return [View(net=name, T=T, p=p.exp().tolist()) for (name, T, _), p in zip(asked, log_p, strict=True)]
 
 

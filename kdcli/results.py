@@ -150,17 +150,20 @@ def documents(
     @cache
     def net(name: str) -> _Net:
         run = places.open(name)
-        log_p, kind = log_probabilities(run, len(labels)), repr([member.spec.model for member in members(run)])
-        if costs and kind not in priced:
-            priced[kind] = cost(run, test)
+        log_p, kind = (
+            log_probabilities(run, len(labels)),
+            repr([(member.spec.model, member.spec.origin) for member in members(run)]),
+        )
+        if costs and kind not in priced and (price := cost(run, test)):
+            priced[kind] = price
         return _Net(run.result("reported"), log_p, priced.get(kind))
 
     made = []
-    for job in jobs:
+    for job in scored(jobs, places):
         own = net(job.spec.name)
         more: dict[str, Any] = {"row": job.row.name, "kind": job.row.kind, "cost": own.cost}
         more["quality"] = score.quality(own.log_p, labels)
-        if job.teacher and there(places.runs_dir, job.teacher):
+        if job.teacher and (teacher := there(places.runs_dir, job.teacher)) and teacher.result().test.total:
             more["teacher"] = _follows(own, net(job.teacher))
         if job.row.kind == "student" and (beside := baselines.get((job.point, job.spec.seed))):
             baseline = net(beside)
@@ -168,6 +171,11 @@ def documents(
             more["baseline"] = Against(run=beside, errors=baseline.result.test.errors, fixed=fixed, broken=broken)
         made.append(Document.model_construct(**dict(own.result) | more))
     return made
+
+
+def scored(jobs: Sequence[Job], places: Places) -> list[Job]:
+    """Those whose errors were counted: not a teacher that is a file without answers for the test images."""
+    return [job for job in jobs if places.open(job.spec.name).result("reported").test.total]
 
 
 def _follows(own: _Net, teacher: _Net) -> Follows:
@@ -183,7 +191,7 @@ def _follows(own: _Net, teacher: _Net) -> Follows:
 
 def log_probabilities(run: Run, images: int) -> Tensor:
     """log p [N, C] at T = 1 on the N test images, from the logits that a run kept; of an ensemble, by its average."""
-    return losses.average(kept_logits(run, "test", images), 1.0, run.spec.average)
+    return losses.average(kept_logits(run, "test", images), 1.0, run.spec.average, run.spec.weights)
 
 
 def verdict(distilled: Sequence[Document]) -> Verdict | None:
@@ -295,9 +303,11 @@ def made(jobs: Sequence[Job], places: Places) -> Made:
     return Made.model_validate(now | {"seconds": seconds} | seen)
 
 
-def cost(run: Run, test: Split | None = None) -> Cost:
+def cost(run: Run, test: Split | None = None) -> Cost | None:
     """What it takes to hold a run's nets and to classify one image with all of them; with `test` images, how long a
-    batch of 1 and of 128 takes on their device."""
+    batch of 1 and of 128 takes on their device. None where one of them is no net of torch's."""
+    if not all(member.spec.model for member in members(run)):
+        return None
     device = test.labels.device if test else torch.device("cpu")
     own = nets(run, device)
     weights = [p for net in own for p in net.parameters()]

@@ -33,7 +33,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from kdcli import BadInput, __version__, failure
-from kdcli.config import Average, Data, Distill, Model, Origin, Section, Train
+from kdcli.config import Average, Data, Distill, Input, Model, Origin, Section, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,7 @@ Status = Pending | Literal["completed"]
 TEACHERS: tuple[Command, ...] = ("train-teacher", "ensemble")
 STUDENTS: tuple[Command, ...] = ("baseline", "distill", "omit-classes")
 COMMANDS = (*TEACHERS, *STUDENTS)
+ONNX = "net.onnx"  # of a teacher that is one
 STATES = ("state", "state.previous")  # the newest first
 
 
@@ -107,6 +108,11 @@ class Spec(Section):
         return f"{self.experiment}/{self.command}/{self.seed}-{digest[:10]}"
 
     @property
+    def imported(self) -> bool:
+        """Whether it is a teacher that was trained elsewhere, used as it is."""
+        return bool(self.origin and not self.train)
+
+    @property
     def trained(self) -> tuple[Model, Train]:
         """The net and its training, which all runs but ensembles have."""
         assert self.model
@@ -118,7 +124,7 @@ class Counted(Section):
     """Errors over all samples and by the class of the label."""
 
     errors: int
-    total: int
+    total: int  # 0 of a teacher that has no answers for the test images
     per_class_errors: list[int]
 
 
@@ -143,6 +149,16 @@ class Gain(Section):
 
     best_member: int
     mean_member: float
+
+
+class Reading(Section):
+    """How a teacher that was trained elsewhere was read, and what speaks for its having been misread."""
+
+    said: list[str] = []
+    transfer: Counted | None = None  # its errors on the training images
+    classes: list[str] = []  # of its outputs, in the order that would explain its errors
+    input: Input | None = None  # the normalisation that would
+    warnings: list[str] = []
 
 
 class Epoch(Section):
@@ -172,6 +188,7 @@ class Result(Section):
     samples: int | None = None  # that were trained on
     last_epoch: Epoch | None = None
     warning: str | None = None  # of a training that learned nothing
+    reading: Reading | None = None  # of a teacher that was trained elsewhere
     omitted: list[str] = []
     bias: dict[str, Correction] = {}  # of omissions, by how it was chosen
     average: Average | None = None  # of ensembles, and the errors of both averages
@@ -183,6 +200,11 @@ class Result(Section):
     parents: dict[str, str] = {}  # and the checksum of the weights that each had
     sha256: dict[str, str] = {}
     checksum: str = ""  # of this document without this key
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the reader must know before using the net."""
+        return [*([f"{self.warning}."] if self.warning else []), *(self.reading.warnings if self.reading else [])]
 
     @property
     def on(self) -> str:
@@ -381,7 +403,7 @@ class Run:
         if not path.exists() and not (self.spec.train and self.finished()):
             return []
         try:
-            return [Epoch.model_validate_json(line) for line in self._content(path.name).splitlines()]
+            return [Epoch.model_validate_json(line) for line in self.content(path.name).splitlines()]
         except ValidationError:
             raise BadInput(f"{path}: is damaged: {self.remedy}") from None
 
@@ -389,14 +411,18 @@ class Run:
         """Write `<kind>.safetensors`."""
         write_aside(self.path / f"{kind}.safetensors", _packed(tensors))
 
+    def keep(self, file: Path) -> None:
+        """Write a copy of an ONNX file."""
+        write_aside(self.path / ONNX, file.read_bytes())
+
     def load(self, kind: str) -> "dict[str, Tensor]":
         """The tensors of `<kind>.safetensors`. Raises BadInput unless the run is completed and the file as it was."""
         from safetensors.torch import load
 
         self.result()
-        return load(self._content(f"{kind}.safetensors"))
+        return load(self.content(f"{kind}.safetensors"))
 
-    def _content(self, name: str) -> bytes:
+    def content(self, name: str) -> bytes:
         """The content of a file. Raises BadInput when it cannot be read or, of a completed run, is not as it was."""
         path, result = self.path / name, self.finished()
         try:
@@ -409,7 +435,7 @@ class Run:
 
     def finish(self, result: Result) -> None:
         """Write, last of all, the result that makes the run completed."""
-        files = [*sorted(self.path.glob("*.safetensors")), *self.path.glob("metrics.jsonl")]
+        files = [*sorted(self.path.glob("*.safetensors")), *self.path.glob("metrics.jsonl"), *self.path.glob(ONNX)]
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         result = result.model_copy(update={"sha256": checksums})
         self._write_result(result.model_copy(update={"checksum": _checksum(result)}))

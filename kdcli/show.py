@@ -150,7 +150,7 @@ def notes(documents: Sequence["Document"]) -> list[str]:
     taught = {called(d): [tuple(o.parents) for o in documents if o.row == d.row and o.parents] for d in documents}
     shared = [row for row, teachers in taught.items() if len(teachers) > 1 and len(set(teachers)) == 1]
     hides = "one teacher for all seeds: its interval leaves the variation of the teacher out."
-    return [f"{d.run}: {d.warning}." for d in documents if d.warning] + [f"The {row} has {hides}" for row in shared]
+    return [f"{d.run}: {line}" for d in documents for line in d.warnings] + [f"The {row} has {hides}" for row in shared]
 
 
 def _rate(errors: float, total: int) -> str:

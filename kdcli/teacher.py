@@ -12,17 +12,19 @@ from kdcli import BadInput, code
 from kdcli.config import Average
 from kdcli.data import Dataset, Split, open_dataset
 from kdcli.device import place
+from kdcli.imports import reopened
 from kdcli.models import build
-from kdcli.runs import Run, open_run
+from kdcli.runs import ONNX, Run, open_run
 
 
 @dataclass(frozen=True)
 class Teacher:
     """`logits(index, x)`: [members, B, C] for the samples at `index` [B] of the transfer set, seen as `x` [B, C, H, W];
-    `average` says how those of several members are combined."""
+    `average` and `weights` say how those of several members are combined."""
 
     logits: Callable[[Tensor, Tensor], Tensor]
     average: Average = "arithmetic"
+    weights: Sequence[float] = ()
 
 
 def dataset_of(run: Run, data_dir: Path | None) -> Dataset:
@@ -43,10 +45,16 @@ def nets(run: Run, device: torch.device) -> list[nn.Module]:
     weights are damaged, or somebody's file that makes the net has changed."""
     found = []
     for member in members(run):
-        spec, (model, _) = member.spec, member.spec.trained
-        if model.file and code.digest(model.name or "") != spec.code:
+        spec, model = member.spec, member.spec.model
+        if model and model.file and code.digest(model.name or "") != spec.code:
             raise BadInput(f"{model.file}: has changed since {member.name} was trained with it")
-        net = build(model, spec.dataset)
+        if spec.origin and spec.origin.logits:
+            raise BadInput(f"{member.name}: is a file of logits: it can be asked about no other image or view")
+        if spec.origin:
+            content = member.content(ONNX) if spec.origin.onnx else None
+            net = reopened(spec.origin, model, spec.dataset, content)
+        elif model:
+            net = build(model, spec.dataset)
         try:
             net.load_state_dict(member.load("weights"))
         except RuntimeError:
@@ -70,25 +78,27 @@ def kept_logits(run: Run, split: str, images: int) -> Tensor:
 def cached(run: Run, transfer: Tensor, images: int, device: torch.device) -> Teacher:
     """A teacher asked once: right while every image is seen as it is. `transfer`: positions of the transfer set."""
     logits = kept_logits(run, "train", images)[:, transfer].to(device)
-    return Teacher(lambda index, _: logits.index_select(1, index), run.spec.average)
+    return Teacher(lambda index, _: logits.index_select(1, index), run.spec.average, run.spec.weights)
 
 
 def live(run: Run, device: torch.device) -> Teacher:
     """A teacher that sees what its student sees."""
     asked = nets(run, device)
-    return Teacher(lambda _, x: torch.stack([net(x.clone()) for net in asked]), run.spec.average)
+    return Teacher(lambda _, x: torch.stack([net(x.clone()) for net in asked]), run.spec.average, run.spec.weights)
 
 
 def weights_checksum(run: Run) -> str:
     """A checksum of the weights of a finished run, or of those of an ensemble's members."""
-    weights = [member.result().sha256.get("weights.safetensors", "") for member in members(run)]
+    found = [(member, member.result().sha256.get("weights.safetensors", "")) for member in members(run)]
+    weights = [f"{member.spec.content if member.spec.origin else ''}{own}" for member, own in found]
     return hashlib.sha256(" ".join(weights).encode()).hexdigest()
 
 
 @torch.inference_mode()
-def predict(net: nn.Module, split: Split, batch_size: int = 1_000) -> Tensor:
+def predict(net: nn.Module, split: Split) -> Tensor:
     """Logits [N, C] of a split's images as they are, in eval mode; the mode of the net is put back."""
     was_training = net.training
+    batch_size = 1_000 if split.store[0].numel() <= 1_000 else 100  # of large images so many take twice the time
     net.eval()
     batches: Sequence[Tensor] = torch.arange(len(split), device=split.labels.device).split(batch_size)
     logits = torch.cat([net(split.inputs(index)) for index in batches])

@@ -2,18 +2,34 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdcli import code, losses, score
-from kdcli.config import Average, Train
+from kdcli import BadInput, code, losses, misread, score
+from kdcli.config import Average, Origin, Train
 from kdcli.data import Dataset, Split
 from kdcli.device import place, seeded, select_device
 from kdcli.fit import Fitted, fit, learning_rate
+from kdcli.imports import Imported, imported
 from kdcli.models import build
-from kdcli.runs import STUDENTS, Brief, Correction, Diverged, Epoch, Gain, Places, Result, Run, Spec, State
+from kdcli.runs import (
+    STUDENTS,
+    Brief,
+    Correction,
+    Counted,
+    Diverged,
+    Epoch,
+    Gain,
+    Places,
+    Reading,
+    Result,
+    Run,
+    Spec,
+    State,
+)
 from kdcli.teacher import cached, dataset_of, kept_logits, live, members, predict, weights_checksum
 
 Tell = Callable[[str, int, Epoch], None]  # (run, epochs in all, the epoch that is finished)
@@ -39,6 +55,8 @@ def train(spec: Spec, places: Places, tell: Tell, note: Note) -> None:
     with run.writing(shown, places.threads, parents), code.blaming(own_code):
         if spec.command == "ensemble":
             found = _combined(run, dataset)
+        elif not spec.train:
+            found = _imported(run, dataset, device, note)
         else:
             found = _trained(run, dataset, places, device, tell, note)
         run.finish(Result(**about, **found))
@@ -59,7 +77,8 @@ def _trained(
     # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
     stream = 2 * spec.seed + (spec.command in STUDENTS)
     with seeded(stream, "init"):
-        net = place(build(model, facts), device)
+        read = imported(spec.origin, model, facts) if spec.origin else Imported(build(model, facts), [])
+    net = place(read.net, device)
     start, saved = run.load_state(note), time.perf_counter()
     before = run.metrics()[-1].seconds if start.epochs else 0.0
     if start.epochs:
@@ -73,8 +92,9 @@ def _trained(
             if time.perf_counter() - saved >= places.save_every and epoch.epoch < how.epochs:
                 run.save_state(State(epoch.epoch, fitted.state()))
                 saved = time.perf_counter()
-    kept = _kept(run, fitted.net, dataset, device, note)
-    return kept | {"seconds": epoch.seconds, "samples": len(images), "last_epoch": epoch}
+    found = _kept(run, fitted.net, dataset, device, note)
+    found |= {"reading": Reading(said=read.said)} if spec.origin else {}
+    return found | {"seconds": epoch.seconds, "samples": len(images), "last_epoch": epoch}
 
 
 def _counted(
@@ -121,6 +141,34 @@ def _kept(run: Run, net: nn.Module, dataset: Dataset, device: torch.device, note
     return found
 
 
+def _imported(run: Run, dataset: Dataset, device: torch.device, note: Note) -> dict[str, Any]:
+    """Keep a teacher that was trained elsewhere, as it is: its weights or its file, and its logits."""
+    spec, began, net = run.spec, time.perf_counter(), None
+    origin, labels = spec.origin or Origin(), dataset.test.labels
+    if origin.logits:
+        raise NotImplementedError
+    else:
+        read = imported(origin, spec.model, dataset.facts)
+        said, net = read.said, place(read.net, device).eval()
+        splits = {"train": dataset.train, "test": dataset.test}
+        logits = {name: predict(net, split.to(device)).cpu() for name, split in splits.items()}
+    if origin.onnx:
+        run.keep(Path(origin.onnx))
+    if bad := next((name for name, z in logits.items() if not bool(z.isfinite().all())), None):
+        raise BadInput(f"{origin.file or run.name}: gives logits of {bad} images that are not finite")
+    run.save("weights", net.state_dict() if net else {})
+    run.save("logits", logits)
+    read_as = misread.reading(net, logits, dataset, origin, said)
+    for line in read_as.said:
+        note(f"{run.name}: {line}")
+    test = (
+        score.count_errors(logits["test"], labels)
+        if "test" in logits
+        else Counted(errors=0, total=0, per_class_errors=[])
+    )
+    return {"test": test, "reading": read_as, "seconds": time.perf_counter() - began}
+
+
 def _corrections(logits: dict[str, torch.Tensor], data: Dataset, omitted: list[str]) -> dict[str, Correction]:
     """The bias correction chosen on the test set (the paper's way), on the held-out images, and by the class prior."""
     train, test, held, absent = data.train.labels, data.test.labels, data.heldout, data.numbers(omitted)
@@ -140,9 +188,11 @@ def _corrections(logits: dict[str, torch.Tensor], data: Dataset, omitted: list[s
 def _combined(run: Run, dataset: Dataset) -> dict[str, Any]:
     """Both averages of an ensemble's members, and by how many errors the chosen one beats them."""
     spec, labels, found = run.spec, dataset.test.labels, [member.result() for member in members(run)]
+    if silent := [member.run for member in found if not member.test.total]:
+        raise BadInput(f"{silent[0]}: has no answers for the test images, on which an ensemble is judged: leave it out")
     logits = kept_logits(run, "test", len(labels))
     how: tuple[Average, ...] = ("arithmetic", "geometric")
-    averages = {a: score.count_errors(losses.average(logits, 1.0, a), labels) for a in how}
+    averages = {a: score.count_errors(losses.average(logits, 1.0, a, spec.weights), labels) for a in how}
     test, errors = averages[spec.average], [member.test.errors for member in found]
     gain = Gain(best_member=min(errors) - test.errors, mean_member=sum(errors) / len(errors) - test.errors)
     return {

@@ -203,7 +203,7 @@ def test_a_net_trains_in_train_mode_whatever_was_done_between_the_epochs() -> No
 
 def test_predict_asks_for_logits_without_dropout_in_order() -> None:
     model = net(dropout=0.5, input_dropout=0.5)
-    logits = predict(model, DIGITS.test, batch_size=77)
+    logits = predict(model, DIGITS.test)
     model.eval()
     assert torch.allclose(logits, model(DIGITS.test.inputs(torch.arange(len(DIGITS.test)))), atol=1e-5)
 
