@@ -50,23 +50,22 @@ def _table(file: Path) -> tuple[list[str], list[Sequence[Any]]]:
     try:
         if file.suffix.lower() == ".csv":
             with file.open(newline="", encoding="utf-8-sig") as text:
-                header, *rows = filter(None, csv.reader(text, strict=True))
-            if ragged := [i for i, row in enumerate(rows) if len(row) != len(header)]:
-                i = ragged[0]
-                raise BadInput(f"row {i} has {len(rows[i])} fields, and the header {len(header)}: it may be cut off")
-            return header, [*zip(*rows, strict=True)] or [()] * len(header)
-        from pyarrow.parquet import ParquetFile
+                header, *rows = filter(None, csv.reader(text, skipinitialspace=True, strict=True))
+        else:
+            from pyarrow.parquet import ParquetFile
 
-        with ParquetFile(file) as opened:
-            table = opened.read()
-        return table.column_names, [column.to_numpy() for column in table.columns]
-    except BadInput:
-        raise
+            with ParquetFile(file) as opened:
+                table = opened.read()
+            return table.column_names, [column.to_numpy() for column in table.columns]
     except ImportError:
         raise BadInput("takes pyarrow, which is not installed: pip install pyarrow") from None
     except Exception as error:  # of csv, the text's encoding and pyarrow, a dozen kinds
         why = getattr(error, "strerror", None) or "is empty, damaged, or of another format"
         raise BadInput(f"cannot be read as {file.suffix}: {why}") from None
+    for i, row in enumerate(rows):
+        if len(row) != len(header):
+            raise BadInput(f"row {i} has {len(row)} fields, and the header {len(header)}: it may be cut off")
+    return header, [*zip(*rows, strict=True)] or [()] * len(header)
 
 
 def _by_part(names: Sequence[str], columns: Sequence[Sequence[Any]], files: Files) -> dict[str, Array]:
@@ -117,9 +116,7 @@ def _understood(
     """The answers in the arrays of an .npz file, for parts that all have images."""
     if "train" not in arrays:
         have = ", ".join(arrays) or "nothing"
-        raise BadInput(
-            f"must hold train [{sizes['train']}, {len(classes)}], what it says of each training image, not {have}"
-        )
+        raise BadInput(f"must hold train [{sizes['train']}, {len(classes)}], a row a training image, not {have}")
     columns, logits, said = _columns(arrays.get("classes"), classes, order), dict[str, Tensor](), list[str]()
     pick = [columns.index(name) for name in classes] if columns else list(range(len(classes)))
     if not columns:
@@ -143,13 +140,11 @@ def _columns(own: Array | None, classes: Sequence[str], order: Sequence[str] | N
     """The names of the columns: the file's own or, where these are no classes of the data, those given; None: none."""
     names = list(order) if order else None
     if own is not None:
-        mine = [str(name) for name in own.ravel()]
+        mine = _words(own)
         if names and len(mine) != len(names):
             raise BadInput(f"has {len(mine)} classes, and teacher.classes {len(names)}: name each of them")
         if names and mine != names and set(classes) <= set(mine):
-            raise BadInput(
-                f"names its columns itself, {_some(mine)}, in another order than teacher.classes: remove that"
-            )
+            raise BadInput(f"names its columns {_some(mine)}, and teacher.classes {_some(names)}: remove that key")
         names = names or mine
     if names is None:
         return None
@@ -197,9 +192,7 @@ def _spread(part: str, log_p: Array, numbers: Array, width: int) -> Array:
         raise BadInput(f"{part}_classes, row {row}: {must}, not {', '.join(map(str, numbers[row].tolist()))}")
     sums = np.exp(log_p.astype(np.float64)).sum(1)
     for row in (sums > 1 + CLOSE).nonzero()[0][:1].tolist():
-        raise BadInput(
-            f"{part}, row {row}: must hold log-probabilities; these are of probabilities with sum {sums[row]:g}"
-        )
+        raise BadInput(f"{part}, row {row}: must be log-probabilities, but what they stand for sums to {sums[row]:g}")
     rest = np.log(np.maximum((1 - sums) / max(width - log_p.shape[1], 1), TINY))
     rows = np.repeat(rest[:, None].astype(np.float32), width, 1)
     np.put_along_axis(rows, numbers.astype(np.int64), log_p, 1)
@@ -207,32 +200,33 @@ def _spread(part: str, log_p: Array, numbers: Array, width: int) -> Array:
 
 
 def _are_probabilities(part: str, rows: Array, pick: Sequence[int]) -> bool:
-    """Whether rows are probabilities, not logits. Raises BadInput where they may be neither: softmax would not tell."""
+    """Whether rows are probabilities, not logits. Raises BadInput for what is likely to be neither: as logits it would
+    teach next to nothing, and nobody would see why."""
     sums, classes = rows.sum(1, dtype=np.float64), rows[:, pick]
     percent = bool((np.abs(sums - 100) <= 100 * CLOSE).all())
-    if not rows.size or classes.min() < 0 or (classes.max() > 1 and not percent):
+    if not rows.size or classes.min() < -CLOSE or (classes.max() > 1 + CLOSE and not percent):
         return False
     off = np.abs(sums - 1)
-    if (bad := int((off > CLOSE).sum())) and (row := int(off.argmax())) >= 0:
-        what = f"its values are like probabilities, but {bad:,} of {len(rows):,} rows do not sum to 1"
+    if bad := int((off > CLOSE).sum()):
+        what = f"its values are like probabilities, but the sums of {bad:,} of {len(rows):,} rows are not 1"
         instead = "divide each row by its sum; were they logits, subtract 100 from all, which changes no softmax"
-        raise BadInput(f"{part}: {what}, row {row} least: to {sums[row]:g}: {instead}")
+        raise BadInput(f"{part}: {what}, at worst {sums[off.argmax()]:g} in row {off.argmax()}: {instead}")
     return True
 
 
 def _ordered(part: str, rows: Array, arrays: Mapping[str, Array], size: int, files: Files) -> Array:
     """Rows in the order of the images, of which each has one."""
-    paths, index, names = files.get(part, ()), arrays.get(f"{part}_index"), arrays.get(f"{part}_files")
-    if index is None and names is None:
+    paths, names, index = files.get(part, ()), arrays.get(f"{part}_files"), arrays.get(f"{part}_index")
+    whose = index if names is None else names
+    if whose is None:
         if len(rows) != size:
             instead = f"say whose they are, by {part}_index or {part}_files (in a table by index or file)"
             raise BadInput(f"{part} has {len(rows):,} rows for {size:,} {PARTS[part]} images: {instead}")
         return np.ascontiguousarray(rows)
-    if names is not None:
-        index = np.array([i for _, i in _found(names.astype(str).tolist(), {part: paths})], np.int64)
-    assert index is not None
-    if index.shape != rows.shape[:1] or index.dtype.kind not in "iuf":
-        raise BadInput(f"{part}_index must be numbers [{len(rows)}], one a row, not {_kind(index)}")
+    if whose.shape != rows.shape[:1] or (names is None and whose.dtype.kind not in "iuf"):
+        kind = f"_index must be numbers [{len(rows)}]" if names is None else f"_files must be names [{len(rows)}]"
+        raise BadInput(f"{part}{kind}, one a row, not {_kind(whose)}")
+    index = whose if names is None else np.array([i for _, i in _found(_words(names), {part: paths})])
     for row in (~((index >= 0) & (index < size) & (index == np.round(index)))).nonzero()[0][:1].tolist():
         raise BadInput(f"{part}, row {row}: is of image {index[row]}: the {PARTS[part]} images are 0 to {size - 1}")
     index = index.astype(np.int64)
@@ -259,6 +253,10 @@ def _found(names: Sequence[str], files: Files) -> list[tuple[str, int]]:
             what = f"{times[name]} images are called {name}" if times[name] else f"there is no image {name}"
             raise BadInput(f"row {row}: {what}: give its path below the folder of the data, such as {some}")
     return [places.get(name) or alone[name] for name in names]
+
+
+def _words(names: Array) -> list[str]:
+    return [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names.ravel().tolist()]
 
 
 def _some(names: Sequence[str]) -> str:

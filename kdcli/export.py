@@ -137,8 +137,8 @@ def _of_answers(run: Run, dataset: Dataset, top_k: int | None, half: bool) -> Pr
     parts, classes = {"test": dataset.test, "train": dataset.train}, dataset.facts.classes
     logits = {part: _logits(run, part, split) for part, split in parts.items()}
     log_p = {part: losses.average(members, 1.0, run.spec.average) for part, members in logits.items()}
-    # Logits that are all above 0 could be read as probabilities.
-    whole = not (top_k or half) and all(len(members) == 1 and members.min() < 0 for members in logits.values())
+    # Logits none of which is below 0 could be read as probabilities.
+    whole = not (top_k or half) and all(len(members) == 1 and members.min() < -1 for members in logits.values())
     arrays = {"classes": np.array(classes)}
     for part in parts:
         rows = logits[part][0] if whole else log_p[part].clamp(min=-65_504)  # the least of float16
