@@ -355,18 +355,25 @@ def compare_runs(
 def export_(
     call: Call,
     run: Annotated[str, NameArgument(metavar="RUN", help="A finished run: a student, a teacher, an ensemble.")],
-    form: Annotated[Literal["onnx", "torch", "safetensors"], Option("--format", help="Of the file.")] = "onnx",
+    form: Annotated[
+        Literal["onnx", "torch", "safetensors", "logits"], Option("--format", help="Of the file.")
+    ] = "onnx",
     out: Annotated[Path | None, Option(help="The file to write; left out: named after the run.")] = None,
+    top_k: Annotated[int | None, Option(min=1, help="Of logits: only each image's K likeliest classes.")] = None,
+    half: Annotated[bool, Option("--half", help="Of logits: in float16.")] = False,
 ) -> None:
-    """Write a net for others to run, with its model card, after proving it on all test images."""
+    """Write a net for others to run, or its logits for others to learn from, with its model card, after proving it on
+    all test images."""
     found = Places(call.runs_dir).open(run)
     from kdcli.export import export
 
-    d = export(found, form, out, call.data_dir)
-    errors = f"{d.errors} errors on {d.total:,} images as in torch ({d.torch_errors})"
+    d = export(found, form, out, call.data_dir, top_k, half)
+    beside = f" as in torch ({d.errors})" if d.errors == d.torch_errors else f", where torch makes {d.torch_errors}"
+    errors = f"{d.errors} errors on {d.total:,} images{beside}"
     proved = f"{errors}; probabilities differ by {d.max_difference:.1e} at most"
     of_images = form == "onnx" and not found.spec.dataset.table
     hint = [f"try it: kd predict {shlex.quote(d.file)} IMAGE.png"] if of_images else []
+    hint += [f"learn from it: teacher: {{logits: {d.file}}}"] if form == "logits" else []
     call.present(d, f"wrote {d.file}: {d.bytes:,} bytes, {proved}", f"wrote {d.card}", *hint)
 
 

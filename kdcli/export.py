@@ -1,4 +1,5 @@
-"""`kd export` writes a finished run's net for others to run, and proves it on all test images first."""
+"""`kd export` writes a finished run's net for others to run, or its logits for others to learn from, and proves what
+it writes on all test images first."""
 
 import contextlib
 import copy
@@ -6,24 +7,28 @@ import importlib
 import io
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from kdcli import BadInput, Failed, code, score
+from kdcli import BadInput, Failed, code, losses, score
+from kdcli.answers import read_answers
 from kdcli.config import Average, Section
+from kdcli.data import Dataset, Split
 from kdcli.results import cost, log_probabilities
 from kdcli.runs import Run, settings, write_aside
-from kdcli.teacher import dataset_of, members, nets
+from kdcli.teacher import dataset_of, kept_logits, members, nets, predict
 
-Form = Literal["onnx", "torch", "safetensors"]
-SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
+Form = Literal["onnx", "torch", "safetensors", "logits"]
+SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors", "logits": ".npz"}
 TOLERANCE = 1e-5  # between probabilities, which differ by the order in which sums are taken
 CPU = torch.device("cpu")
 Net = Callable[[Tensor], Tensor]  # images [B, C, H, W] in [0, 1] -> probabilities [B, classes]
@@ -43,6 +48,18 @@ class Exported(Section):
     total: int
     card: str
     net: str
+    holds: str | None = None  # of logits: what of which images
+
+
+class Proof(NamedTuple):
+    """What a file holds, and the probabilities [images, classes] that it gives, beside those of torch: of a net as it
+    is now, of logits as the run kept them."""
+
+    content: bytes
+    wanted: Tensor  # of the test images first
+    found: Tensor
+    holds: str | None = None
+    exact: bool = True  # of a file that rounds, the difference is told and not refused
 
 
 class Probabilities(nn.Module):
@@ -63,10 +80,43 @@ class Probabilities(nn.Module):
 
 
 @code.quiet()
-def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Exported:
-    """Write a finished run's net as `file` and its model card beside it, after what is written has classified all test
-    images as torch does. Raises BadInput for a run or place that cannot be; Failed where the two disagree."""
+def export(
+    run: Run, form: Form, file: Path | None, data_dir: Path | None, top_k: int | None = None, half: bool = False
+) -> Exported:
+    """Write a finished run's net, or its logits, as `file` and its model card beside it, after what is written has
+    classified all test images as torch does. Of logits, the `top_k` likeliest classes of each image alone, and in
+    float16 if `half`. Raises BadInput for a run or place that cannot be; Failed where the two disagree."""
     run.result("exported")
+    for flag, given in (("--top-k", top_k), ("--half", half)):
+        if given and form != "logits":
+            raise BadInput(f"{flag}: belongs to --format logits: remove it")
+    if (top_k or 0) >= len(run.spec.dataset.classes):
+        raise BadInput(f"--top-k {top_k}: must be fewer than the {len(run.spec.dataset.classes)} classes")
+    file, card = _places(run, form, file)
+    dataset = dataset_of(run, data_dir)
+    labels = dataset.test.labels
+    proof = _of_answers(run, dataset, top_k, half) if form == "logits" else _of_net(run, dataset.test, form)
+    difference = float((proof.wanted - proof.found).abs().max())
+    torch_errors, errors = (score.count_errors(p[: len(labels)], labels).errors for p in (proof.wanted, proof.found))
+    if proof.exact and (not difference <= TOLERANCE or errors != torch_errors):  # NaN is no agreement
+        raise Failed(f"{file}: differs from torch by {difference:.2g}, {errors} errors: not written")
+    about = dict[str, Any](max_difference=difference, errors=errors, torch_errors=torch_errors, total=len(labels))
+    about |= {"bytes": len(proof.content), "net": ", ".join(_described(member) for member in members(run))}
+    exported = Exported(run=run.name, format=form, file=str(file), card=str(card), holds=proof.holds, **about)
+    quality = score.quality(log_probabilities(run, len(labels)), labels)
+    text = Path(__file__).with_name("card.md").read_text()
+    template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    text = template.render(run=run, exported=exported, quality=quality, cost=cost(run), members=members(run))
+    try:
+        write_aside(file, proof.content)
+        write_aside(card, text.encode())
+    except OSError as error:
+        raise BadInput(f"--out {file}: cannot be written: {error.strerror}") from None
+    return exported
+
+
+def _places(run: Run, form: Form, file: Path | None) -> tuple[Path, Path]:
+    """Where the file and its card go. Raises BadInput."""
     suffix = SUFFIXES[form]
     file = file or Path(run.name.replace("/", "-") + suffix)
     card = file.with_name(f"{file.name}.md")
@@ -74,30 +124,47 @@ def export(run: Run, form: Form, file: Path | None, data_dir: Path | None) -> Ex
         raise BadInput(f"--out {file}: must be a file in a folder that exists, with a name that ends in {suffix}")
     if taken := [path for path in (file, card) if os.path.lexists(path)]:
         raise BadInput(f"{taken[0]}: is there already: remove it, or choose another --out")
-    test, model = (
-        dataset_of(run, data_dir).test,
-        Probabilities(nets(run, CPU), run.spec.average, run.spec.weights).eval(),
-    )
+    return file, card
+
+
+def _of_net(run: Run, test: Split, form: Form) -> Proof:
+    model = Probabilities(nets(run, CPU), run.spec.average, run.spec.weights).eval()
     content, opened = _written(run, model, form)
     batches = torch.arange(len(test)).split(100)
     wanted, found = (torch.cat([ask(test.inputs(i)) for i in batches]) for ask in (model, opened))
-    difference = float((wanted - found).abs().max())
-    torch_errors, errors = (score.count_errors(p, test.labels).errors for p in (wanted, found))
-    if not difference <= TOLERANCE or errors != torch_errors:  # NaN is no agreement
-        raise Failed(f"{file}: differs from torch by {difference:.2g}, {errors} errors: not written")
-    proof = dict[str, Any](max_difference=difference, errors=errors, torch_errors=torch_errors, total=len(test))
-    net = ", ".join(_described(member) for member in members(run))
-    exported = Exported(run=run.name, format=form, file=str(file), bytes=len(content), card=str(card), net=net, **proof)
-    quality = score.quality(log_probabilities(run, len(test)), test.labels)
-    text = Path(__file__).with_name("card.md").read_text()
-    template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    text = template.render(run=run, exported=exported, quality=quality, cost=cost(run), members=members(run))
-    try:
-        write_aside(file, content)
-        write_aside(card, text.encode())
-    except OSError as error:
-        raise BadInput(f"--out {file}: cannot be written: {error.strerror}") from None
-    return exported
+    return Proof(content, wanted, found)
+
+
+def _of_answers(run: Run, dataset: Dataset, top_k: int | None, half: bool) -> Proof:
+    """A file of what a run says of the test and training images: the logits of a lone net; of an ensemble, and where
+    the file rounds, log-probabilities, whose errors are least where the probability is."""
+    parts, classes = {"test": dataset.test, "train": dataset.train}, dataset.facts.classes
+    logits = {part: _logits(run, part, split) for part, split in parts.items()}
+    log_p = {part: losses.average(members, 1.0, run.spec.average) for part, members in logits.items()}
+    # Logits none of which is below 0 could be read as probabilities.
+    whole = not (top_k or half) and all(len(members) == 1 and members.min() < -1 for members in logits.values())
+    arrays = {"classes": np.array(classes)}
+    for part in parts:
+        rows = logits[part][0] if whole else log_p[part].clamp(min=-65_504)  # the least of float16
+        if top_k:
+            rows, numbers = rows.topk(top_k)
+            arrays[f"{part}_classes"] = numbers.numpy().astype(np.min_scalar_type(len(classes)))
+        arrays[part] = rows.to(torch.float16 if half else torch.float32).numpy()
+    np.savez(content := io.BytesIO(), **arrays)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder, "logits.npz")).write_bytes(content.getvalue())
+        read = read_answers(file, {part: len(split) for part, split in parts.items()}, classes, None, {})
+    wanted, found = (torch.cat([rows[part] for part in parts]).double().softmax(1) for rows in (log_p, read.logits))
+    kind, of = "logits" if whole else "log-probabilities at T = 1", f"the {top_k} likeliest of " if top_k else ""
+    holds = f"{kind} of {of}{len(classes)} classes, {arrays['test'].dtype}, for {len(dataset.train):,} training and "
+    return Proof(content.getvalue(), wanted, found, f"{holds}{len(dataset.test):,} test images", not (top_k or half))
+
+
+def _logits(run: Run, part: str, split: Split) -> Tensor:
+    """The logits [M, N, C] of a run's members that they kept or, where one did not, that they give now."""
+    if all(part in member.load("logits") for member in members(run)):
+        return kept_logits(run, part, len(split))
+    return torch.stack([predict(net, split) for net in nets(run, CPU)])
 
 
 def _described(run: Run) -> str:

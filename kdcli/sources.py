@@ -329,14 +329,23 @@ def _fill(
     return np.array([label for label, _ in found], np.int64)
 
 
+def arrays_of(file: Path, alone: str = "an array without a name") -> dict[str, Array]:
+    """The arrays of an .npz file by name; that of an .npy file is called `alone`. Raises BadInput."""
+    try:
+        found = np.load(file, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return {alone: found}
+        with found as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # of numpy, zlib and zipfile, a dozen kinds
+        why = getattr(error, "strerror", None) or "is damaged, or of another format"
+        why = "it holds objects" if "Object arrays" in str(error) else why
+        raise BadInput(f"{file}: cannot be read as {file.suffix or '.npz'}: {why}") from None
+
+
 def _npz(file: Path) -> Found:
     """An .npz file: x_train, y_train, x_test, y_test, or MedMNIST's train_images, train_labels, …"""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            content = {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # of numpy, zlib and zipfile, a dozen kinds
-        why = "it holds objects" if "Object arrays" in str(error) else "is damaged, or of another format"
-        raise BadInput(f"{file}: cannot be read as .npz: {why}") from None
+    content = arrays_of(file)
     names = {
         f"{part}_{what}": f"{axis}_{part}"
         for part in ("train", "test")
