@@ -113,7 +113,11 @@ class Call:
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished."""
         from kdcli.engine import obtain
+        from kdcli.estimate import cheaper
+        from kdcli.plan import unfinished
 
+        if line := cheaper([run.spec for run in unfinished(work.jobs, work.places)], work.dataset):
+            self.display.note(line)
         try:
             obtain(work.jobs, work.places, self.load().threads, self.jobs, self.display.epoch, self.display.note)
         finally:

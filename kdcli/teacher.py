@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import BadInput, code
+from kdcli.augment import Fixed
 from kdcli.config import Average
 from kdcli.data import Dataset, Split, open_dataset
 from kdcli.device import place
@@ -19,10 +20,12 @@ from kdcli.runs import Run, open_run
 @dataclass(frozen=True)
 class Teacher:
     """`logits(index, x)`: [members, B, C] for the samples at `index` [B] of the transfer set, seen as `x` [B, C, H, W];
-    `average` says how those of several members are combined."""
+    `average` says how those of several members are combined. One that was asked about fixed `views` knows the samples
+    by their rows among what was kept of those."""
 
     logits: Callable[[Tensor, Tensor], Tensor]
     average: Average = "arithmetic"
+    views: Fixed | None = None
 
 
 def dataset_of(run: Run, data_dir: Path | None) -> Dataset:
