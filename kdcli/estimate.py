@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from kdcli.augment import AUGMENTATION, Fixed, different_views
+from kdcli.augment import AUGMENTATION, different_views
 from kdcli.config import Model, Train
 from kdcli.data import Dataset, Split
 from kdcli.device import place, seeded
@@ -36,11 +36,11 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         a_step, an_image, a_view = timed[kind]
         n = len(dataset.transfer_set(spec.omitted, spec.data.transfer))
         found[spec.name] = train.epochs * (train.steps(n) * a_step + len(dataset.test) * an_image)
-        views = repr((spec.parents, spec.distill and spec.distill.views, train.model_dump(include=AUGMENTATION)))
-        if a_view and spec.distill and views not in asked:  # kept for all students of this teacher
-            fixed = Fixed(train, spec.distill.views or 0, len(dataset.train), torch.empty(0))
-            found[spec.name] += fixed.count * fixed.size * a_view
-            asked.add(views)
+        views = min(spec.distill.views or 0, different_views(train)) if spec.distill else 0
+        kept = repr((spec.parents, views, train.model_dump(include=AUGMENTATION)))
+        if kept not in asked:  # once for all students of this teacher
+            found[spec.name] += views * len(dataset.train) * a_view
+            asked.add(kept)
     return found
 
 

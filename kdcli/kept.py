@@ -50,7 +50,9 @@ def _of(
 ) -> Logits:
     """The logits [K * N, C] of a lone net, mapped into memory; those that are not there yet are asked for."""
     how = fixed.train.model_dump(include=AUGMENTATION)
-    about = json.dumps([VERSION, key, weights_checksum(run), how, fixed.count, half])
+    # Another torch may draw other views from the same generators.
+    drawn = [hashlib.sha256(draws.numpy().tobytes()).hexdigest() for draws in fixed.draw(0).values()]
+    about = json.dumps([VERSION, key, weights_checksum(run), how, fixed.count, half, drawn])
     path = run.path / f"views-{hashlib.sha256(about.encode()).hexdigest()[:16]}.npy"
     file = _File(path, (fixed.count, len(images), len(run.spec.dataset.classes)), "<f2" if half else "<f4")
     with (run.path / "lock").open("a") as lock:
