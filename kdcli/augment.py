@@ -12,30 +12,81 @@ from kdcli.config import Train
 from kdcli.data import Split
 from kdcli.device import generator, stream
 
+SHARED = -1  # a seed that no run has
+AUGMENTATION = {"jitter", "flip", "crop", "cutout"}  # what a view depends on
+
+
+def different_views(train: Train) -> float:
+    """How many views of an image there are: of shifts and flips so many; crops and squares are countless, inf."""
+    return math.inf if train.crop or train.cutout else (2 * train.jitter + 1) ** 2 * (1 + train.flip)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Views of `size` images that are the same in every run: a teacher is asked about them once. `transfer`: positions
+    among these images of the transfer set; `most`: how many views of each image are asked for.
+
+    Of shifts and flips no two views of an image are the same, and those of up to 2 pixels have 25 views: with all of
+    them training is exact, since an epoch draws each with the probability that it has where it is drawn anew.
+    """
+
+    train: Train
+    most: int
+    size: int
+    transfer: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many views are kept: `most`, but no more than there are."""
+        return int(min(self.most, different_views(self.train)))
+
+    def draw(self, k: int) -> dict[str, Tensor]:
+        """View k of every image: its draws, [size, ...] each."""
+        train = self.train
+        if different_views(train) == math.inf:
+            return _draws(train, self.size, SHARED, k)
+        there = int(different_views(train))
+        order = torch.randperm(there, generator=generator(SHARED, "order"))
+        first = torch.randint(there, (self.size,), generator=generator(SHARED, "first"))
+        which, side = order[(first + k) % there], 2 * train.jitter + 1
+        found = {"jitter": torch.stack([which // side % side, which % side], 1), "flip": which[:, None] // side**2}
+        return {name: draws for name, draws in found.items() if getattr(train, name)}
+
+    def choose(self, seed: int, epoch: int, order: Tensor) -> dict[str, Tensor]:
+        """The draws of an epoch, a view a sample; and, as `kept`, which row of [count * size] that view is."""
+        chosen = torch.randint(self.count, (len(order),), generator=generator(seed, "view", epoch))
+        positions = self.transfer[order]
+        drawn = {"kept": chosen * self.size + positions}
+        for k in range(self.count):  # those of all views together may be too many to hold
+            at = (chosen == k).nonzero()[:, 0]
+            for name, draws in self.draw(k).items():
+                drawn.setdefault(name, draws.new_empty(len(order), *draws.shape[1:]))[at] = draws[positions[at]]
+        return drawn
+
 
 @dataclass(frozen=True)
 class Views:
     """What a `train` section does to the images of an epoch. What is drawn depends on (seed, epoch) alone and has a row
-    a sample, in the order of the epoch, so that a resumed training repeats it."""
+    a sample, in the order of the epoch, so that a resumed training repeats it. `fixed`: the views to choose from."""
 
     images: Split
     train: Train
     seed: int
+    fixed: Fixed | None = None
+
+    def order(self, epoch: int) -> Tensor:
+        """The samples in the order of an epoch."""
+        return torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
 
     def draw(self, epoch: int) -> dict[str, Tensor]:
-        """The draws of an epoch, [N] or [N, k] each, on the device of the images."""
-        n, train = len(self.images), self.train
-        drawn: dict[str, Tensor] = {}
-        if train.jitter:
-            source = generator(self.seed, "jitter", epoch)
-            drawn["jitter"] = torch.randint(2 * train.jitter + 1, (2, n), generator=source).T
-        for name, k in (("flip", 1), ("crop", 4), ("cutout", 2)):
-            if getattr(train, name):
-                drawn[name] = torch.rand(n, k, generator=generator(self.seed, name, epoch))
-        if train.mixup:
-            shares = np.random.default_rng(stream(self.seed, "mixup", epoch)).beta(train.mixup, train.mixup, n)
-            drawn["mixup"] = torch.from_numpy(shares.astype(np.float32))
-        return {name: draws.to(self.images.labels.device) for name, draws in drawn.items()}
+        """The draws of an epoch, [N] or [N, k] each, on the device of the images; of fixed views with their rows among
+        the logits that were kept of them, `kept`, on the CPU."""
+        if self.fixed:
+            drawn = self.fixed.choose(self.seed, epoch, self.order(epoch))
+        else:
+            drawn = _draws(self.train, len(self.images), self.seed, epoch)
+        device = self.images.labels.device
+        return {name: draws if name == "kept" else draws.to(device) for name, draws in drawn.items()}
 
     def view(self, index: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         """Float images [B, C, H, W] in [0, 1] of the samples at `index` [B], as the draws of each say."""
@@ -52,6 +103,21 @@ class Views:
         if "mixup" in drawn:
             x = blend(x, drawn["mixup"])
         return x
+
+
+def _draws(train: Train, n: int, seed: int, epoch: int) -> dict[str, Tensor]:
+    """What is drawn for n samples: one thing changes no other."""
+    drawn: dict[str, Tensor] = {}
+    if train.jitter:
+        source = generator(seed, "jitter", epoch)
+        drawn["jitter"] = torch.randint(2 * train.jitter + 1, (2, n), generator=source).T
+    for name, k in (("flip", 1), ("crop", 4), ("cutout", 2)):
+        if getattr(train, name):
+            drawn[name] = torch.rand(n, k, generator=generator(seed, name, epoch))
+    if train.mixup:
+        shares = np.random.default_rng(stream(seed, "mixup", epoch)).beta(train.mixup, train.mixup, n)
+        drawn["mixup"] = torch.from_numpy(shares.astype(np.float32))
+    return drawn
 
 
 def shift(x: Tensor, shifts: Tensor, most: int) -> Tensor:

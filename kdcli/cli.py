@@ -114,8 +114,11 @@ class Call:
         """Train the jobs that are not finished; first of all read what was trained elsewhere, and say what speaks
         against it."""
         from kdcli.engine import obtain
-        from kdcli.plan import doubts
+        from kdcli.estimate import cheaper
+        from kdcli.plan import doubts, unfinished
 
+        if line := cheaper([run.spec for run in unfinished(work.jobs, work.places)], work.dataset):
+            self.display.note(line)
         elsewhere = [job for job in work.jobs if job.spec.imported]
         others = [job for job in work.jobs if not job.spec.imported]
         experiment, note = self.load(), self.display.note

@@ -480,6 +480,13 @@ class Experiment(Section):
             yield "student.model.pretrained", "belongs to a teacher: remove it"
         if self.ensemble and isinstance(self.ensemble.members, int) and not self.teacher.train:
             yield "ensemble.members", "would all be the same net, which is not trained: name a list of teachers"
+        members = self.ensemble.members if self.ensemble and isinstance(self.ensemble.members, list) else []
+        for key, train in self.student_trains.items() if any(t.logits for t in (self.teacher, *members)) else ():
+            if key != "baseline" and train.augmented:
+                yield (
+                    f"{key}.train",
+                    "shows views of the images, and a file of logits has answers for none: remove them",
+                )
         for key, train in self.student_trains.items() if self.distill.views else ():
             if key != "baseline" and (not train.augmented or train.mixup):
                 why = "blends images anew in every batch" if train.mixup else "is not augmented: its logits are kept"

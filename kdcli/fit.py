@@ -16,7 +16,7 @@ from kdcli import BadInput
 from kdcli.augment import Views, blend
 from kdcli.config import Distill, Train
 from kdcli.data import Split
-from kdcli.device import forward_of, generator, seeded
+from kdcli.device import forward_of, seeded
 from kdcli.losses import Loss, objective
 from kdcli.models import MLP
 from kdcli.runs import State
@@ -60,14 +60,15 @@ def fit(
     """
     n, device = len(transfer_set), transfer_set.labels.device
     steps = train.steps(n)
-    loop = _Loop(net, Views(transfer_set, train, seed), (teacher, distill), start, steps)
+    views = Views(transfer_set, train, seed, teacher.views if teacher else None)
+    loop = _Loop(net, views, (teacher, distill), start, steps)
     for epoch in range(start.epochs, train.epochs):
         net.train()
         for frozen in (part for part in net.modules() if not any(p.requires_grad for p in part.parameters())):
             if next(frozen.parameters(), None) is not None:
                 frozen.eval()  # its BatchNorm must not learn from what its weights do not
-        order = torch.randperm(n, generator=generator(seed, "order", epoch)).to(device)
-        drawn, ends = loop.views.draw(epoch), [*range(train.batch_size, n, train.batch_size)][: steps - 1]
+        order = views.order(epoch).to(device)
+        drawn, ends = views.draw(epoch), [*range(train.batch_size, n, train.batch_size)][: steps - 1]
         with seeded(seed, "dropout", epoch):
             batches = [slice(start, end) for start, end in pairwise([0, *ends, n])]
             found = [loop.step(order[rows], {name: draws[rows] for name, draws in drawn.items()}) for rows in batches]
@@ -104,7 +105,7 @@ class _Loop:
     def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor]:
         """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses and errors."""
         x, y = self.views.view(index, drawn), self.views.images.labels[index]
-        taught = self.teacher.logits(index, x) if self.teacher else None
+        taught = self.teacher.logits(drawn.get("kept", index), x) if self.teacher else None
         logits = self.forward(x)
         if "mixup" in drawn:
             y = blend(F.one_hot(y, logits.shape[1]).double(), drawn["mixup"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import BadInput, code
+from kdcli.augment import Fixed
 from kdcli.config import Average
 from kdcli.data import Dataset, Split, open_dataset
 from kdcli.device import place
@@ -20,11 +21,13 @@ from kdcli.runs import ONNX, Run, open_run
 @dataclass(frozen=True)
 class Teacher:
     """`logits(index, x)`: [members, B, C] for the samples at `index` [B] of the transfer set, seen as `x` [B, C, H, W];
-    `average` and `weights` say how those of several members are combined."""
+    `average` and `weights` say how those of several members are combined. One that was asked about fixed `views` knows
+    the samples by their rows among what was kept of those."""
 
     logits: Callable[[Tensor, Tensor], Tensor]
     average: Average = "arithmetic"
     weights: Sequence[float] = ()
+    views: Fixed | None = None
 
 
 def dataset_of(run: Run, data_dir: Path | None) -> Dataset:

@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from kdcli import BadInput, code, losses, misread, score
+from kdcli.answers import read_answers
+from kdcli.augment import Fixed
 from kdcli.config import Average, Origin, Train
 from kdcli.data import Dataset, Split
 from kdcli.device import place, seeded, select_device
 from kdcli.fit import Fitted, fit, learning_rate
 from kdcli.imports import Imported, imported
+from kdcli.kept import kept_views
 from kdcli.models import build
 from kdcli.runs import (
     STUDENTS,
@@ -30,7 +33,7 @@ from kdcli.runs import (
     Spec,
     State,
 )
-from kdcli.teacher import cached, dataset_of, kept_logits, live, members, predict, weights_checksum
+from kdcli.teacher import Teacher, cached, dataset_of, kept_logits, live, members, predict, weights_checksum
 
 Tell = Callable[[str, int, Epoch], None]  # (run, epochs in all, the epoch that is finished)
 Note = Callable[[str], None]
@@ -70,14 +73,13 @@ def _trained(
     transfer = dataset.transfer_set(spec.omitted, spec.data.transfer)
     whole = len(transfer) == len(dataset.train)
     images, test = (dataset.train if whole else dataset.train.at(transfer)).to(device), dataset.test.to(device)
-    teacher = None
-    if spec.distill:  # cached logits, or the nets themselves where students see each image in many views
-        source = places.open(spec.parents[0])
-        teacher = live(source, device) if how.augmented else cached(source, transfer, len(dataset.train), device)
+    teacher = _teacher(places.open(spec.parents[0]), spec, dataset, transfer, device, note) if spec.distill else None
     # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
     stream = 2 * spec.seed + (spec.command in STUDENTS)
     with seeded(stream, "init"):
         read = imported(spec.origin, model, facts) if spec.origin else Imported(build(model, facts), [])
+    for line in read.said:
+        note(f"{run.name}: {line}")
     net = place(read.net, device)
     start, saved = run.load_state(note), time.perf_counter()
     before = run.metrics()[-1].seconds if start.epochs else 0.0
@@ -95,6 +97,19 @@ def _trained(
     found = _kept(run, fitted.net, dataset, device, note)
     found |= {"reading": Reading(said=read.said)} if spec.origin else {}
     return found | {"seconds": epoch.seconds, "samples": len(images), "last_epoch": epoch}
+
+
+def _teacher(
+    source: Run, spec: Spec, dataset: Dataset, transfer: torch.Tensor, device: torch.device, note: Note
+) -> Teacher:
+    """Cached logits; or, where a student sees each image in many views, those of fixed views or the nets themselves."""
+    (_, how), distill, facts, n = spec.trained, spec.distill, dataset.facts, len(dataset.train)
+    if not how.augmented:
+        return cached(source, transfer, n, device)
+    if not (distill and distill.views):
+        return live(source, device)
+    fixed, key = Fixed(how, distill.views, n, transfer), f"{facts.fingerprint} {facts.unlabelled}"
+    return kept_views(source, dataset.train, key, fixed, distill.half, device, note)
 
 
 def _counted(
@@ -146,7 +161,8 @@ def _imported(run: Run, dataset: Dataset, device: torch.device, note: Note) -> d
     spec, began, net = run.spec, time.perf_counter(), None
     origin, labels = spec.origin or Origin(), dataset.test.labels
     if origin.logits:
-        raise NotImplementedError
+        sizes = {"train": len(dataset.train), "test": len(dataset.test)}
+        logits, said = read_answers(Path(origin.logits), sizes, dataset.facts.classes, origin.classes, {})
     else:
         read = imported(origin, spec.model, dataset.facts)
         said, net = read.said, place(read.net, device).eval()

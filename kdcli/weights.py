@@ -45,7 +45,9 @@ def read_weights(file: Path) -> Weights:
             raise BadInput(f"{file}: is damaged, or no file of weights") from None
         raise BadInput(f"{file}: {_of_code(str(error))}") from None
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        why = getattr(error, "strerror", None) or "is damaged, cut short, or no file of weights"
+        why = "is damaged, cut short, or no file of weights"
+        if isinstance(error, PermissionError | FileNotFoundError):
+            why = f"cannot be read: {error.strerror}"
         raise BadInput(f"{file}: {why}") from None
     tensors, said = _unwrapped(content, file)
     if bad := [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]:

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdcli import BadInput, imports, misread, yamlfile
-from kdcli.config import Data, Input, Model, Origin
+from kdcli import BadInput, imports, misread
+from kdcli.config import Data, Experiment, Input, Model, Origin
 from kdcli.data import open_dataset
 from kdcli.models import MLP
 from kdcli.score import count_errors
@@ -169,7 +169,9 @@ def onnx_file(
         helper.make_node("Div", ["centred", "std"], ["normal"]),
         helper.make_node("Flatten", ["normal"], ["h0"]),
     ]
-    constants = [numpy_helper.from_array(np.float32(value), name) for name, value in (("mean", mean), ("std", std))]
+    constants = [
+        numpy_helper.from_array(np.array(value, np.float32), name) for name, value in (("mean", mean), ("std", std))
+    ]
     layers = net.linears()
     for i, layer in enumerate(layers):
         for name, value in (("w", layer.weight), ("b", layer.bias)):
@@ -563,4 +565,4 @@ def test_a_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_section_is_in_the_schema() -> None:
-    assert "onnx" in str(yamlfile.Experiment.model_json_schema())
+    assert "onnx" in str(Experiment.model_json_schema())
