@@ -362,7 +362,7 @@ class Ensemble(Section):
         """What each member is, beside the experiment's `teacher`."""
         if isinstance(self.members, list):
             return list(self.members)
-        models = self.models or ([teacher.model] if teacher.model else [])
+        models: Sequence[Model | None] = self.models or [teacher.model]
         return [teacher.model_copy(update={"model": models[i % len(models)]}) for i in range(self.members)]
 
     @property
