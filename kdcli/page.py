@@ -15,7 +15,7 @@ from PIL import Image
 
 from kdcli import BadInput, score, show
 from kdcli.data import Dataset
-from kdcli.findings import Findings, find, pixels, shades
+from kdcli.findings import Findings, pixels, shades
 from kdcli.pictures import pictures
 from kdcli.results import Summary
 from kdcli.runs import Places, write_aside
@@ -30,7 +30,7 @@ def write_report(summary: Summary, dataset: Dataset, places: Places, folder: Pat
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    found = None if summary.grid else find(summary, dataset, places)
+    found = None if summary.grid else Findings(summary, dataset, places)
     drawn = pictures(found or summary)
     files = {
         "report.html": html(summary, found, drawn).encode(),
