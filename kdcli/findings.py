@@ -89,13 +89,6 @@ def _most(values: Tensor) -> Tensor:
     return values.argsort(descending=True)[:SHOWN]
 
 
-def shades(matrix: Tensor) -> list[list[float]]:
-    """How dark the cells of a matrix [C, C] are: from 0, the least, to 1 off the diagonal; on the diagonal 0."""
-    off = ~torch.eye(len(matrix), dtype=torch.bool)
-    least, most = matrix[off].min(), matrix[off].max()
-    return ((matrix - least) / (most - least).clamp_min(1e-9) * off).tolist()
-
-
 def pixels(split: Split, i: int) -> NDArray[np.uint8]:
     """An image to look at, [H, W, 3]; one without three colours is the mean of its channels, dark on light. The row of
     a table is a strip, a cell a column, the darker the further above the mean of its column."""

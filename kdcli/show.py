@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -157,7 +158,7 @@ def _rate(errors: float, total: int) -> str:
     return f"{100 * errors / total:.2f} %"
 
 
-def _spread(row: Spread) -> str:
+def spread(row: Spread) -> str:
     return f"{row.mean:g}" if row.std is None else f"{row.mean:.1f} ± {row.std:.1f}"
 
 
@@ -221,17 +222,12 @@ def runs_table(listed: Sequence[Listed]) -> Table:
     for d in listed:
         done = f" {d.epoch}/{d.epochs}" if d.status != "completed" and d.epoch else ""
         errors = "" if d.errors is None else str(d.errors)
-        rows.append([d.run, d.status + done, errors, _age(d.age_s), size(d.bytes_)])
+        rows.append([d.run, d.status + done, errors, duration(d.age_s), decimal(d.bytes_)])
     return Table(number_of_runs(len(listed)), ("run", "status", "errors", "age", "size"), rows)
 
 
 def number_of_runs(n: int) -> str:
     return f"{n} run" if n == 1 else f"{n} runs"
-
-
-def size(count: int) -> str:
-    """Bytes for a reader."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def duration(seconds: float) -> str:
@@ -244,27 +240,20 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 2 * 24 * 60 else f"{minutes / 1440:.1f} days"
 
 
-def _age(seconds: int) -> str:
-    units = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
-    return next((f"{seconds / length:.0f} {unit}" for length, unit in units if seconds >= length), "0 s")
-
-
 def compare_tables(document: "compare.Comparisons") -> Parts:
     """What `kd compare` shows: the groups, and of each the settings that differ from A's and the verdict against A."""
     first, rows = document.groups[0], []
     for g in document.groups:
         interval = "{:.1f} to {:.1f}".format(*g.interval) if g.interval else ""
-        rows.append([g.group, g.name, str(len(g.errors)), _spread(g), interval])
+        rows.append([g.group, g.name, str(len(g.errors)), spread(g), interval])
     title = f"Errors on {document.total:,} {document.evaluated_on}"
     yield Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)
     for c in document.comparisons:
         changed = "; ".join(f"{key} {_value(b)}, not {_value(a)}" for key, (a, b) in c.changed.items()) or "nothing"
-        said = "The groups share no seed: nothing to pair, so no verdict."
-        if c.verdict:
-            said = c.verdict.sentence(c.group, first.group)
-        if c.seeds not in ([], first.seeds):
-            said = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): {said}"
-        yield f"{c.group} against {first.group}: {changed}.\n{said}\n"
+        none = "The groups share no seed: nothing to pair, so no verdict."
+        said = c.verdict.sentence(c.group, first.group) if c.verdict else none
+        part = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): "
+        yield f"{c.group} against {first.group}: {changed}.\n{part if c.seeds not in ([], first.seeds) else ''}{said}\n"
     yield INTERVAL_LEGEND
 
 
@@ -310,7 +299,7 @@ def _rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
         paper = ("", "{:g}", "{:g} ({:g})")[len(r.paper)].format(*r.paper)
         verdict = against(r.paper[0], r.mean, r.interval) if r.paper else ""
         more = ["" if r.balanced is None else _rate(r.balanced, 1), "" if r.top5 is None else f"{r.top5:.1f}"]
-        rows.append([r.row, _spread(r), _rate(r.mean, summary.total), *more, unseen, paper, verdict])
+        rows.append([r.row, spread(r), _rate(r.mean, summary.total), *more, unseen, paper, verdict])
     return ["", "errors", "rate", "balanced", "top-5", "unseen", "paper", "verdict"], rows
 
 
@@ -322,7 +311,7 @@ def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
     part = any((nets["baseline"].samples or 0) < (nets["teacher"].samples or 0) for nets in found)
     rows = []
     for point, nets in zip(summary.points, found, strict=True):
-        cells = [_spread(nets[name]) if name in nets else "" for name in varying]
+        cells = [spread(nets[name]) if name in nets else "" for name in varying]
         pair = nets["baseline"], nets["student"]
         rates = ", ".join(f"{100 * (net.train_errors or 0) / (net.samples or 1):.2f}" for net in pair)
         said = [_fewer(point.verdict), point.verdict.verdict] if point.verdict else ["", ""]
@@ -339,7 +328,7 @@ def _fewer(found: Verdict) -> str:
 
 def _at_points(summary: "Summary", name: str) -> list[str]:
     """The different errors that a row has at the points of a grid."""
-    return list(dict.fromkeys(_spread(r) for point in summary.points for r in point.table if r.row == name))
+    return list(dict.fromkeys(spread(r) for point in summary.points for r in point.table if r.row == name))
 
 
 def remarks(summary: "Summary") -> list[str]:
@@ -359,7 +348,7 @@ def _grid_remarks(summary: "Summary") -> Iterator[str]:
     students = [(row, point.at) for point in points for row in point.table if row.row == judged]
     best, at = min(students, key=lambda pair: pair[0].mean)
     where = ", ".join(f"{key} = {value}" for key, value in at.items())
-    fewest = f"The fewest errors of a {judged}, {_spread(best)}, are at {where}."
+    fewest = f"The fewest errors of a {judged}, {spread(best)}, are at {where}."
     yield f"The soft targets {said} of {len(points)} points{'' if several else ', on this one seed'}. {fewest}"
     same = [(name, errors) for name in GRID_ROWS if name != judged and len(errors := _at_points(summary, name)) == 1]
     if same:
