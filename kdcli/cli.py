@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic_core import to_json
 from rich.console import Console
+from rich.filesize import decimal
 from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
@@ -445,7 +446,7 @@ def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> Non
     orphans = dependents(listed, chosen)
     if orphans and not force:
         raise BadInput("these runs were made from them; remove them too, or add --force:", *(f"  {o}" for o in orphans))
-    taken = show.size(sum(one.bytes_ for one in listed if one.run in chosen))
+    taken = decimal(sum(one.bytes_ for one in listed if one.run in chosen))
     lines = [*(f"orphaned: {run}" for run in orphans), *(f"remove: {run}" for run in chosen)]
     note("\n".join([*lines, f"{show.number_of_runs(len(chosen))}, {taken}"]))
     if not yes and not sys.stdin.isatty():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from kdcli import BadInput, score, show
 from kdcli.data import Dataset
-from kdcli.findings import Findings, find, pixels, shades
+from kdcli.findings import Findings, pixels
 from kdcli.pictures import pictures
 from kdcli.results import Summary
 from kdcli.runs import Places, write_aside
@@ -30,7 +30,7 @@ def write_report(summary: Summary, dataset: Dataset, places: Places, folder: Pat
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
-    found = None if summary.grid else find(summary, dataset, places)
+    found = None if summary.grid else Findings(summary, dataset, places)
     drawn = pictures(found or summary)
     files = {
         "report.html": html(summary, found, drawn).encode(),
@@ -52,7 +52,7 @@ def html(summary: Summary, found: Findings | None, drawn: dict[str, bytes]) -> s
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     page.filters |= {"short": partial(show.short, most=60), "url": _url, "png": _png, "tensor": torch.tensor}
     settings = yaml.safe_dump(summary.settings, sort_keys=False, default_flow_style=None, width=90)
-    page.globals |= {"pixels": pixels, "shades": shades, "score": score, "show": show}
+    page.globals |= {"pixels": pixels, "score": score, "show": show}
     return page.get_template("page.html").render(summary=summary, found=found, drawn=drawn, settings=settings)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from kdcli.findings import Findings, pixels
 from kdcli.results import Summary
 from kdcli.score import calibration
-from kdcli.show import foremost, short
+from kdcli.show import foremost, short, spread
 
 TELLING, LIKELIEST = 4, 8  # images whose soft targets are drawn; of many classes, the bars of each
 BLUE, ORANGE = "#3182bd", "#e6550d"
@@ -81,8 +80,7 @@ def _draw_errors(figure: Figure, found: Findings) -> None:
         axes.plot(r.errors, [i] * len(r.errors), "o", color=BLUE, markersize=5, alpha=0.6)
         axes.plot(r.mean, i, "|", color="black", markersize=16, markeredgewidth=2)
         axes.plot(r.paper[:1], [i] * bool(r.paper), "D", color=ORANGE, fillstyle="none", markersize=6)
-        text = f"{r.mean:.1f}" if r.std is not None else f"{r.mean:g}"
-        axes.annotate(text, (r.mean, i), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(spread(r), (r.mean, i), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=8)
     every = [errors for r in rows for errors in (*r.errors, *r.paper[:1])]
     scale = ", logarithmic scale" if max(every) > 4 * max(min(every), 1) else ""
     paper = "; diamond: the paper's" if any(r.paper for r in rows) else ""
@@ -183,8 +181,15 @@ def _draw_knowledge(figure: Figure, found: Findings) -> None:
         shown = foremost(columns["T = 1"][k].tolist(), LIKELIEST)
         names = [found.summary.classes[c] for c in shown]
         for axes, (title, p) in zip(panels, columns.items(), strict=True):
-            again = axes is panels[0] or max(map(len, names)) <= 3  # long names stand at the first bars alone
-            _draw_bars(axes, names if again else [""] * len(names), p[k, shown].tolist())
+            shares = p[k, shown].tolist()  # the first at the top, on a scale of their own
+            bars = axes.barh(range(len(shares)), shares, color=BLUE)
+            axes.bar_label(bars, [f"{p:.3f}" if p >= 0.0005 else "" for p in shares], padding=2, fontsize=5.5)
+            named = axes is panels[0] or max(map(len, names)) <= 3  # long names stand at the first bars alone
+            axes.set_yticks(range(len(names)), [short(name, 40) * named for name in names])
+            axes.tick_params(labelsize=6, length=0)
+            axes.set(xlim=(0, 1.35 * (max(shares) or 1)), xticks=[])
+            axes.invert_yaxis()
+            axes.spines["bottom"].set_visible(False)
             if k == 0:
                 axes.set_title(title, fontsize=9)
 
@@ -197,14 +202,3 @@ def telling(log_p: Tensor, labels: Tensor) -> list[int]:
     for i in entropy.argsort(descending=True).tolist():
         best.setdefault(int(labels[i]), i)
     return list(best.values())[:TELLING]
-
-
-def _draw_bars(axes: Axes, names: Sequence[str], shares: Sequence[float]) -> None:
-    """Bars with names and numbers, the first at the top, on a scale of their own."""
-    bars = axes.barh(range(len(shares)), shares, color=BLUE)
-    axes.bar_label(bars, [f"{share:.3f}" if share >= 0.0005 else "" for share in shares], padding=2, fontsize=5.5)
-    axes.set_yticks(range(len(names)), [short(name, 40) for name in names])
-    axes.tick_params(labelsize=6, length=0)
-    axes.set(xlim=(0, 1.35 * (max(shares) or 1)), xticks=[])
-    axes.invert_yaxis()
-    axes.spines["bottom"].set_visible(False)

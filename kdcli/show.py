@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -25,16 +26,19 @@ WIDE = 12  # of more classes than these none has a column of its own
 WORST = 3  # of the pairs that are taken for each other most are shown in the terminal
 PAIRS = 20  # of classes that are taken for each other, or look alike, are shown instead of a matrix
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
-INTERVAL_LEGEND = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
-PAPER_LEGEND = (
-    "Verdict on the paper's one run: better or worse where the 95 % interval of our mean over seeds leaves it out, not "
-    "distinguishable where it does not; of a single net lower, higher or the same. The intervals do not cover the "
-    "sampling of the test set."
-)
-BIAS_LEGEND = (
-    "Bias chosen by test: on the test set, as the paper did; heldout: on training images outside the transfer set; "
-    "prior: on the unlabelled training images, from the known shares of the classes."
-)
+INTERVALS = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
+LEGENDS = {  # by column
+    "unseen": "Unseen: the errors on classes missing from the transfer set. Bias: b, added to their logits, chosen by "
+    "test: on the test set, as the paper did; heldout: on training images outside the transfer set; prior: on the "
+    "unlabelled training images, from the known shares of the classes.",
+    "paper": "Verdict on the paper's one run (in brackets, its errors on the unseen): better or worse where the 95 % "
+    "interval of our mean over seeds leaves it out, not distinguishable where it does not; of a single net lower, "
+    f"higher or the same. {INTERVALS}",
+    "train error": "Train error: the baseline's and the student's error rate on the transfer set in the last epoch.",
+    "fewer": f"Fewer: how many errors fewer than the baseline such a student makes. {INTERVALS} Verdict: by a paired "
+    "t-test over seeds (a sign test where they all differ alike, McNemar's test of one seed) at p < 0.05, each point "
+    "on its own: where nothing helps, one in twenty says otherwise.",
+}
 
 
 class Display:
@@ -82,6 +86,9 @@ class Table(NamedTuple):
         lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in (self.columns, ruler, *self.rows)]
         return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in lines)])
 
+    def legends(self) -> list[str]:
+        return [LEGENDS[column] for column in self.columns if column in LEGENDS]
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Words stay whole, so that a run's name can be copied; those of the first column not where room is short."""
         columns = list(zip(self.columns, *self.rows, strict=True))
@@ -117,12 +124,11 @@ def tables(command: str, documents: Sequence["Document"], classes: Sequence[str]
         counts["baseline"] = [d.baseline.errors for d in mine if d.baseline]
         rows.append({"run": "mean"} | {key: f"{statistics.mean(of):g}" for key, of in counts.items() if of})
     columns = ["run", "teacher", "baseline", "errors", "rate", "fewer than the best", "than the mean", "b", "unseen"]
-    yield table(f"Errors on {mine[0].on}", columns, [[row.get(key, "") for key in columns] for row in rows])
+    shown = table(f"Errors on {mine[0].on}", columns, [[row.get(key, "") for key in columns] for row in rows])
+    yield shown
     if found := verdict(mine):
         yield found.sentence()
-    if any(d.bias for d in mine):
-        yield f"b: added to the logits of the unseen classes. {BIAS_LEGEND}"
-    yield from notes(documents)
+    yield from (*shown.legends(), *notes(documents))
 
 
 def _lines(d: "Document", classes: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -157,7 +163,7 @@ def _rate(errors: float, total: int) -> str:
     return f"{100 * errors / total:.2f} %"
 
 
-def _spread(row: Spread) -> str:
+def spread(row: Spread) -> str:
     return f"{row.mean:g}" if row.std is None else f"{row.mean:.1f} ± {row.std:.1f}"
 
 
@@ -221,17 +227,12 @@ def runs_table(listed: Sequence[Listed]) -> Table:
     for d in listed:
         done = f" {d.epoch}/{d.epochs}" if d.status != "completed" and d.epoch else ""
         errors = "" if d.errors is None else str(d.errors)
-        rows.append([d.run, d.status + done, errors, _age(d.age_s), size(d.bytes_)])
+        rows.append([d.run, d.status + done, errors, duration(d.age_s), decimal(d.bytes_)])
     return Table(number_of_runs(len(listed)), ("run", "status", "errors", "age", "size"), rows)
 
 
 def number_of_runs(n: int) -> str:
     return f"{n} run" if n == 1 else f"{n} runs"
-
-
-def size(count: int) -> str:
-    """Bytes for a reader."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def duration(seconds: float) -> str:
@@ -244,28 +245,21 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 2 * 24 * 60 else f"{minutes / 1440:.1f} days"
 
 
-def _age(seconds: int) -> str:
-    units = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
-    return next((f"{seconds / length:.0f} {unit}" for length, unit in units if seconds >= length), "0 s")
-
-
 def compare_tables(document: "compare.Comparisons") -> Parts:
     """What `kd compare` shows: the groups, and of each the settings that differ from A's and the verdict against A."""
     first, rows = document.groups[0], []
     for g in document.groups:
         interval = "{:.1f} to {:.1f}".format(*g.interval) if g.interval else ""
-        rows.append([g.group, g.name, str(len(g.errors)), _spread(g), interval])
+        rows.append([g.group, g.name, str(len(g.errors)), spread(g), interval])
     title = f"Errors on {document.total:,} {document.evaluated_on}"
     yield Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)
     for c in document.comparisons:
         changed = "; ".join(f"{key} {_value(b)}, not {_value(a)}" for key, (a, b) in c.changed.items()) or "nothing"
-        said = "The groups share no seed: nothing to pair, so no verdict."
-        if c.verdict:
-            said = c.verdict.sentence(c.group, first.group)
-        if c.seeds not in ([], first.seeds):
-            said = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): {said}"
-        yield f"{c.group} against {first.group}: {changed}.\n{said}\n"
-    yield INTERVAL_LEGEND
+        none = "The groups share no seed: nothing to pair, so no verdict."
+        said = c.verdict.sentence(c.group, first.group) if c.verdict else none
+        part = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): "
+        yield f"{c.group} against {first.group}: {changed}.\n{part if c.seeds not in ([], first.seeds) else ''}{said}\n"
+    yield INTERVALS
 
 
 def _value(value: Any) -> str:
@@ -310,24 +304,23 @@ def _rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
         paper = ("", "{:g}", "{:g} ({:g})")[len(r.paper)].format(*r.paper)
         verdict = against(r.paper[0], r.mean, r.interval) if r.paper else ""
         more = ["" if r.balanced is None else _rate(r.balanced, 1), "" if r.top5 is None else f"{r.top5:.1f}"]
-        rows.append([r.row, _spread(r), _rate(r.mean, summary.total), *more, unseen, paper, verdict])
+        rows.append([r.row, spread(r), _rate(r.mean, summary.total), *more, unseen, paper, verdict])
     return ["", "errors", "rate", "balanced", "top-5", "unseen", "paper", "verdict"], rows
 
 
 def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
     """A row a point and a column for each net whose errors vary; `train error` is the rate on the transfer set, shown
     where that is a part of the training images."""
-    varying = [name for name in GRID_ROWS if name == summary.judged or len(_at_points(summary, name)) > 1]
-    found = [{r.row: r for r in point.table} for point in summary.points]
+    found, fixed = [{r.row: r for r in point.table} for point in summary.points], _fixed(summary)
     part = any((nets["baseline"].samples or 0) < (nets["teacher"].samples or 0) for nets in found)
     rows = []
     for point, nets in zip(summary.points, found, strict=True):
-        cells = [_spread(nets[name]) if name in nets else "" for name in varying]
+        cells = [spread(nets[name]) if name in nets and name not in fixed else "" for name in GRID_ROWS]
         pair = nets["baseline"], nets["student"]
         rates = ", ".join(f"{100 * (net.train_errors or 0) / (net.samples or 1):.2f}" for net in pair)
         said = [_fewer(point.verdict), point.verdict.verdict] if point.verdict else ["", ""]
         rows.append([*point.at.values(), *cells, f"{rates} %" if part else "", *said])
-    return [*(key.rpartition(".")[2] for key in summary.grid), *varying, "train error", "fewer", "verdict"], rows
+    return [*(key.rpartition(".")[2] for key in summary.grid), *GRID_ROWS, "train error", "fewer", "verdict"], rows
 
 
 def _fewer(found: Verdict) -> str:
@@ -337,58 +330,44 @@ def _fewer(found: Verdict) -> str:
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*numbers, d=0 if max(map(abs, numbers)) >= 100 else 1)
 
 
-def _at_points(summary: "Summary", name: str) -> list[str]:
-    """The different errors that a row has at the points of a grid."""
-    return list(dict.fromkeys(_spread(r) for point in summary.points for r in point.table if r.row == name))
+def _fixed(summary: "Summary") -> dict[str, str]:
+    """The errors of the nets that have the same at every point of a grid, but for those that it is about."""
+    rows = [row for point in summary.points for row in point.table]
+    found = {name: {spread(row) for row in rows if row.row == name} for name in GRID_ROWS if name != summary.judged}
+    return {name: errors.pop() for name, errors in found.items() if len(errors) == 1}
 
 
 def remarks(summary: "Summary") -> list[str]:
     """The verdict, and what the reader of the table must know."""
-    lines = [*(_grid_remarks(summary) if summary.grid else _table_remarks(summary)), *summary.remarks]
+    said = _grid_verdict(summary) if summary.grid else _verdict(summary)
+    lines = [*said, *final_table(summary).legends(), *summary.remarks]
     for point in summary.points:
         lines += notes([d for d in point.runs if not isinstance(d, str)])
     return list(dict.fromkeys(lines))
 
 
-def _grid_remarks(summary: "Summary") -> Iterator[str]:
-    points, judged, several = summary.points, summary.judged, len(summary.seeds) > 1
-    verdicts = [point.verdict for point in points if point.verdict]
-    words = [found.verdict for found in verdicts]
+def _grid_verdict(summary: "Summary") -> Iterator[str]:
+    points, judged = summary.points, summary.judged
+    words, one = [point.verdict.verdict for point in points if point.verdict], len(summary.seeds) == 1
     counted = [f"{word} at {words.count(word)}" for word in ("helped", "hurt") if word in words]
     said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
     students = [(row, point.at) for point in points for row in point.table if row.row == judged]
     best, at = min(students, key=lambda pair: pair[0].mean)
     where = ", ".join(f"{key} = {value}" for key, value in at.items())
-    fewest = f"The fewest errors of a {judged}, {_spread(best)}, are at {where}."
-    yield f"The soft targets {said} of {len(points)} points{'' if several else ', on this one seed'}. {fewest}"
-    same = [(name, errors) for name in GRID_ROWS if name != judged and len(errors := _at_points(summary, name)) == 1]
-    if same:
-        yield f"The same at every point: {', '.join(f'{name} {errors[0]}' for name, errors in same)}."
-    if "train error" in final_table(summary).columns:
-        yield "Train error: the baseline's and the student's error rate on the transfer set in the last epoch."
-    interval = f" {INTERVAL_LEGEND}" if several else ""
-    yield (
-        f"Fewer: how many errors fewer than the baseline's the {judged}'s are.{interval} Verdict: by "
-        f"{' or '.join(dict.fromkeys(found.test for found in verdicts))} at p < 0.05, each point on its own: where "
-        "nothing helps, one in twenty says otherwise."
-    )
+    fewest = f"The fewest errors of a {judged}, {spread(best)}, are at {where}."
+    yield f"The soft targets {said} of {len(points)} points{', on this one seed' if one else ''}. {fewest}"
+    if same := [" ".join(pair) for pair in _fixed(summary).items()]:
+        yield f"The same at every point: {', '.join(same)}."
 
 
-def _table_remarks(summary: "Summary") -> Iterator[str]:
-    rows, own = summary.only.table, summary.only.runs[-1]
+def _verdict(summary: "Summary") -> Iterator[str]:
+    own = summary.only.runs[-1]
     if summary.only.verdict:
         yield summary.only.verdict.sentence()
     elif not isinstance(own, str):  # the report of a run with nothing to hold it against
-        errors, total = own.test.errors, own.test.total
         bias = f" With the bias chosen on held-out images: {own.bias['heldout'].errors}." if own.bias else ""
-        yield f"The {called(own)} makes {errors} errors on {own.on}, {_rate(errors, total)}.{bias}"
-    if any(row.paper for row in rows):
-        yield PAPER_LEGEND
-    if any(row.unseen is not None for row in rows):
-        brackets = "; in brackets, the paper's" if any(len(row.paper) > 1 for row in rows) else ""
-        yield f"Unseen: the errors on classes missing from the transfer set{brackets}."
-    if any(row.kind == "omission" for row in rows):
-        yield BIAS_LEGEND
+        rate = _rate(own.test.errors, own.test.total)
+        yield f"The {called(own)} makes {own.test.errors} errors on {own.on}, {rate}.{bias}"
 
 
 def called(row: "results.TableRow | Document") -> str:

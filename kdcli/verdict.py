@@ -33,24 +33,21 @@ class Verdict(Section):
     settle: int | None = None  # seeds that would settle an effect and a spread such as these
 
     def sentence(self, subject: str = "The soft targets", reference: str = "the baseline") -> str:
-        one = self.n == 1
-        start = {
-            "helped": f"{subject} helped",
-            "hurt": f"{subject} hurt",
-            "no evidence": f"No evidence at n = {self.n} that {subject.replace('The ', 'the ')} helped or hurt",
-        }[self.verdict] + (", on this one seed" if one and self.verdict != "no evidence" else "")
+        one, p = self.n == 1, f"p = {self.p:.2g}"
+        start = f"{subject} {self.verdict}{', on this one seed' if one else ''}"
+        if self.verdict == "no evidence":
+            start = f"No evidence at n = {self.n} that {subject.replace('The ', 'the ')} helped or hurt"
         sign, word = (1, "fewer") if self.fewer_errors >= 0 else (-1, "more")
         amount = f"{abs(self.fewer_errors):.{0 if one else 1}f} {word} errors than {reference}"
         if one:
-            test = f"McNemar's exact test on the two nets' predictions: p = {self.p:.2g}"
+            test = f"McNemar's exact test on the two nets' predictions: {p}"
             return f"{start}: {amount} ({test}). Other seeds may differ: --seeds 0-4 would tell."
         settle = f" About {self.settle:,} seeds would settle an effect of this size." if self.settle else ""
         if self.interval is None:
-            alike = f"at each of {self.n} seeds (no spread to test; {self.test}: p = {self.p:.2g})"
-            return f"{start}: {amount} {alike}.{settle}"
+            return f"{start}: {amount} at each of {self.n} seeds (no spread to test; {self.test}: {p}).{settle}"
         low, high = sorted(sign * end for end in self.interval)
         spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} {word}"
-        return f"{start}: {amount} ({spread}; {self.test}: p = {self.p:.2g}).{settle}"
+        return f"{start}: {amount} ({spread}; {self.test}: {p}).{settle}"
 
 
 def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
@@ -62,21 +59,19 @@ def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
     """
     from scipy import stats
 
-    n, mean, name = len(fewer), statistics.mean(fewer), "McNemar's test" if len(fewer) == 1 else "paired t-test"
-    interval, settle = None, None
-    if n == 1:
-        p = float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
-    elif len(set(fewer)) == 1:
-        p, name = float(stats.binomtest(n, n).pvalue) if mean else 1.0, "sign test"
-        settle = math.ceil(1 - math.log2(ALPHA)) if mean else None  # so many alike: 2 * 0.5^n is below 5 %
-    else:
-        test = stats.ttest_1samp(fewer, 0)
-        low, high = test.confidence_interval(1 - ALPHA)
-        p, interval = float(test.pvalue), [float(low), float(high)]
+    n, mean, interval = len(fewer), statistics.mean(fewer), None
+    if len(set(fewer)) > 1:
+        name, test = "paired t-test", stats.ttest_1samp(fewer, 0)
+        interval = [float(end) for end in test.confidence_interval(1 - ALPHA)]
         settle = seeds_to_settle(mean, statistics.stdev(fewer))
-    found = p < ALPHA
-    word: Literal["helped", "hurt", "no evidence"] = "no evidence" if not found else "helped" if mean > 0 else "hurt"
-    settle = None if found else settle
+    else:
+        name = "McNemar's test" if n == 1 else "sign test"
+        wins, of = (fixed, fixed + broken) if n == 1 else (n, n) if mean else (0, 0)
+        test = stats.binomtest(wins, max(of, 1))  # 0 of 1 has p = 1, as 0 of 0 would
+        settle = math.ceil(1 - math.log2(ALPHA)) if n > 1 and mean else None  # so many alike: 2 * 0.5^n is below 5 %
+    p = float(test.pvalue)
+    word: Literal["helped", "hurt", "no evidence"] = "no evidence" if p >= ALPHA else "helped" if mean > 0 else "hurt"
+    settle = settle if word == "no evidence" else None
     return Verdict(verdict=word, fewer_errors=mean, interval=interval, p=p, n=n, test=name, settle=settle)
 
 
@@ -92,11 +87,9 @@ def spread(errors: Sequence[int]) -> Spread:
     """The errors over seeds with their mean, standard deviation and the interval of the mean."""
     from scipy import stats
 
-    n, mean, interval = len(errors), statistics.mean(errors), None
+    n, mean = len(errors), statistics.mean(errors)
     std = statistics.stdev(errors) if n > 1 else None
-    if std:
-        half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * std / n**0.5
-        interval = [mean - half, mean + half]
+    interval = [float(end) for end in stats.t.interval(1 - ALPHA, n - 1, mean, std / n**0.5)] if std else None
     return Spread(errors=list(errors), mean=mean, std=std, interval=interval)
 
 
