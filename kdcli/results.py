@@ -268,8 +268,7 @@ def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Se
         if omitted := [classes.index(c) for c in found[0].omitted]:
             more["unseen"] = statistics.mean(sum(c.per_class_errors[k] for k in omitted) for c in counted)
         if name == row.name:
-            more |= {key: statistics.mean(getattr(d.quality, key) for d in found) for key in ("nll", "ece")}
-            for key in ("balanced", "top5"):
+            for key in ("nll", "ece", "balanced", "top5"):
                 of = [getattr(d.quality, key) for d in found]
                 more[key] = None if None in of else statistics.mean(of)
             more |= {"multiply_adds": found[0].cost and found[0].cost.multiply_adds, "samples": found[0].samples}
