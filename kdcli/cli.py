@@ -174,7 +174,7 @@ class Call:
             return work
         if self.overrides:
             raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")
-        return prepare_run(name, self.places(), self.display.note)
+        return prepare_run(name, self.places())
 
     def report(self, work: "Work") -> "tuple[Summary, Path]":
         """Show the table and write the report of finished runs; returns the summary and the page."""

@@ -5,10 +5,8 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import contextmanager
 from pathlib import Path
-from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
+from torch.utils.data import DataLoader
 
 from kdcli import BadInput
 
@@ -25,28 +24,35 @@ TESTS = ("test", "val", "valid")  # what the folder of the test images may be ca
 GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L"}
 
 
-def open_image(file: Path, least: int = 0) -> Image.Image:
-    """An image file, the first frame of several, held as the camera was: of mode L, RGB, or RGBA where parts of it are
-    transparent. A JPEG file is decoded no larger than its shorter side needs for `least` pixels. Raises BadInput."""
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """An image file while it is read. Raises BadInput where it cannot be."""
     too_large = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
     try:
         with too_large, Image.open(file) as image:
-            if least:
-                image.draft(None, (least, least))
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
-            if image.has_transparency_data:
-                return image.convert("RGBA")
-            return image.convert("L" if image.mode in GREY else "RGB")
+            yield image
     except BadInput:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadInput(f"{file}: is too large: {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or no image'}") from None
+
+
+def open_image(file: Path, least: int = 0) -> Image.Image:
+    """An image file, the first frame of several, held as the camera was: of mode L, RGB, or RGBA where parts of it are
+    transparent. A JPEG file is decoded no larger than its shorter side needs for `least` pixels. Raises BadInput."""
+    with _opened(file) as image:
+        if least:
+            image.draft(None, (least, least))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16"):
+            return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
+        if image.has_transparency_data:
+            return image.convert("RGBA")
+        return image.convert("L" if image.mode in GREY else "RGB")
 
 
 def to_bytes(image: Image.Image, size: tuple[int, int] | None, channels: int) -> NDArray[np.uint8]:
@@ -71,56 +77,44 @@ class Header(NamedTuple):
 
 def headers(files: Sequence[Path]) -> list[Header]:
     """The headers of image files. Raises BadInput with those that cannot be read."""
-    found = in_processes(lambda i: _header(files[i]), len(files), "")
-    refuse([one for one in found if isinstance(one, str)])
-    return [one for one in found if isinstance(one, Header)]
 
+    def header(i: int) -> Header:
+        with _opened(files[i]) as image:
+            width, height = image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # orientation
+            return Header(width, height, image.mode in GREY)
 
-class _Forked:
-    """What forked processes do: they take over a closure, which could not be sent to them."""
-
-    one: Callable[[int], Any]
-
-    @staticmethod
-    def call(i: int) -> Any:
-        return _Forked.one(i)
-
-    @staticmethod
-    def start() -> None:
-        """Who started them ends them."""
-        signal(SIGINT, SIG_IGN)
-        signal(SIGTERM, SIG_DFL)
+    return in_processes(header, len(files), "")
 
 
 def in_processes(one: Callable[[int], T], count: int, doing: str) -> list[T]:
     """`one` of 0, 1, … below `count`, in as many processes as there are cores; threads would wait for each other. What
-    it is `doing` is shown, unless that is empty."""
+    it is `doing` is shown, unless that is empty. Raises BadInput with what `one` raised, of many the first."""
     console = Console(stderr=True)
     if doing and not console.is_terminal:
         print(doing, file=sys.stderr)
-    _Forked.one, hidden = one, not doing or not console.is_terminal
-    with ProcessPoolExecutor(os.cpu_count(), get_context("fork"), _Forked.start) as pool:
-        try:
-            found = pool.map(_Forked.call, range(count), chunksize=100)
-            return list(track(found, doing, count, console=console, transient=True, disable=hidden))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+
+    def several(numbers: Sequence[int]) -> tuple[list[T], list[str]]:
+        made, problems = list[T](), list[str]()
+        for i in numbers:
+            try:
+                made.append(one(i))
+            except BadInput as error:
+                problems += error.lines
+        return made, problems
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    numbers: Any = range(count)  # forked processes take over `several`, which could not be sent to them
+    loader = DataLoader(numbers, 100, num_workers=cores, collate_fn=several, multiprocessing_context="fork")
+    hidden = not doing or not console.is_terminal
+    parts = list(track(loader, doing, console=console, transient=True, disable=hidden))
+    refuse([problem for _, problems in parts for problem in problems])
+    return [found for made, _ in parts for found in made]
 
 
 def refuse(problems: Sequence[str]) -> None:
     """Raise BadInput with the first of many problems, if there are any."""
     if problems:
         raise BadInput(*problems[:10], *([f"and {len(problems) - 10:,} more"] if len(problems) > 10 else []))
-
-
-def _header(file: Path) -> Header | str:
-    try:
-        with Image.open(file) as image:
-            width, height = image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # orientation
-            return Header(width, height, image.mode in GREY)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{file}: {getattr(error, 'strerror', None) or 'is damaged or no image'}"
 
 
 Labelled = list[tuple[Path, int]]  # files, and the number of the class of each

@@ -1,7 +1,6 @@
 """`kd init` looks at a folder of images and writes the experiment file that fits it."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,6 +15,7 @@ from torch import Tensor
 from kdcli import BadInput
 from kdcli.config import Experiment, Model
 from kdcli.data import Dataset, Split, tenth
+from kdcli.engine import share
 from kdcli.estimate import seconds
 from kdcli.images import Folder, Header, headers, list_folder
 from kdcli.models import build, fits, multiply_adds
@@ -78,13 +78,12 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
         batch=batch,
         jitter=min(4, look.facts.shape[1] // 8),
     )
-    workers = os.cpu_count() or 1 if places.device == "cpu" else 1
     experiment, dataset = Experiment.model_validate(yaml.load(render(time=""), Loader)), look.dataset()
     specs = [job.spec for job in distinct(plan([experiment], dataset))]
-    at_work = places._replace(threads=1 if workers > 1 else places.threads)
-    spent = sum(seconds(specs, specs, dataset, at_work).values()) / workers
-    at_once = f", {workers} trainings at once" if workers > 1 else ""
-    return str(render(time=f"about {duration(spent)} on this machine ({places.device}{at_once})"))
+    places, at_once = share(specs, places, None, None)
+    spent = sum(seconds(specs, specs, dataset, places).values()) / at_once
+    several = f", {at_once} trainings at once" if at_once > 1 else ""
+    return str(render(time=f"about {duration(spent)} on this machine ({places.device}{several})"))
 
 
 def _look(path: Path) -> Look:

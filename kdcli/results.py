@@ -1,7 +1,7 @@
 """What finished runs say together: the documents of `--json`, and the rows of the final table, with types."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from kdcli.config import Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
 from kdcli.plan import KINDS, Job, distinct, there
-from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, environment, list_runs, open_run
+from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, Spec, environment, open_run
 from kdcli.score import Latency, Quality
 from kdcli.teacher import kept_logits, members, nets
 from kdcli.verdict import Spread, Verdict, paired, spread
@@ -221,23 +221,25 @@ def about(experiment: Experiment, title: str, points: list[dict[str, str]], data
     )
 
 
-def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]]:
+def about_run(run: Run) -> tuple[Subject, list[Job]]:
     """A finished run as the subject of a summary, and the jobs to show: its teacher, a baseline of the same seed and
     recipe if there is one, and itself. Raises BadInput when it is not finished, or its teacher is gone."""
     run.result("reported")
-    spec, jobs, remarks = run.spec, list[Job](), list[str]()
+    spec, kind, jobs, remarks = run.spec, KINDS[run.spec.command], list[Job](), list[str]()
+    taught_by = spec.parents[0] if spec.distill else None
+    if taught_by:
+        teacher = open_run(run.root, taught_by).spec
+        jobs.append(Job(Row(KINDS[teacher.command], KINDS[teacher.command]), teacher))
+    if kind == "student":
+        recipe = spec.model_dump(exclude={"distill", "parents"}) | {"command": "baseline"}
+        baseline = Run(run.root, Spec.model_validate(recipe, context={"reading": True}))
+        if baseline.finished():
+            jobs.append(Job(Row("baseline", "baseline"), baseline.spec, teacher=taught_by))
+        else:
+            remarks = ["There is no baseline of its seed and recipe to hold it against: `kd distill` trains one."]
     of_baselines = spec.command == "ensemble" and members(run)[0].spec.command == "baseline"
-    kind = KINDS[spec.command]
     name = Omission(omit=spec.omitted).label if spec.omitted else "ensemble of baselines" if of_baselines else kind
-    teacher = open_run(run.root, spec.parents[0]) if spec.parents and spec.command != "ensemble" else None
-    if teacher:
-        above: Kind = "ensemble" if teacher.spec.command == "ensemble" else "teacher"
-        jobs.append(Job(Row(above, above), teacher.spec))
-    if kind == "student" and (baseline := _baseline_of(run, note)):
-        jobs.append(Job(Row("baseline", "baseline"), baseline.spec, teacher=spec.parents[0]))
-    elif kind == "student":
-        remarks = ["There is no baseline of its seed and recipe to hold it against: `kd distill` trains one."]
-    jobs.append(Job(Row(name, kind), spec, teacher=teacher.name if teacher else None))
+    jobs.append(Job(Row(name, kind), spec, teacher=taught_by))
     return Subject(
         experiment=spec.experiment,
         file=run.name,
@@ -246,14 +248,6 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
         remarks=remarks,
         rows=[job.row for job in jobs],
     ), jobs
-
-
-def _baseline_of(run: Run, note: Callable[[str], None]) -> Run | None:
-    """The finished baseline that a student is held against: of its seed, images, net and recipe."""
-    found = list_runs(run.root, run.spec.experiment, ["baseline"], note)
-    same = ("dataset", "data", "model", "code", "seed", "train")
-    alike = [b for b in found if all(getattr(b.spec, key) == getattr(run.spec, key) for key in same)]
-    return next((b for b in alike if b.finished()), None)
 
 
 def summarise(
@@ -282,8 +276,7 @@ def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Se
         if omitted := [classes.index(c) for c in found[0].omitted]:
             more["unseen"] = statistics.mean(sum(c.per_class_errors[k] for k in omitted) for c in counted)
         if name == row.name:
-            more |= {key: statistics.mean(getattr(d.quality, key) for d in found) for key in ("nll", "ece")}
-            for key in ("balanced", "top5"):
+            for key in ("nll", "ece", "balanced", "top5"):
                 of = [getattr(d.quality, key) for d in found]
                 more[key] = None if None in of else statistics.mean(of)
             more |= {"multiply_adds": found[0].cost and found[0].cost.multiply_adds, "samples": found[0].samples}

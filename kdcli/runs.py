@@ -521,9 +521,7 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
 def _open(path: Path) -> Run:
     """The run in a directory. Raises BadInput when its config.yaml is not one that this kd wrote there."""
     file, wrong = path / "config.yaml", "is missing, damaged, or of another run"
-    with contextlib.suppress(
-        OSError, ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError, RecursionError
-    ):
+    with contextlib.suppress(Exception):  # a damaged file may hold anything
         config = yaml.safe_load(file.read_text())
         if (schema := config.pop("schema", 1)) != SCHEMA:
             wrong = f"is of another kd (its runs have schema {schema}, this one's {SCHEMA})"
@@ -569,8 +567,8 @@ def survey(root: Path) -> list[Listed]:
             for file in folder.iterdir():
                 with contextlib.suppress(OSError):
                     files[file.name] = file.stat()
-        one: dict[str, Any] = {"run": str(folder.relative_to(root))}
-        one["status"] = "damaged" if files.keys() - {"lock"} else "missing"
+        status = "damaged" if files.keys() - {"lock"} else "missing"
+        one: dict[str, Any] = {"run": str(folder.relative_to(root)), "status": status}
         with contextlib.suppress(BadInput, OSError):
             run = _open(folder)
             train, result = run.spec.train, run.finished()
@@ -629,11 +627,10 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 def git_commit() -> str | None:
     """The commit of the checkout that kd runs from, `-dirty` when it was changed since; None when installed."""
     checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists() or not shutil.which("git"):
+        return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if (checkout / ".git").exists():
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def settings(spec: Spec) -> Settings:

@@ -9,7 +9,7 @@ from pathlib import Path
 from kdcli import BadInput, results, yamlfile
 from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
-from kdcli.plan import Job, Note, check, find_teacher, part, plan, usable
+from kdcli.plan import Job, check, find_teacher, part, plan, usable
 from kdcli.runs import Places
 from kdcli.teacher import dataset_of
 from kdcli.yamlfile import Loaded, Override
@@ -42,9 +42,7 @@ def prepare(
     """Read the experiment and its data, check both, and plan. Raises BadInput for all that can be known before a run is
     trained. `teacher`: the run that --teacher names; `dry`: nothing is downloaded."""
 
-    opened: dict[
-        str, Dataset
-    ] = {}  # by data section: most overrides leave it as it is, and to open a folder takes time
+    opened = dict[str, Dataset]()  # by data section: most overrides leave it as it is, and to open a folder takes time
 
     def planned(overrides: list[Override]) -> tuple[list[Loaded], Dataset, list[Job]]:
         points = yamlfile.points(name, overrides)
@@ -84,10 +82,10 @@ def _folder(subject: results.Subject, overrides: list[Override], places: Places)
     return places.runs_dir / subject.experiment / "-".join(parts)
 
 
-def prepare_run(name: str, places: Places, note: Note) -> Work:
+def prepare_run(name: str, places: Places) -> Work:
     """The work of reporting one finished run beside its teacher and its baseline. Raises BadInput."""
     run = places.open(name)
-    subject, jobs = results.about_run(run, note)
+    subject, jobs = results.about_run(run)
     for job in jobs:
         usable(places.open(job.spec.name), run.spec, "reported")
     dataset, folder = dataset_of(run, places.data_dir), places.runs_dir / run.name / "report"

@@ -105,10 +105,10 @@ def points(name: str, overrides: Sequence[Override] = ()) -> list[Loaded]:
     """The points of a file's grid, or its one experiment. Raises BadInput as `load` does, or where two are the same."""
     file, found = _read(find(name)), list[Loaded]()
     whole = _loaded(file, overrides)
+    places = {key: _origin(f"grid.{key}", whole.origins) for key in whole.experiment.grid}
     for values in itertools.product(*whole.experiment.grid.values()):
-        at = dict(zip(whole.experiment.grid, values, strict=True))
-        place = {key: _origin(f"grid.{key}", whole.origins) for key in at}
-        chosen = [Override(key, value, f"{place[key]}: grid: {key}={value}") for key, value in at.items()]
+        at = zip(places.items(), values, strict=True)
+        chosen = [Override(key, value, f"{place}: grid: {key}={value}") for (key, place), value in at]
         point = _loaded(file, overrides, chosen)
         if any(point.experiment == other.experiment for other in found):
             raise BadInput(f"{chosen[-1].origin}: is there twice")
@@ -127,7 +127,7 @@ def _loaded(file: _File, overrides: Sequence[Override], point: Sequence[Override
     try:
         experiment = Experiment.model_validate(values, context={"folder": file.path.parent})
     except ValidationError as error:
-        problems += [(_key(e), _message(e)) for e in error.errors(include_url=False)]
+        problems += map(_problem, error.errors(include_url=False))
     if problems:
         raise _told(problems, origins)
     at = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value, _ in point}
@@ -209,14 +209,6 @@ def _apply(override: Override, values: dict[str, Any], origins: dict[str, str]) 
     origins[key] = override.origin
 
 
-def _fields(section: Sequence[str | int]) -> list[str]:
-    """The keys known in a section, the path to which is given."""
-    kind: Any = Experiment
-    for part in section:
-        kind = _sections(kind.model_fields[part].annotation)[0] if isinstance(part, str) else kind
-    return list(kind.model_fields)
-
-
 def _sections(annotation: Any) -> list[Any]:
     """The kinds of section in an annotation such as `list[Model] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -236,16 +228,6 @@ def _told(problems: Iterable[tuple[str, str]], origins: dict[str, str]) -> BadIn
     return BadInput(*dict.fromkeys(f"{_origin(key, origins)}: {key or 'experiment'}: {text}" for key, text in problems))
 
 
-def _key(error: Any) -> str:
-    """The dotted key of one of pydantic's errors."""
-    return ".".join(str(part) for part in (*_place(error), error.get("ctx", {}).get("key", "")) if part != "")
-
-
-def _place(error: Any) -> list[str | int]:
-    """The keys that lead to an error, without the kinds of value that one of them may have."""
-    return [part for part in error["loc"] if not str(part).startswith("<")]
-
-
 _MESSAGES = {
     "kd": "{message}",
     "missing": "is missing",
@@ -258,11 +240,17 @@ _MESSAGES = {
 }
 
 
-def _message(error: Any) -> str:
+def _problem(error: Any) -> tuple[str, str]:
+    """The dotted key of one of pydantic's errors, and what is wrong with it."""
     kind, ctx, given = error["type"], error.get("ctx", {}), error["input"]
+    place = [part for part in error["loc"] if not str(part).startswith("<")]  # the kinds of a value that may be several
+    key = ".".join(str(part) for part in (*place, ctx.get("key", "")) if part != "")
     shown = "nothing" if given is None else repr(given) if len(repr(given)) <= 40 else repr(given)[:37] + "…"
     if kind in _MESSAGES:
-        return _MESSAGES[kind].format(shown=shown, **ctx)
-    if kind == "extra_forbidden":
-        return f"unknown key{nearest(str(error['loc'][-1]), _fields(_place(error)[:-1]))}"
-    return re.sub("^Input should ", "must ", error["msg"]) + f", not {shown}"
+        return key, _MESSAGES[kind].format(shown=shown, **ctx)
+    if kind != "extra_forbidden":
+        return key, re.sub("^Input should ", "must ", error["msg"]) + f", not {shown}"
+    section: Any = Experiment
+    for part in place[:-1]:
+        section = _sections(section.model_fields[part].annotation)[0] if isinstance(part, str) else section
+    return key, f"unknown key{nearest(str(place[-1]), section.model_fields)}"
