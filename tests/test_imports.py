@@ -390,7 +390,7 @@ KEYS = {
     ),
     "an unknown key": ("{model: {hidden: [32]}, weights: net.pt, normalise: true}", "teacher.normalise: unknown key"),
     "onnx that is none": ("{onnx: net.pt}", "is damaged, cut short, or no ONNX file"),
-    "onnx of another input": ("{onnx: other.onnx}", "takes [1, 3, 9, 9]"),
+    "onnx of another input": ("{onnx: other.onnx}", "takes [1, 12], and cannot be given images [1, 8, 8]"),
     "onnx of other classes": ("{onnx: five.onnx}", "gives 5 outputs for 10 classes"),
 }
 
@@ -400,7 +400,7 @@ def test_wrong_keys_are_refused_in_one_line(elsewhere: Fixture, tmp_path: Path, 
     source, said = KEYS[case]
     torch.save(elsewhere.net.state_dict(), tmp_path / "net.pt")
     onnx_file(tmp_path / "net.onnx", elsewhere.net, "n", False, False)
-    for name, shape, classes in (("other.onnx", [1, 3, 9, 9], 10), ("five.onnx", [1, 1, 8, 8], 5)):
+    for name, shape, classes in (("other.onnx", [1, 12], 10), ("five.onnx", [1, 1, 8, 8], 5)):
         value = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
         weights = numpy_helper.from_array(np.ones((math.prod(shape), classes), np.float32), "w")
         nodes = [helper.make_node("Flatten", ["x"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
