@@ -139,7 +139,11 @@ class Data(Section):
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         files = self.folder or (self.name or "").startswith("torchvision:")
         of_folder = "a folder or a dataset of torchvision's"
-        belongs = {"size": (files, of_folder), "channels": (files, of_folder), "test": (self.folder, "a folder")}
+        belongs = {
+            "size": (files or self.unlabelled, of_folder),
+            "channels": (files, of_folder),
+            "test": (self.folder, "a folder"),
+        }
         belongs["split"] = (self.name and files, "a dataset of torchvision's")
         for key, (there, what) in belongs.items():
             if getattr(self, key) is not None and not there:

@@ -30,8 +30,8 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         if kind not in timed:
             timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
         a_step, an_image = timed[kind]
-        n = len(dataset.transfer_set(spec.omitted, spec.data.transfer))
-        found[spec.name] = train.epochs * (train.steps(n) * a_step + len(dataset.test) * an_image)
+        steps = train.steps(len(dataset.seen(spec)))
+        found[spec.name] = train.epochs * (steps * a_step + len(dataset.test) * an_image)
     return found
 
 

@@ -17,7 +17,7 @@ from kdcli.augment import Views, blend
 from kdcli.config import Distill, Train
 from kdcli.data import Split
 from kdcli.device import forward_of, generator, seeded
-from kdcli.losses import Loss, objective
+from kdcli.losses import Loss, labelled, objective
 from kdcli.models import MLP
 from kdcli.runs import State
 from kdcli.teacher import Teacher
@@ -32,9 +32,9 @@ class Fitted(NamedTuple):
 
     epoch: int  # from 1
     loss: float
-    hard_loss: float
+    hard_loss: float  # over the labelled samples
     t2_kl: float | None
-    train_errors: int
+    train_errors: int  # of the labelled samples too
     diverged_at: int | None  # the first step whose loss was not finite, from 0 over the whole training
     net: nn.Module  # with averaged weights where `ema` is set
     state: Callable[[], dict[str, Tensor]]
@@ -68,13 +68,13 @@ def fit(
         with seeded(seed, "dropout", epoch):
             batches = [slice(start, end) for start, end in pairwise([0, *ends, n])]
             found = [loop.step(order[rows], {name: draws[rows] for name, draws in drawn.items()}) for rows in batches]
-        sums, errors = zip(*found, strict=True)
+        sums, errors, known = zip(*found, strict=True)
         loss = Loss(*(torch.stack(part) for part in zip(*sums, strict=True)))  # on the device, read once an epoch
         finite = loss.total.isfinite()
         yield Fitted(
             epoch=epoch + 1,
             loss=float(loss.total.sum()) / n,
-            hard_loss=float(loss.hard.sum()) / n,
+            hard_loss=float(loss.hard.sum()) / max(int(torch.stack(known).sum()), 1),
             t2_kl=float(loss.t2_kl.sum()) / n if teacher else None,
             train_errors=int(torch.stack(errors).sum()),
             diverged_at=None if finite.all() else epoch * steps + int(finite.int().argmin()),
@@ -98,14 +98,16 @@ class _Loop:
         self.forward = forward_of(net, views.images.labels.device)
         self.bounded = [part for part in net.modules() if isinstance(part, MLP)] if train.max_norm else []
 
-    def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor]:
-        """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses and errors."""
+    def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor, Tensor]:
+        """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses, and of the labelled
+        ones the errors and the number."""
         x, y = self.views.view(index, drawn), self.views.images.labels[index]
         taught = self.teacher.logits(index, x) if self.teacher else None
         how = self.teacher.average if self.teacher else "arithmetic"
         logits = self.forward(x)
         if "mixup" in drawn:
-            y = blend(F.one_hot(y, logits.shape[1]).double(), drawn["mixup"])
+            shares = F.one_hot(y + 1, logits.shape[1] + 1)[:, 1:]  # of label -1 none
+            y = blend(shares.double(), drawn["mixup"])
         loss = objective(logits, y, taught, self.distill, how, self.train.label_smoothing)
         self.optimizer.zero_grad()
         loss.total.backward()
@@ -117,8 +119,10 @@ class _Loop:
             part.constrain(self.train.max_norm or 0)
         if self.average:
             self.average.update_parameters(self.net)
-        wrong = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1))
-        return Loss(*(part.detach() * len(index) for part in loss)), wrong.sum()
+        wrong, known = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1)), labelled(y)
+        total, hard, t2_kl = (part.detach() for part in loss)
+        sums = Loss(total * len(index), hard * known.sum(), t2_kl * len(index))
+        return sums, (wrong & known).sum(), known.sum()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training continues from, by name: the net's buffers, the optimizer and the averages included."""

@@ -251,7 +251,7 @@ def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Plan
     for job in distinct(jobs):
         spec, more = job.spec, dict[str, int]()
         if spec.model and spec.train:
-            n, size = len(dataset.transfer_set(spec.omitted, spec.data.transfer)), spec.train.batch_size
+            n, size = len(dataset.seen(spec)), spec.train.batch_size
             more = {"samples": n, "batch_size": size, "steps": spec.train.steps(n) * spec.train.epochs}
             more["parameters"] = try_net(spec.model, spec.dataset)[0]
         found.append(Planned(run=spec.name, row=job.row.name, status=Run(runs_dir, spec).status(), **more))
@@ -289,7 +289,8 @@ def data_settings(spec: Spec) -> dict[str, Any]:
     data: dict[str, Any] = settings(spec)["data"]
     if spec.data.evaluate_on == "test":
         data.pop("heldout", None)
-    data.pop("transfer", None)
+    for key in ("transfer", "unlabelled"):
+        data.pop(key, None)
     return data
 
 

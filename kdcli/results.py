@@ -243,8 +243,10 @@ def about_run(run: Run, note: Callable[[str], None]) -> tuple[Subject, list[Job]
 def _baseline_of(run: Run, note: Callable[[str], None]) -> Run | None:
     """The finished baseline that a student is held against: of its seed, images, net and recipe."""
     found = list_runs(run.root, run.spec.experiment, ["baseline"], note)
-    same = ("dataset", "data", "model", "code", "seed", "train")
-    alike = [b for b in found if all(getattr(b.spec, key) == getattr(run.spec, key) for key in same)]
+    same, labelled = ("dataset", "data", "model", "code", "seed", "train"), {"unlabelled": None}
+    alone = {key: getattr(run.spec, key).model_copy(update=labelled) for key in ("dataset", "data")}
+    like = run.spec.model_copy(update=alone)
+    alike = [b for b in found if all(getattr(b.spec, key) == getattr(like, key) for key in same)]
     return next((b for b in alike if b.finished()), None)
 
 

@@ -50,12 +50,12 @@ def _trained(
     """Train a net, keep its weights and logits, and count its errors. The last epoch counts, whatever came before."""
     spec, (model, how), facts = run.spec, run.spec.trained, dataset.facts
     transfer = dataset.transfer_set(spec.omitted, spec.data.transfer)
-    whole = len(transfer) == len(dataset.train)
-    images, test = (dataset.train if whole else dataset.train.at(transfer)).to(device), dataset.test.to(device)
+    images, test = dataset.seen(spec).to(device), dataset.test.to(device)
+    extra = images.at(torch.arange(len(transfer), len(images), device=device))
     teacher = None
     if spec.distill:  # cached logits, or the nets themselves where students see each image in many views
         source = places.open(spec.parents[0])
-        teacher = live(source, device) if how.augmented else cached(source, transfer, len(dataset.train), device)
+        teacher = live(source, device) if how.augmented else cached(source, transfer, len(dataset.train), device, extra)
     # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
     stream = 2 * spec.seed + (spec.command in STUDENTS)
     with seeded(stream, "init"):
@@ -74,7 +74,8 @@ def _trained(
                 run.save_state(State(epoch.epoch, fitted.state()))
                 saved = time.perf_counter()
     kept = _kept(run, fitted.net, dataset, device, note)
-    return kept | {"seconds": epoch.seconds, "samples": len(images), "last_epoch": epoch}
+    samples = {"samples": len(transfer), "unlabelled": len(extra) or None}
+    return kept | samples | {"seconds": epoch.seconds, "last_epoch": epoch}
 
 
 def _counted(
