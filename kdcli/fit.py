@@ -68,13 +68,13 @@ def fit(
         with seeded(seed, "dropout", epoch):
             batches = [slice(start, end) for start, end in pairwise([0, *ends, n])]
             found = [loop.step(order[rows], {name: draws[rows] for name, draws in drawn.items()}) for rows in batches]
-        sums, errors, known = zip(*found, strict=True)
+        sums, errors, counts = zip(*found, strict=True)
         loss = Loss(*(torch.stack(part) for part in zip(*sums, strict=True)))  # on the device, read once an epoch
         finite = loss.total.isfinite()
         yield Fitted(
             epoch=epoch + 1,
             loss=float(loss.total.sum()) / n,
-            hard_loss=float(loss.hard.sum()) / max(int(torch.stack(known).sum()), 1),
+            hard_loss=float(loss.hard.sum()) / max(int(sum(counts)), 1),
             t2_kl=float(loss.t2_kl.sum()) / n if teacher else None,
             train_errors=int(torch.stack(errors).sum()),
             diverged_at=None if finite.all() else epoch * steps + int(finite.int().argmin()),
@@ -96,9 +96,10 @@ class _Loop:
         done = start.epochs * steps - 1
         self.rate = LambdaLR(self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, done)
         self.forward = forward_of(net, views.images.labels.device)
+        self.partly = bool((views.images.labels < 0).any())  # labelled, which only then costs time
         self.bounded = [part for part in net.modules() if isinstance(part, MLP)] if train.max_norm else []
 
-    def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor, Tensor]:
+    def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor, Tensor | int]:
         """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses, and of the labelled
         ones the errors and the number."""
         x, y = self.views.view(index, drawn), self.views.images.labels[index]
@@ -108,7 +109,8 @@ class _Loop:
         if "mixup" in drawn:
             shares = F.one_hot(y + 1, logits.shape[1] + 1)[:, 1:]  # of label -1 none
             y = blend(shares.double(), drawn["mixup"])
-        loss = objective(logits, y, taught, self.distill, how, self.train.label_smoothing)
+        known = labelled(y) if self.partly else None
+        loss = objective(logits, y, taught, self.distill, how, self.train.label_smoothing, known)
         self.optimizer.zero_grad()
         loss.total.backward()
         if self.train.clip:
@@ -119,10 +121,10 @@ class _Loop:
             part.constrain(self.train.max_norm or 0)
         if self.average:
             self.average.update_parameters(self.net)
-        wrong, known = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1)), labelled(y)
+        wrong, n = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1)), len(index)
+        wrong, count = (wrong, n) if known is None else (wrong & known, known.sum())
         total, hard, t2_kl = (part.detach() for part in loss)
-        sums = Loss(total * len(index), hard * known.sum(), t2_kl * len(index))
-        return sums, (wrong & known).sum(), known.sum()
+        return Loss(total * n, hard * count, t2_kl * n), wrong.sum(), count
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training continues from, by name: the net's buffers, the optimizer and the averages included."""
