@@ -96,7 +96,7 @@ class _Loop:
         done = start.epochs * steps - 1
         self.rate = LambdaLR(self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, done)
         self.forward = forward_of(net, views.images.labels.device)
-        self.partly = bool((views.images.labels < 0).any())  # labelled, which only then costs time
+        self.partly = bool((views.images.labels < 0).any())  # only then does a step ask which are labelled
         self.bounded = [part for part in net.modules() if isinstance(part, MLP)] if train.max_norm else []
 
     def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor, Tensor | int]:
