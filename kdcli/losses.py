@@ -61,7 +61,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, known:
     classes = logits.shape[1]
     shares = F.one_hot(labels.clamp_min(0), classes).double() if labels.dim() == 1 else labels
     shares = (shares * (1 - label_smoothing) + label_smoothing / classes) * known[:, None]
-    return F.cross_entropy(logits.double(), shares) * (len(labels) / known.sum().clamp_min(1))
+    return F.cross_entropy(logits.double(), shares) * len(labels) / known.sum().clamp_min(1)
 
 
 def objective(
