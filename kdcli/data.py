@@ -24,9 +24,7 @@ class Split:
     labels: Tensor
     white: int
     positions: Tensor | None = None  # of the samples in `store`; None: all, in order
-    extra: Tensor | None = (
-        None  # [U, C, H, W], a store of the same kind: its images are numbered after those of `store`
-    )
+    extra: Tensor | None = None  # [U, C, H, W], another store, whose images are numbered after those of `store`
 
     def __len__(self) -> int:
         return len(self.labels)

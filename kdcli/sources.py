@@ -83,9 +83,9 @@ def _unlabelled(data: Data, found: Found, facts: Facts, files: Sequence[Path], o
     root, (channels, height, width) = data.unlabelled or "", facts.shape
     sizes = [] if data.size else [(one.width, one.height) for one in headers(files)]
     if odd := [i for i, size in enumerate(sizes) if size != (width, height)]:
-        such = f"{files[odd[0]]} has {' x '.join(map(str, sizes[odd[0]]))}"
-        what = f"{len(odd):,} of the unlabelled images have not the {width} x {height} pixels of the training images"
-        raise BadKeys(("data.size", f"is missing: {what}: {such}; such as size: {min(height, width)}"))
+        one = f"{files[odd[0]]} has {' x '.join(map(str, sizes[odd[0]]))}"
+        what = f"training images have {width} x {height} pixels, unlike {len(odd):,} of the unlabelled: {one}"
+        raise BadKeys(("data.size", f"is missing: {what}; such as size: {min(height, width)}"))
 
     def sample(i: int) -> tuple[Image.Image, int]:
         return open_image(files[i], data.size or 0), -1
@@ -125,7 +125,7 @@ def _of_key(key: str) -> Iterator[None]:
     except BadInput as error:
         raise BadKeys(*((f"data.{key}", line) for line in error.lines)) from error
     except OSError as error:
-        raise BadKeys((f"data.{key}", f"{error.filename}: {error.strerror}")) from error
+        raise BadKeys((f"data.{key}", failure(error))) from error
 
 
 def _stamp(data: Data) -> str:

@@ -524,11 +524,11 @@ def test_unlabelled_images_are_decoded_once_into_a_file(tmp_path: Path, monkeypa
 
 def test_unlabelled_images_take_the_shape_of_those_of_training(tmp_path: Path) -> None:
     root, extra = photos(tmp_path / "photos"), tmp_path / "more"
-    draw(extra / "wide.png", (0, 0, 0), (40, 20)).write_bytes(b"")
+    extra.mkdir()
     Image.fromarray(np.arange(800, dtype=np.uint16).reshape(20, 40).astype(np.uint8)).save(extra / "wide.png")
     with pytest.raises(BadKeys) as error:
         unlabelled({"folder": str(root)}, extra)
-    line = "data.size: is missing: 1 of the unlabelled images have not the 8 x 6 pixels of the training images: "
+    line = "data.size: is missing: training images have 8 x 6 pixels, unlike 1 of the unlabelled: "
     assert error.value.lines == (f"{line}{extra}/wide.png has 40 x 20; such as size: 6",)
     found = unlabelled({"folder": str(root)}, extra, size=4)
     assert found.unlabelled

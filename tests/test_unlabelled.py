@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdcli import BadInput
+from kdcli import BadInput, estimate
 from kdcli.config import Data
 from kdcli.data import Split, open_dataset
 from kdcli.runs import Run, open_run
@@ -95,6 +95,15 @@ def test_a_student_sees_them_and_its_teacher_and_baseline_do_not(shell: Shell, d
     assert (baseline.result().samples, baseline.result().unlabelled) == (1297, None)
     steps = {planned["row"]: (planned["samples"], planned["steps"]) for planned in more.json["runs"]}
     assert steps == {"baseline": (1297, 52), "student": (1327, 54)}
+
+
+def test_the_time_of_a_dry_run_is_of_all_that_a_student_sees(
+    shell: Shell, distilled: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a second a step: 2 epochs of 27 steps for 1,327 images in batches of 50; 26 would do for the labelled ones."""
+    monkeypatch.setattr(estimate, "_timed", lambda *_: (1.0, 0.0))
+    words = ["distill", "more.yaml", "--no-baseline", "--set", "distill.T=5", "--dry-run", "--json"]
+    assert kd_here(shell.folder, *words).json["seconds"] == 54
 
 
 SAW = "The {} saw {} labelled images and 30 that only its teacher labels, which no baseline sees."
