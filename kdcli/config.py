@@ -136,10 +136,15 @@ class Data(Section):
     evaluate_on: Literal["test", "heldout"] = Field("test", description="heldout: count errors on those, untrained on")
     transfer: int | None = Field(None, ge=1, description="students see so many training images; left out: all")
 
+    @property
+    def files(self) -> bool:
+        """Whether its images are files of any size, not arrays."""
+        return bool(self.folder) or (self.name or "").startswith("torchvision:")
+
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        files = self.folder or (self.name or "").startswith("torchvision:")
-        of_folder = "a folder or a dataset of torchvision's"
-        belongs = {"size": (files, of_folder), "channels": (files, of_folder), "test": (self.folder, "a folder")}
+        files, of_folder = self.files, "a folder or a dataset of torchvision's"
+        belongs = {"channels": (files, of_folder), "test": (self.folder, "a folder")}
+        belongs["size"] = files or self.unlabelled, of_folder
         belongs["split"] = (self.name and files, "a dataset of torchvision's")
         for key, (there, what) in belongs.items():
             if getattr(self, key) is not None and not there:

@@ -34,12 +34,12 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         if kind not in timed:
             timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
         a_step, an_image, a_view = timed[kind]
-        n = len(dataset.transfer_set(spec.omitted, spec.data.transfer))
-        found[spec.name] = train.epochs * (train.steps(n) * a_step + len(dataset.test) * an_image)
+        steps = train.steps(len(dataset.seen(spec)))
+        found[spec.name] = train.epochs * (steps * a_step + len(dataset.test) * an_image)
         views = min(spec.distill.views or 0, different_views(train)) if spec.distill else 0
         kept = repr((spec.parents, views, train.model_dump(include=AUGMENTATION)))
         if kept not in asked:  # once for all students of this teacher
-            found[spec.name] += views * len(dataset.train) * a_view
+            found[spec.name] += views * (len(dataset.train) + len(dataset.unlabelled or ())) * a_view
             asked.add(kept)
     return found
 

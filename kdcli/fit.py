@@ -17,7 +17,7 @@ from kdcli.augment import Views, blend
 from kdcli.config import Distill, Train
 from kdcli.data import Split
 from kdcli.device import forward_of, seeded
-from kdcli.losses import Loss, objective
+from kdcli.losses import Loss, labelled, objective
 from kdcli.models import MLP
 from kdcli.runs import State
 from kdcli.teacher import Teacher
@@ -32,9 +32,9 @@ class Fitted(NamedTuple):
 
     epoch: int  # from 1
     loss: float
-    hard_loss: float
+    hard_loss: float  # over the labelled samples
     t2_kl: float | None
-    train_errors: int
+    train_errors: int  # of the labelled samples too
     diverged_at: int | None  # the first step whose loss was not finite, from 0 over the whole training
     net: nn.Module  # with averaged weights where `ema` is set
     state: Callable[[], dict[str, Tensor]]
@@ -72,13 +72,13 @@ def fit(
         with seeded(seed, "dropout", epoch):
             batches = [slice(start, end) for start, end in pairwise([0, *ends, n])]
             found = [loop.step(order[rows], {name: draws[rows] for name, draws in drawn.items()}) for rows in batches]
-        sums, errors = zip(*found, strict=True)
+        sums, errors, counts = zip(*found, strict=True)
         loss = Loss(*(torch.stack(part) for part in zip(*sums, strict=True)))  # on the device, read once an epoch
         finite = loss.total.isfinite()
         yield Fitted(
             epoch=epoch + 1,
             loss=float(loss.total.sum()) / n,
-            hard_loss=float(loss.hard.sum()) / n,
+            hard_loss=float(loss.hard.sum()) / max(int(sum(counts)), 1),
             t2_kl=float(loss.t2_kl.sum()) / n if teacher else None,
             train_errors=int(torch.stack(errors).sum()),
             diverged_at=None if finite.all() else epoch * steps + int(finite.int().argmin()),
@@ -100,17 +100,21 @@ class _Loop:
         done = start.epochs * steps - 1
         self.rate = LambdaLR(self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, done)
         self.forward = forward_of(net, views.images.labels.device)
+        self.partly = bool((views.images.labels < 0).any())  # only then does a step ask which are labelled
         self.bounded = [part for part in net.modules() if isinstance(part, MLP)] if train.max_norm else []
 
-    def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor]:
-        """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses and errors."""
+    def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor, Tensor | int]:
+        """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses, and of the labelled
+        ones the errors and the number."""
         x, y = self.views.view(index, drawn), self.views.images.labels[index]
         taught = self.teacher.logits(drawn.get("kept", index), x) if self.teacher else None
         logits = self.forward(x)
         if "mixup" in drawn:
-            y = blend(F.one_hot(y, logits.shape[1]).double(), drawn["mixup"])
+            shares = F.one_hot(y + 1, logits.shape[1] + 1)[:, 1:]  # of label -1 none
+            y = blend(shares.double(), drawn["mixup"])
+        known = labelled(y) if self.partly else None
         how, weights = (self.teacher.average, self.teacher.weights) if self.teacher else ("arithmetic", ())
-        loss = objective(logits, y, taught, self.distill, how, weights, self.train.label_smoothing)
+        loss = objective(logits, y, taught, self.distill, how, weights, self.train.label_smoothing, known)
         self.optimizer.zero_grad()
         loss.total.backward()
         if self.train.clip:
@@ -121,8 +125,10 @@ class _Loop:
             part.constrain(self.train.max_norm or 0)
         if self.average:
             self.average.update_parameters(self.net)
-        wrong = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1))
-        return Loss(*(part.detach() * len(index) for part in loss)), wrong.sum()
+        wrong, n = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1)), len(index)
+        wrong, count = (wrong, n) if known is None else (wrong & known, known.sum())
+        total, hard, t2_kl = (part.detach() for part in loss)
+        return Loss(total * n, hard * count, t2_kl * n), wrong.sum(), count
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training continues from, by name: the net's buffers, the optimizer and the averages included."""

@@ -55,15 +55,17 @@ def open_image(file: Path, least: int = 0) -> Image.Image:
         return image.convert("L" if image.mode in GREY else "RGB")
 
 
-def to_bytes(image: Image.Image, size: tuple[int, int] | None, channels: int) -> NDArray[np.uint8]:
-    """An image as bytes [C, H, W], of this width and height if they are given: as much of its middle as has their
-    shape, resized; what is transparent is black."""
+def to_bytes(image: Image.Image, size: tuple[int, int] | None, channels: int, white: int = 255) -> NDArray[np.uint8]:
+    """An image as bytes [C, H, W] from 0 to `white`, of this width and height if they are given: as much of its middle
+    as has their shape, resized; what is transparent is black."""
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     image = image.convert("L" if channels == 1 else "RGB")
     if size and image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     array = np.asarray(image)
+    if white != 255:
+        array = (array * (white / 255)).round().astype(np.uint8)
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
@@ -117,7 +119,7 @@ def refuse(problems: Sequence[str]) -> None:
         raise BadInput(*problems[:10], *([f"and {len(problems) - 10:,} more"] if len(problems) > 10 else []))
 
 
-Labelled = list[tuple[Path, int]]  # files, and the number of the class of each
+Labelled = Sequence[tuple[Path, int]]  # files, and the number of the class of each
 
 
 class Folder(NamedTuple):
@@ -146,8 +148,21 @@ def list_folder(path: Path) -> Folder:
         notes += _of_tests(tests, classes, {i for _, i in of_test})
         problems += [] if of_test else [f"{tests[0]}: holds no image"]
     refuse(problems)
-    notes += [f"{path}: {what} left out: {n:,}." for what, n in ignored.items() if n]
-    return Folder(path, classes, of_train, of_test, notes)
+    return Folder(path, classes, of_train, of_test, [*notes, *_left_out(path, ignored)])
+
+
+def list_images(path: Path) -> tuple[list[Path], list[str]]:
+    """The image files at any depth below a folder, and what was left out. Raises BadInput when there is none."""
+    ignored = Counter[str]()
+    if not path.is_dir():
+        raise BadInput(f"there is no folder {path}")
+    if not (files := _files(path, ignored, linked=True)):
+        raise BadInput(f"{path}: holds no image")
+    return files, _left_out(path, ignored)
+
+
+def _left_out(path: Path, ignored: Counter[str]) -> list[str]:
+    return [f"{path}: {what} left out: {n:,}." for what, n in ignored.items() if n]
 
 
 def _parts(path: Path) -> list[Path]:
@@ -186,8 +201,9 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
 
 
-def _files(folder: Path, ignored: "Counter[str]") -> list[Path]:
-    """The image files at any depth below a folder, sorted; counts what is left out. Raises BadInput."""
+def _files(folder: Path, ignored: Counter[str], linked: bool = False) -> list[Path]:
+    """The image files at any depth below a folder, sorted; counts what is left out. Unless it may be `linked` to
+    others, it is that of a class. Raises BadInput."""
     found, seen = list[Path](), set[tuple[int, int]]()
     try:
         for parent, inner, names in os.walk(folder, followlinks=True, onerror=_raise):
@@ -198,7 +214,8 @@ def _files(folder: Path, ignored: "Counter[str]") -> list[Path]:
             seen.add((place.st_dev, place.st_ino))
             hidden = {name for name in (*inner, *names) if _hidden(name)}
             inner[:] = [name for name in inner if name not in hidden]
-            for link in (Path(parent, name) for name in inner if os.path.islink(os.path.join(parent, name))):
+            links = [Path(parent, name) for name in inner if os.path.islink(os.path.join(parent, name))]
+            for link in () if linked else links:
                 to, own = link.resolve(), folder.resolve()
                 if (own.parent in (to, *to.parents) and own not in (to, *to.parents)) or to in own.parents:
                     raise BadInput(f"{link}: leads out of its class, to {to}: remove the link")

@@ -52,6 +52,23 @@ def kd(student_logits: Tensor, teacher_log_p: Tensor, T: float) -> Tensor:
     return T**2 * F.kl_div(soften(student_logits, T), teacher_log_p, reduction="batchmean", log_target=True)
 
 
+def labelled(labels: Tensor) -> Tensor:
+    """Which of N samples have a label, [N], bool: not those of label -1 or, of shares [N, C], those whose shares sum to
+    less than 1."""
+    return labels >= 0 if labels.dim() == 1 else labels.sum(1) > 1 - 1e-6
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, known: Tensor | None) -> Tensor:
+    """The mean cross-entropy, a scalar, float64, over the `known` [N] samples, if there are others: 0 where all are
+    others. It waits for no GPU."""
+    if known is None:
+        return F.cross_entropy(logits.double(), labels, label_smoothing=label_smoothing)
+    classes = logits.shape[1]
+    shares = F.one_hot(labels.clamp_min(0), classes).double() if labels.dim() == 1 else labels
+    shares = (shares * (1 - label_smoothing) + label_smoothing / classes) * known[:, None]
+    return F.cross_entropy(logits.double(), shares) * len(labels) / known.sum().clamp_min(1)
+
+
 def objective(
     logits: Tensor,
     labels: Tensor,
@@ -60,15 +77,17 @@ def objective(
     how: Average = "arithmetic",
     weights: Sequence[float] = (),
     label_smoothing: float = 0.0,
+    known: Tensor | None = None,
 ) -> Loss:
     """The loss of a net, logits [N, C], with labels [N] or shares of the classes [N, C]: the cross-entropy alone, or of
-    a student lambda1 T^2 KL + lambda2 L_CE (section 2), `teacher_logits` [M, N, C] those of its teacher's members. T
-    enters here, and only here.
+    a student lambda1 T^2 KL + lambda2 L_CE (section 2), `teacher_logits` [M, N, C] those of its teacher's members. KL
+    is the mean over all samples, L_CE over those that are `known` [N], left out all (`labelled`). T enters here, and
+    only here.
 
     Computed in float64, where ten numbers a sample cost little: at high T the two distributions differ by less than
     float32 resolves.
     """
-    hard = F.cross_entropy(logits.double(), labels, label_smoothing=label_smoothing)
+    hard = cross_entropy(logits, labels, label_smoothing, known)
     if distill is None or teacher_logits is None:
         return Loss(hard, hard, torch.zeros_like(hard))
     t2_kl = kd(logits, average(teacher_logits, distill.T, how, weights), distill.T)

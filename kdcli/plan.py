@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdcli import BadInput, BadKeys, code, imports, models
-from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Row, Section, nearest
+from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
 from kdcli.runs import STUDENTS, TEACHERS, Command, Facts, Places, Run, Spec, differences, list_runs, open_run, settings
@@ -78,7 +78,8 @@ class _Planner:
         held = command == "omit-classes" or data.evaluate_on == "heldout"
         seen: dict[str, Any] = {"heldout": self.dataset.held if held else None}
         seen["transfer"] = data.transfer if command in STUDENTS else None
-        if "distill" not in more:  # only students see what nobody labelled
+        origin: Origin | None = more.get("origin")
+        if "distill" not in more and not (origin and origin.logits):  # only students see what nobody labelled
             seen["unlabelled"], facts = None, facts.model_copy(update={"unlabelled": None})
         model: Model | None = more.get("model")
         if model and model.file:
@@ -251,7 +252,7 @@ def describe(jobs: Sequence[Job], dataset: Dataset, runs_dir: Path) -> list[Plan
     for job in distinct(jobs):
         spec, more = job.spec, dict[str, int]()
         if spec.model and spec.train:
-            n, size = len(dataset.transfer_set(spec.omitted, spec.data.transfer)), spec.train.batch_size
+            n, size = len(dataset.seen(spec)), spec.train.batch_size
             more = {"samples": n, "batch_size": size, "steps": spec.train.steps(n) * spec.train.epochs}
             more["parameters"] = try_net(spec.model, spec.dataset)[0]
         found.append(Planned(run=spec.name, row=job.row.name, status=Run(runs_dir, spec).status(), **more))
@@ -289,7 +290,8 @@ def data_settings(spec: Spec) -> dict[str, Any]:
     data: dict[str, Any] = settings(spec)["data"]
     if spec.data.evaluate_on == "test":
         data.pop("heldout", None)
-    data.pop("transfer", None)
+    for key in ("transfer", "unlabelled"):
+        data.pop(key, None)
     return data
 
 

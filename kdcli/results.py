@@ -20,6 +20,9 @@ from kdcli.teacher import kept_logits, members, nets
 from kdcli.verdict import Spread, Verdict, paired, spread
 
 
+UNLABELLED: dict[str, Any] = {"data": {"unlabelled"}, "dataset": {"unlabelled"}}  # which no baseline sees
+
+
 class Against(Brief):
     """The baseline beside a student: the test images that only the student gets right, and only the baseline."""
 
@@ -231,7 +234,7 @@ def about_run(run: Run) -> tuple[Subject, list[Job]]:
         teacher = open_run(run.root, taught_by).spec
         jobs.append(Job(Row(KINDS[teacher.command], KINDS[teacher.command]), teacher))
     if kind == "student":
-        recipe = spec.model_dump(exclude={"distill", "parents"}) | {"command": "baseline"}
+        recipe = spec.model_dump(exclude={"distill": True, "parents": True, **UNLABELLED}) | {"command": "baseline"}
         baseline = Run(run.root, Spec.model_validate(recipe, context={"reading": True}))
         if baseline.finished():
             jobs.append(Job(Row("baseline", "baseline"), baseline.spec, teacher=taught_by))

@@ -162,7 +162,8 @@ class Reading(Section):
 
 
 class Epoch(Section):
-    """What metrics.jsonl holds of an epoch: means over the samples trained on, as they were seen."""
+    """What metrics.jsonl holds of an epoch: means over the samples trained on, as they were seen; the hard loss and the
+    errors are of the labelled ones."""
 
     epoch: int  # from 1
     loss: float
@@ -185,7 +186,8 @@ class Result(Section):
     seconds: float
     evaluated_on: str
     test: Counted
-    samples: int | None = None  # that were trained on
+    samples: int | None = None  # with labels, that were trained on
+    unlabelled: int | None = None  # that a student saw besides
     last_epoch: Epoch | None = None
     warning: str | None = None  # of a training that learned nothing
     reading: Reading | None = None  # of a teacher that was trained elsewhere
@@ -642,7 +644,9 @@ def settings(spec: Spec) -> Settings:
         kept["model"]["name"] = Path(spec.model.name).name
     for key in kept.get("origin", {}).keys() & {"weights", "onnx", "logits"}:
         kept["origin"][key] = Path(kept["origin"][key]).name
-    return kept | {"data": where | {"content": spec.dataset.fingerprint[:12]}}
+    content = {"content": spec.dataset.fingerprint[:12]}
+    content |= {"unlabelled": spec.dataset.unlabelled[:12]} if spec.dataset.unlabelled else {}
+    return kept | {"data": where | content}
 
 
 def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:

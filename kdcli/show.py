@@ -152,11 +152,18 @@ def _lines(d: "Document", classes: Sequence[str]) -> Iterator[dict[str, str]]:
 
 
 def notes(documents: Sequence["Document"]) -> list[str]:
-    """Trainings that learned nothing, and nets of several seeds that learn from the same teacher."""
+    """Trainings that learned nothing, nets of several seeds that learn from the same teacher, and how many images that
+    nobody labelled students saw."""
     taught = {called(d): [tuple(o.parents) for o in documents if o.row == d.row and o.parents] for d in documents}
     shared = [row for row, teachers in taught.items() if len(teachers) > 1 and len(set(teachers)) == 1]
     hides = "one teacher for all seeds: its interval leaves the variation of the teacher out."
-    return [f"{d.run}: {line}" for d in documents for line in d.warnings] + [f"The {row} has {hides}" for row in shared]
+    lines = [f"{d.run}: {line}" for d in documents for line in d.warnings] + [
+        f"The {row} has {hides}" for row in shared
+    ]
+    more = [d for d in documents if d.unlabelled]
+    seen = "The {} saw {:,} labelled images and {:,} that only its teacher labels, which no baseline sees."
+    lines += dict.fromkeys(seen.format(called(d), d.samples, d.unlabelled) for d in more)
+    return [*lines, *["The unlabelled images may show classes left out."][: any(d.omitted for d in more)]]
 
 
 def _rate(errors: float, total: int) -> str:

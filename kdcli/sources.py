@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from PIL import Image
 
 from kdcli import BadInput, BadKeys, code, failure
 from kdcli.config import Data, nearest
-from kdcli.images import TESTS, Labelled, headers, in_processes, list_folder, open_image, refuse, to_bytes
+from kdcli.images import TESTS, Labelled, headers, in_processes, list_folder, list_images, open_image, refuse, to_bytes
 from kdcli.runs import Facts
 
 MNIST = "12176aed4628b392"  # the beginning of its fingerprint
@@ -37,19 +37,95 @@ class Found(NamedTuple):
     classes: list[str]
     white: int = 255
     notes: list[str] = []  # what the reader must know of them
+    listing: Path | None = None  # of the files that they are from (`listed`)
+
+
+class Unlabelled(NamedTuple):
+    """Images [U, C, H, W], bytes like those of training, that nobody labelled."""
+
+    x: Array
+    fingerprint: str
+    notes: list[str]
+    listing: Path
 
 
 def read(data: Data, data_dir: Path | None, download: bool) -> tuple[Found, Facts]:
     """The images that a `data` section names, and what they are. Raises BadInput or BadKeys when they cannot be had."""
     root = Path(data_dir or os.environ.get("KD_DATA") or "data")
-    how = data.model_dump_json(include={"name", "split", "folder", "arrays", "function", "size", "channels", "test"})
-    try:
+    keys = {"name", "split", "folder", "arrays", "function", "channels", "test", *(["size"] if data.files else [])}
+    how = data.model_dump_json(include=keys)
+    with _of_key(next(key for key in data.one_of if getattr(data, key))):
         return _read(how, _stamp(data), root, download)
+
+
+def read_unlabelled(data: Data, found: Found, facts: Facts) -> Unlabelled:
+    """The images of `data.unlabelled` in the shape of those found, resized to it where `data.size` is set. Raises
+    BadKeys when they cannot be had."""
+    channels, height, width = facts.shape
+    if facts.table or channels not in (1, 3):
+        what = "this is a table" if facts.table else f"those of training have {channels}"
+        raise BadKeys(("data.unlabelled", f"holds image files of 1 or 3 channels, and {what}: remove it"))
+    if data.size not in (None, min(height, width)):
+        what = f"must be {min(height, width)}, the shorter side of the training images, whose size is given"
+        raise BadKeys(("data.size", what))
+    with _of_key("unlabelled"):
+        files, notes = list_images(Path(data.unlabelled or ""))
+        seen = [(str(file), *_written(file)) for file in files]
+        key = hashlib.sha256(json.dumps([facts.fingerprint, data.unlabelled, data.size, seen]).encode()).hexdigest()
+        folder = _entry(key[:16], lambda out: _unlabelled(data, found, facts, files, out))
+        about = json.loads((folder / "facts.json").read_text())
+    x = np.load(folder / "x.npy", mmap_mode="c")
+    return Unlabelled(x, about["fingerprint"], [*notes, *about["notes"]], folder / "files.json")
+
+
+def _unlabelled(data: Data, found: Found, facts: Facts, files: Sequence[Path], out: Path) -> None:
+    """Decode image files that nobody labelled, and write what they are, to a folder."""
+    root, (channels, height, width) = data.unlabelled or "", facts.shape
+    sizes = [] if data.size else [(one.width, one.height) for one in headers(files)]
+    if odd := [i for i, size in enumerate(sizes) if size != (width, height)]:
+        one = f"{files[odd[0]]} has {' x '.join(map(str, sizes[odd[0]]))}"
+        what = f"training images have {width} x {height} pixels, unlike {len(odd):,} of the unlabelled: {one}"
+        raise BadKeys(("data.size", f"is missing: {what}; such as size: {min(height, width)}"))
+
+    def sample(i: int) -> tuple[Image.Image, int]:
+        return open_image(files[i], data.size or 0), -1
+
+    _fill(out / "x.npy", len(files), sample, (width, height) if data.size else None, channels, root, facts.white)
+    x = np.load(out / "x.npy", mmap_mode="r")
+    tested = [f"{data.folder}/{name}" for name in listed([found.listing])["test"]]
+    pairs = duplicates(found.x_test, x)
+    notes = _of_pairs(pairs, tested, [*map(str, files)], "among the unlabelled images too, pixel for pixel")
+    _list(out, Path(root), unlabelled=files)
+    digest = hashlib.sha256(json.dumps([x.shape, facts.white]).encode())
+    _keep(out, {"fingerprint": _hashed(digest, x), "notes": notes})
+
+
+def listed(listings: Iterable[Path | None]) -> dict[str, list[str]]:
+    """The files of `train`, `test` and `unlabelled`, in the order of the images, relative to the folder that holds
+    them; none of images from elsewhere."""
+    found: dict[str, list[str]] = {"train": [], "test": [], "unlabelled": []}
+    for listing in listings:
+        found |= json.loads(listing.read_text()) if listing else {}
+    return found
+
+
+def _list(out: Path, root: Path, **parts: Sequence[Path]) -> None:
+    """Write the files of some images for `listed`."""
+    names = {part: [file.relative_to(root).as_posix() for file in files] for part, files in parts.items()}
+    (out / "files.json").write_text(json.dumps(names))
+
+
+@contextmanager
+def _of_key(key: str) -> Iterator[None]:
+    """What is wrong is told of a key of the `data` section."""
+    try:
+        yield
     except BadKeys:
         raise
     except BadInput as error:
-        key = next(key for key in data.one_of if getattr(data, key))
         raise BadKeys(*((f"data.{key}", line) for line in error.lines)) from error
+    except OSError as error:
+        raise BadKeys((f"data.{key}", failure(error))) from error
 
 
 def _stamp(data: Data) -> str:
@@ -79,31 +155,46 @@ def _read(how: str, stamp: str, root: Path, download: bool) -> tuple[Found, Fact
 
 
 def _kept(key: str, data: Data, root: Path, download: bool) -> tuple[Found, Facts]:
-    """What a source holds, from the files that it was decoded into; the first time they are made."""
+    """What a source holds, from the files that it was decoded into."""
+    folder = _entry(key, lambda out: _decode(data, root, download, out))
+    about, listing = json.loads((folder / "facts.json").read_text()), folder / "files.json"
+    facts = Facts.model_validate(about["facts"])
+    more = {"white": facts.white, "notes": about["notes"], "listing": listing if listing.exists() else None}
+    return _mapped(folder, facts.classes)._replace(**more), facts
+
+
+def _entry(key: str, make: Callable[[Path], None]) -> Path:
+    """The folder of the cache with what a source was decoded into; the first time, or where it is damaged, it is made.
+    Raises BadInput when it cannot be written."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd")
     folder = cache / key
     if not _is_whole(folder):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=f"{key}.") as made:
-                _decode(data, root, download, Path(made) / key)
+                (Path(made) / key).mkdir()
+                make(Path(made) / key)
                 shutil.rmtree(folder, ignore_errors=True)
                 (Path(made) / key).replace(folder)
         except OSError as error:
             where = f"decoded images go to {cache}; XDG_CACHE_HOME names another folder"
             raise BadInput(f"{error.filename or cache}: {error.strerror}: {where}") from None
-    about = json.loads((folder / "facts.json").read_text())
-    facts = Facts.model_validate(about["facts"])
-    return _mapped(folder, facts.classes)._replace(white=facts.white, notes=about["notes"]), facts
+    return folder
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether a source was decoded into a folder, and its files are those that were written."""
     try:
         written = json.loads((folder / "facts.json").read_text())["files"]
-        return bool(written == [_written(folder / f"{name}.npy") for name in ARRAYS])
-    except (OSError, ValueError, TypeError, KeyError):
+        return bool(written) and all(_written(folder / name) == before for name, before in written.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
+
+
+def _keep(folder: Path, about: dict[str, Any]) -> None:
+    """Write, last of all, what the decoded images in a folder are, and what tells whether its files are whole."""
+    files = {file.name: _written(file) for file in folder.iterdir()}
+    (folder / "facts.json").write_text(json.dumps(about | {"files": files}))
 
 
 def _written(file: Path) -> list[int]:
@@ -114,7 +205,6 @@ def _written(file: Path) -> list[int]:
 
 def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
     """Write the arrays of a source, and what they are, to a folder."""
-    folder.mkdir()
     if data.arrays:
         found = _npz(Path(data.arrays))
         for name in ARRAYS:
@@ -127,24 +217,19 @@ def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
     if data.name == "mnist" and not facts.fingerprint.startswith(MNIST):
         instead = "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
         raise BadInput(f"{root}/MNIST/raw: these files are not MNIST's, which `name: mnist` means: {instead}")
-    files = [_written(folder / f"{name}.npy") for name in ARRAYS]
-    text = json.dumps({"facts": facts.model_dump(), "notes": found.notes, "files": files})
-    (folder / "facts.json").write_text(text)
+    _keep(folder, {"facts": facts.model_dump(), "notes": found.notes})
 
 
 def _facts(found: Found) -> Facts:
     """What the images are: their fingerprint, and the mean and standard deviation of each channel."""
     shape, white, x = found.x_train.shape, found.white, found.x_train
     digest = hashlib.sha256(json.dumps([found.classes, shape, found.x_test.shape, white]).encode())
-    for name in ARRAYS:
-        for part in np.array_split(getattr(found, name), len(x) // 10_000 + 1):
-            digest.update(np.ascontiguousarray(part).data)
     parts, each = np.array_split(x, len(x) // 1_000 + 1), x.size // shape[1]
     mean = sum(part.sum((0, 2, 3), np.float64) for part in parts) / each
     std = np.sqrt(sum(np.square(part - mean[:, None, None]).sum((0, 2, 3)) for part in parts) / each)
     std[std < 1e-6 * np.abs(mean)] = white  # a channel that is the same everywhere stays as it is
     return Facts(
-        fingerprint=digest.hexdigest(),
+        fingerprint=_hashed(digest, *(getattr(found, name) for name in ARRAYS)),
         classes=found.classes,
         shape=list(shape[1:]),
         white=white,
@@ -154,27 +239,40 @@ def _facts(found: Found) -> Facts:
     )
 
 
-def duplicates(found: Found) -> list[tuple[int, int]]:
-    """The test images that lie in the training set too, pixel for pixel: positions in the one and the other."""
-    where = {hash(row.tobytes()): i for i, row in enumerate(found.x_train)}
-    pairs = [(j, where.get(hash(row.tobytes()), -1)) for j, row in enumerate(found.x_test)]
-    return [(j, i) for j, i in pairs if i >= 0 and np.array_equal(found.x_test[j], found.x_train[i])]
+def _hashed(digest: Any, *arrays: Array) -> str:
+    """The hash of what a digest has seen and of the content of arrays, which may be larger than memory."""
+    for array in arrays:
+        for part in np.array_split(array, len(array) // 10_000 + 1):
+            digest.update(np.ascontiguousarray(part).data)
+    return str(digest.hexdigest())
 
 
-def _of_duplicates(found: Found, test: Labelled | None = None, train: Labelled | None = None) -> list[str]:
+def duplicates(test: Array, others: Array) -> list[tuple[int, int]]:
+    """The test images that lie among others too, pixel for pixel: positions in the one and the other."""
+    where = {hash(row.tobytes()): i for i, row in enumerate(others)}
+    pairs = [(j, where.get(hash(row.tobytes()), -1)) for j, row in enumerate(test)]
+    return [(j, i) for j, i in pairs if i >= 0 and np.array_equal(test[j], others[i])]
+
+
+def _of_duplicates(found: Found, test: Labelled = (), train: Labelled = ()) -> list[str]:
     """What to say of the test images that lie in the training set too, by file or by number."""
-    pairs = duplicates(found)
-    if not pairs:
-        return []
-    named = [
-        (test[j][0], train[i][0]) if test and train else (f"test image {j}", f"training image {i}") for j, i in pairs
-    ]
-    some = "; ".join(f"{one} is {other}" for one, other in named[:5])
-    more = f"; and {len(pairs) - 5:,} more" if len(pairs) > 5 else ""
+    pairs = duplicates(found.x_test, found.x_train)
     other = sum(int(found.y_test[j] != found.y_train[i]) for j, i in pairs)
     labels = f", {other:,} of them with another label" if other else ""
+    ones, others = ([str(file) for file, _ in part] for part in (test, train))
+    return _of_pairs(pairs, ones, others, f"in the training set too, pixel for pixel{labels}")
+
+
+def _of_pairs(pairs: Sequence[tuple[int, int]], test: Sequence[str], others: Sequence[str], where: str) -> list[str]:
+    """What to say of duplicates, by the names of the files, if there are any."""
+    if not pairs:
+        return []
+    ones = [test[j] if test else f"test image {j}" for j, _ in pairs[:5]]
+    same = [others[i] if others else f"training image {i}" for _, i in pairs[:5]]
+    some = "; ".join(f"{one} is {other}" for one, other in zip(ones, same, strict=True))
+    more = f"; and {len(pairs) - 5:,} more" if len(pairs) > 5 else ""
     lie = "test image lies" if len(pairs) == 1 else "test images lie"
-    return [f"{len(pairs):,} {lie} in the training set too, pixel for pixel{labels}: {some}{more}."]
+    return [f"{len(pairs):,} {lie} {where}: {some}{more}."]
 
 
 def _digits() -> Found:
@@ -258,7 +356,7 @@ def _of_dataset(dataset: Any, name: str, data: Data, file: Path) -> Array:
         return image, int(label)
 
     channels = data.channels or (1 if sample(0)[0].mode == "L" else 3)
-    return _fill(file, len(dataset), sample, data.size, channels, name)
+    return _fill(file, len(dataset), sample, _square(data.size), channels, name)
 
 
 def _mapped(folder: Path, classes: list[str]) -> Found:
@@ -285,8 +383,9 @@ def _folder(data: Data, out: Path) -> Found:
         def sample(i: int, files: Labelled = files) -> tuple[Image.Image, int]:
             return open_image(files[i][0], data.size or 0), files[i][1]
 
-        labels = _fill(out / f"x_{part}.npy", len(files), sample, data.size, channels, str(folder.path))
+        labels = _fill(out / f"x_{part}.npy", len(files), sample, _square(data.size), channels, str(folder.path))
         np.save(out / f"y_{part}", labels)
+    _list(out, folder.path, train=[file for file, _ in train], test=[file for file, _ in test])
     found = _mapped(out, folder.classes)
     return found._replace(notes=[*notes, *_of_duplicates(found, test, train)])
 
@@ -303,12 +402,21 @@ def _common(data: Data, files: Sequence[Path]) -> int:
     return data.channels or (1 if all(one.grey for one in found) else 3)
 
 
+def _square(side: int | None) -> tuple[int, int] | None:
+    return (side, side) if side else None
+
+
 def _fill(
-    file: Path, count: int, sample: Callable[[int], tuple[Image.Image, int]], size: int | None, channels: int, what: str
+    file: Path,
+    count: int,
+    sample: Callable[[int], tuple[Image.Image, int]],
+    size: tuple[int, int] | None,
+    channels: int,
+    what: str,
+    white: int = 255,
 ) -> Array:
     """Decode so many images into a file of bytes [N, C, H, W]; the labels. Raises BadInput with those that are bad."""
-    shape = (size, size) if size else None
-    first = to_bytes(sample(0)[0], shape, channels)
+    first = to_bytes(sample(0)[0], size, channels, white)
     out = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *first.shape))  # which the processes share
 
     def one(i: int) -> tuple[int, str]:
@@ -316,7 +424,7 @@ def _fill(
             image, label = sample(i)
         except BadInput as error:
             return -1, str(error)
-        array = to_bytes(image, shape, channels)
+        array = to_bytes(image, size, channels, white)
         if array.shape != first.shape:
             sizes = [f"{width} x {height}" for _, height, width in (array.shape, first.shape)]
             return -1, f"{what}: image {i} is {sizes[0]}, the first {sizes[1]}: set data.size"

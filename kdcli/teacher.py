@@ -33,8 +33,10 @@ class Teacher:
 def dataset_of(run: Run, data_dir: Path | None) -> Dataset:
     """The dataset of a run. Raises BadInput when it is not there, or no longer what it was."""
     dataset = open_dataset(run.spec.data, data_dir)
-    if dataset.facts.fingerprint != run.spec.dataset.fingerprint:
-        raise BadInput(f"{run.name}: its images are not those that it was planned with: they have changed since")
+    for key, which in (("fingerprint", "its"), ("unlabelled", "its unlabelled")):
+        if getattr(dataset.facts, key) != getattr(run.spec.dataset, key):
+            what = f"{which} images are not those that it was planned with: they have changed since"
+            raise BadInput(f"{run.name}: {what}")
     return dataset
 
 
@@ -78,9 +80,25 @@ def kept_logits(run: Run, split: str, images: int) -> Tensor:
     return torch.stack(found)
 
 
-def cached(run: Run, transfer: Tensor, images: int, device: torch.device) -> Teacher:
-    """A teacher asked once: right while every image is seen as it is. `transfer`: positions of the transfer set."""
+def unlabelled_logits(run: Run, unlabelled: Split) -> Tensor:
+    """The logits [M, U, C], M = 1 of a lone net, of a run's members for images that nobody labelled, on their device:
+    those that a member kept, else what its net says. Raises BadInput when those kept are not of these images."""
+    found, device = [], unlabelled.labels.device
+    for member in members(run):
+        if "unlabelled" in member.load("logits"):
+            logits = kept_logits(member, "unlabelled", len(unlabelled))[0].to(device)
+        else:
+            logits = predict(nets(member, device)[0], unlabelled)
+        found.append(logits)
+    return torch.stack(found)
+
+
+def cached(run: Run, transfer: Tensor, images: int, device: torch.device, unlabelled: Split | None = None) -> Teacher:
+    """A teacher asked once: right while every image is seen as it is. `transfer`: positions of the transfer set, which
+    the `unlabelled` images follow."""
     logits = kept_logits(run, "train", images)[:, transfer].to(device)
+    if unlabelled:
+        logits = torch.cat([logits, unlabelled_logits(run, unlabelled)], 1)
     return Teacher(lambda index, _: logits.index_select(1, index), run.spec.average, run.spec.weights)
 
 

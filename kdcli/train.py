@@ -71,8 +71,7 @@ def _trained(
     """Train a net, keep its weights and logits, and count its errors. The last epoch counts, whatever came before."""
     spec, (model, how), facts = run.spec, run.spec.trained, dataset.facts
     transfer = dataset.transfer_set(spec.omitted, spec.data.transfer)
-    whole = len(transfer) == len(dataset.train)
-    images, test = (dataset.train if whole else dataset.train.at(transfer)).to(device), dataset.test.to(device)
+    images, test = dataset.seen(spec).to(device), dataset.test.to(device)
     teacher = _teacher(places.open(spec.parents[0]), spec, dataset, transfer, device, note) if spec.distill else None
     # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
     stream = 2 * spec.seed + (spec.command in STUDENTS)
@@ -96,7 +95,8 @@ def _trained(
                 saved = time.perf_counter()
     found = _kept(run, fitted.net, dataset, device, note)
     found |= {"reading": Reading(said=read.said)} if spec.origin else {}
-    return found | {"seconds": epoch.seconds, "samples": len(images), "last_epoch": epoch}
+    found |= {"samples": len(transfer), "unlabelled": len(images) - len(transfer) or None}
+    return found | {"seconds": epoch.seconds, "last_epoch": epoch}
 
 
 def _teacher(
@@ -104,12 +104,16 @@ def _teacher(
 ) -> Teacher:
     """Cached logits; or, where a student sees each image in many views, those of fixed views or the nets themselves."""
     (_, how), distill, facts, n = spec.trained, spec.distill, dataset.facts, len(dataset.train)
+    extra = dataset.unlabelled
     if not how.augmented:
-        return cached(source, transfer, n, device)
+        return cached(source, transfer, n, device, extra.to(device) if extra else None)
     if not (distill and distill.views):
         return live(source, device)
-    fixed, key = Fixed(how, distill.views, n, transfer), f"{facts.fingerprint} {facts.unlabelled}"
-    return kept_views(source, dataset.train, key, fixed, distill.half, device, note)
+    whole, positions = dataset.train, transfer
+    if extra:
+        whole, positions = whole.followed_by(extra), torch.cat([transfer, torch.arange(n, n + len(extra))])
+    fixed, key = Fixed(how, distill.views, len(whole), positions), f"{facts.fingerprint} {facts.unlabelled}"
+    return kept_views(source, whole, key, fixed, distill.half, device, note)
 
 
 def _counted(
@@ -161,8 +165,10 @@ def _imported(run: Run, dataset: Dataset, device: torch.device, note: Note) -> d
     spec, began, net = run.spec, time.perf_counter(), None
     origin, labels = spec.origin or Origin(), dataset.test.labels
     if origin.logits:
-        sizes = {"train": len(dataset.train), "test": len(dataset.test)}
-        logits, said = read_answers(Path(origin.logits), sizes, dataset.facts.classes, origin.classes, {})
+        sizes = {part: len(getattr(dataset, part) or ()) for part in ("train", "test", "unlabelled")}
+        logits, said = read_answers(Path(origin.logits), sizes, dataset.facts.classes, origin.classes, dataset.files)
+        if dataset.unlabelled and "unlabelled" not in logits:
+            raise BadInput(f"{origin.logits}: has no answers for the images of data.unlabelled: add them")
     else:
         read = imported(origin, spec.model, dataset.facts)
         said, net = read.said, place(read.net, device).eval()

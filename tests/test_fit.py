@@ -475,3 +475,77 @@ def test_max_norm_bounds_a_perceptron_whose_inputs_are_normalised_too() -> None:
     inner = net()
     last(Normalised(inner, [0.5], [0.25]), train(epochs=1, max_norm=0.1))
     assert float(inner.linears()[0].weight.norm(dim=1).max()) <= 0.1 + 1e-6
+
+
+# Images that nobody labelled.
+
+
+def partly(labelled: int = 900) -> tuple[Split, Tensor]:
+    """The training images as a transfer set of which so many are labelled, and a teacher's logits [1, N, C]."""
+    store, labels = DIGITS.train.store, DIGITS.train.labels
+    extra = Split(store[labelled:], torch.full((len(store) - labelled,), -1), DIGITS.train.white)
+    images = Split(store[:labelled], labels[:labelled], DIGITS.train.white).followed_by(extra)
+    return images, 5 * torch.rand(1, len(store), 10, generator=generator(0, "taught"))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_step_on_partly_labelled_images_by_hand(smoothing: float) -> None:
+    images, taught = partly()
+    settings = train(epochs=1, batch_size=1297, momentum=0, schedule="constant", label_smoothing=smoothing)
+    start = net()
+    logits = start(DIGITS.train.inputs(torch.arange(1297)))
+    soft = 16 * F.kl_div((logits / 4).log_softmax(1), (taught[0] / 4).softmax(1), reduction="batchmean")
+    hard = F.cross_entropy(logits[:900], DIGITS.train.labels[:900], label_smoothing=smoothing)
+    gradients = torch.autograd.grad(0.7 * soft + 0.2 * hard, list(start.parameters()))
+    wanted = [(p - 0.1 * g).detach().flatten() for p, g in zip(start.parameters(), gradients, strict=True)]
+    found = trained(settings, images=images, **distilling(taught, T=4, lambda1=0.7, lambda2=0.2))
+    assert torch.allclose(weights(found), torch.cat(wanted).double(), atol=1e-6)
+
+
+def test_errors_and_hard_loss_of_an_epoch_are_those_of_the_labelled_images() -> None:
+    """At a learning rate that moves nothing; each of the last 500 images is in a batch of its own kind of mixture."""
+    images, taught = partly()
+    settings, how = train(epochs=1, batch_size=100, lr=1e-30, momentum=0), distilling(taught, T=4, lambda1=1, lambda2=0)
+    logits, labels = net()(DIGITS.train.inputs(torch.arange(1297))).detach(), DIGITS.train.labels
+    kl = F.kl_div((logits / 4).log_softmax(1), (taught[0] / 4).log_softmax(1), reduction="batchmean", log_target=True)
+    found = last(net(), settings, images=images, **how)
+    assert found.train_errors == int((logits[:900].argmax(1) != labels[:900]).sum())
+    assert found.hard_loss == pytest.approx(float(F.cross_entropy(logits[:900], labels[:900])), rel=1e-5)
+    assert found.t2_kl == pytest.approx(16 * float(kl), rel=1e-4)
+
+
+def test_a_sample_that_is_blended_with_an_unlabelled_one_counts_no_hard_loss() -> None:
+    """One epoch of one batch, blended by hand: what is labelled to one part in a million counts."""
+    images, taught = partly()
+    settings = train(epochs=1, batch_size=1297, lr=1e-30, momentum=0, mixup=0.3)
+    order = torch.randperm(1297, generator=generator(0, "order", 0))
+    share = augment.Views(images, settings, 0).draw(0)["mixup"][:, None]
+    x, following = DIGITS.train.inputs(order).flatten(1), order.roll(-1)
+    x = share * x + (1 - share) * x.roll(-1, 0)
+    known = share[:, 0] * (order < 900) + (1 - share[:, 0]) * (following < 900) > 1 - 1e-6
+    log_p, rows = net()(x).double().log_softmax(1).detach(), torch.arange(1297)
+    own, other = (-log_p[rows, DIGITS.train.labels[at]] for at in (order, following))
+    wanted = (share[:, 0] * own + (1 - share[:, 0]) * other)[known].mean()
+    found = last(net(), settings, images=images, **distilling(taught, T=4, lambda1=0.7, lambda2=0.3))
+    assert found.hard_loss == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [{"jitter": 1}, {"mixup": 0.2, "label_smoothing": 0.1, "ema": 0.9}], ids=str)
+def test_resumed_is_uninterrupted_bit_for_bit_on_partly_labelled_images(recipe: dict[str, Any], tmp_path: Path) -> None:
+    settings, (images, taught) = train(epochs=3, **recipe), partly()
+    how = distilling(taught, T=4, lambda1=0.7, lambda2=0.3)
+    whole = fit(droppy(), images, settings, 0, **how)
+    state = kept(tmp_path, settings, next(whole))
+    *_, wanted = whole
+    found = last(droppy(), settings, images=images, start=state, **how)
+    assert found[:-2] == wanted[:-2]
+    assert torch.equal(weights(found.net), weights(wanted.net))
+
+
+def test_what_nobody_labelled_teaches_by_the_teacher_alone() -> None:
+    """Of 60 labelled images and a teacher's logits of all, a student makes fewer errors than of the 60 alone."""
+    images, _ = partly(60)
+    logits = predict(trained(train(epochs=20)), DIGITS.train)[None]
+    how = train(epochs=10, optimizer="adam", lr=0.01)
+    taught, few = distilling(logits, T=4, lambda1=0.7, lambda2=0.3), DIGITS.train.at(torch.arange(60))
+    assert errors(trained(how, images=images, **taught)) < errors(trained(how, images=few, **taught)) / 2

@@ -216,3 +216,40 @@ def test_an_ensemble_softens_each_member_before_averaging() -> None:
     assert torch.allclose(losses.average(members, 4, "arithmetic").exp().float(), softened_first)
     averaged_first = losses.average(members, 1, "arithmetic")
     assert not torch.allclose(torch.softmax(averaged_first / 4, -1).float(), softened_first, atol=0.01)
+
+
+# Samples without a label.
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("shares", [False, True])
+def test_the_hard_term_is_the_mean_over_the_labelled_samples_alone(shares: bool, smoothing: float) -> None:
+    """Against the loss and the gradients of the labelled samples by themselves, and of all of them."""
+    z, y, v = draw(3, n=18)
+    z.requires_grad_()
+    labels: Tensor = y.where(torch.arange(18) % 3 > 0, -1)
+    if shares:  # each blended with the next: of two labelled samples, the shares sum to 1
+        rows = F.one_hot(labels + 1, 11)[:, 1:].double()
+        labels = 0.3 * rows + 0.7 * rows.roll(-1, 0)
+    known = losses.labelled(labels)
+    wanted = torch.tensor([i % 3 == 1 if shares else i % 3 > 0 for i in range(18)])
+    assert known.tolist() == wanted.tolist()
+    distill = loss_of(4, 0.7, 0.2)
+    found = losses.objective(z, labels, v[None], distill, "arithmetic", (), smoothing, known)
+    hard = F.cross_entropy(z[wanted].double(), labels[wanted], label_smoothing=smoothing)
+    soft = losses.kd(z, losses.soften(v, 4), 4)
+    assert float(found.hard.detach()) == pytest.approx(float(hard.detach()), rel=1e-12)
+    assert float(found.total.detach()) == pytest.approx(float((0.7 * soft + 0.2 * hard).detach()), rel=1e-12)
+    one, other = (torch.autograd.grad(loss, z)[0] for loss in (found.total, 0.7 * soft + 0.2 * hard))
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-9)
+
+
+def test_a_batch_without_a_label_has_no_hard_loss_and_no_gradient_of_one() -> None:
+    z, _, v = draw(0)
+    z.requires_grad_()
+    nobody = torch.full((17,), -1)
+    found = losses.objective(z, nobody, v[None], loss_of(4, 0.5, 0.5), "arithmetic", (), 0.1, losses.labelled(nobody))
+    (gradient,) = torch.autograd.grad(found.total, z)
+    (wanted,) = torch.autograd.grad(0.5 * losses.kd(z, losses.soften(v, 4), 4), z)
+    assert float(found.hard.detach()) == 0
+    assert torch.equal(gradient, wanted)

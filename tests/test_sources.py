@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -439,7 +439,7 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch:
     )
 
 
-@pytest.mark.parametrize("damage", ["facts.json", "x_train.npy", "y_test.npy"])
+@pytest.mark.parametrize("damage", ["facts.json", "files.json", "x_train.npy", "y_test.npy"])
 @pytest.mark.parametrize("how", ["truncate", "rewrite", "remove"])
 def test_a_damaged_cache_is_made_anew(damage: str, how: str, tmp_path: Path) -> None:
     root = photos(tmp_path / "photos")
@@ -464,3 +464,152 @@ def test_a_link_that_leads_to_another_class_is_refused(tmp_path: Path) -> None:
     photos(tmp_path / "elsewhere", ("more",))
     (root / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "train" / "more")
     assert len(opened(root).train) == 9
+
+
+# Images that nobody labelled.
+
+
+def alien(root: Path) -> Path:
+    """A folder of unlabelled images at several depths."""
+    for i in range(3):
+        draw(root / "/".join("abc"[:i]) / f"{i}.png", (9, 9, 100 + i))
+    return root
+
+
+def unlabelled(data: Mapping[str, str], folder: Path, **more: object) -> Dataset:
+    return open_dataset(Data.model_validate({**data, "unlabelled": str(folder), **more}))
+
+
+def test_images_that_nobody_labelled_are_found_at_any_depth_beside_a_folder(tmp_path: Path) -> None:
+    root, plain = photos(tmp_path / "photos"), opened(tmp_path / "photos")
+    extra = alien(tmp_path / "more")
+    (extra / "a" / ".hidden.png").write_bytes(b"x")
+    (extra / "notes.txt").write_text("x")
+    (extra / "linked").symlink_to(root / "train" / "cat")  # which in a folder of classes is refused
+    found = unlabelled({"folder": str(root)}, extra)
+    assert found.unlabelled
+    assert found.unlabelled.store[:, :, 0, 0].tolist() == [[9, 9, 100], [9, 9, 101], [9, 9, 102], *([0, 5 * n, n] for n in (1, 2, 3))]  # fmt: skip
+    assert found.unlabelled.labels.tolist() == [-1] * 6
+    assert found.notes == [f"{extra}: hidden entries left out: 1.", f"{extra}: files that are no images left out: 1."]
+    assert found.files["unlabelled"][:3] == ["0.png", "a/1.png", "a/b/2.png"]
+    assert found.facts == plain.facts.model_copy(update={"unlabelled": found.facts.unlabelled})
+    assert torch.equal(found.train.store, plain.train.store)
+    assert (plain.unlabelled, plain.facts.unlabelled, plain.files["unlabelled"]) == (None, None, [])
+
+
+def test_the_fingerprint_of_unlabelled_images_is_of_their_pixels_alone(tmp_path: Path) -> None:
+    data = {"folder": str(photos(tmp_path / "photos"))}
+    one, other = (unlabelled(data, alien(tmp_path / name)).facts.unlabelled for name in ("one", "other"))
+    assert one == other
+    os.rename(tmp_path / "other" / "0.png", tmp_path / "other" / "00.png")
+    assert unlabelled(data, tmp_path / "other").facts.unlabelled == one
+    draw(tmp_path / "other" / "00.png", (9, 9, 99))
+    changed = unlabelled(data, tmp_path / "other")
+    assert changed.facts.unlabelled != one
+    assert changed.files["unlabelled"][0] == "00.png"
+
+
+def test_unlabelled_images_are_decoded_once_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Data(folder=str(photos(tmp_path / "photos")), unlabelled=str(alien(tmp_path / "more")))
+    first = open_dataset(data)
+    monkeypatch.setattr(sources, "open_image", lambda *_: pytest.fail("was decoded again"))
+    again = open_dataset(data)
+    assert first.unlabelled
+    assert again.unlabelled
+    assert torch.equal(first.unlabelled.store, again.unlabelled.store)
+    found, facts = sources.read(data, None, download=False)
+    assert isinstance(sources.read_unlabelled(data, found, facts).x, np.memmap)
+    assert again.facts == first.facts
+
+
+def test_unlabelled_images_take_the_shape_of_those_of_training(tmp_path: Path) -> None:
+    root, extra = photos(tmp_path / "photos"), tmp_path / "more"
+    extra.mkdir()
+    Image.fromarray(np.arange(800, dtype=np.uint16).reshape(20, 40).astype(np.uint8)).save(extra / "wide.png")
+    with pytest.raises(BadKeys) as error:
+        unlabelled({"folder": str(root)}, extra)
+    line = "data.size: is missing: training images have 8 x 6 pixels, unlike 1 of the unlabelled: "
+    assert error.value.lines == (f"{line}{extra}/wide.png has 40 x 20; such as size: 6",)
+    found = unlabelled({"folder": str(root)}, extra, size=4)
+    assert found.unlabelled
+    assert found.unlabelled.store.shape == (1, 3, 4, 4)  # of grey, colours
+    wanted = images.to_bytes(images.open_image(extra / "wide.png", 4), (4, 4), 3)
+    np.testing.assert_array_equal(found.unlabelled.store[0], wanted)
+
+
+def npz(path: Path, shape: tuple[int, ...] = (6, 9, 3)) -> str:
+    x = np.random.default_rng(0).integers(0, 255, (8, *shape), np.uint8)
+    np.savez(path, x_train=x, y_train=np.arange(8) % 2, x_test=x[:4] // 2, y_test=np.arange(4) % 2)
+    return str(path)
+
+
+def test_unlabelled_images_join_any_source(tmp_path: Path) -> None:
+    """Digits have 16 levels of grey; the colour images of arrays need not be square."""
+    small_mnist(tmp_path / "data" / "FashionMNIST" / "raw")
+    (tmp_path / "own.py").write_text(f"import numpy as np\n\ndef load():\n    return dict(np.load({npz(tmp_path / 'x.npz')!r}))\n")  # fmt: skip
+    extra = tmp_path / "grey"
+    extra.mkdir()
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) // 4
+    Image.fromarray((grey * 255.0 / 16).round().astype(np.uint8)).save(extra / "digit.png")
+    found = unlabelled({"name": "digits"}, extra)
+    assert found.unlabelled
+    np.testing.assert_array_equal(found.unlabelled.images(torch.tensor([0]))[0, 0], grey)
+    assert found.unlabelled.inputs(torch.tensor([0])).max() == 15 / 16
+    of_torchvision = Data(name="torchvision:FashionMNIST", unlabelled=str(extra), size=10)
+    resized = open_dataset(of_torchvision, tmp_path / "data").unlabelled
+    assert resized
+    assert resized.store.shape == (1, 1, 10, 10)
+    for source in ({"arrays": npz(tmp_path / "x.npz")}, {"function": f"{tmp_path}/own.py:load"}):
+        beside = unlabelled(source, extra, size=6)
+        assert beside.unlabelled
+        assert beside.unlabelled.store.shape == (1, 3, 6, 9)
+        with pytest.raises(BadKeys, match=r"data\.size: must be 6, the shorter side of the training images"):
+            unlabelled(source, extra, size=9)
+        assert beside.files == {"train": [], "test": [], "unlabelled": ["digit.png"]}
+
+
+def test_what_is_wrong_with_unlabelled_images_is_told_by_their_key(tmp_path: Path) -> None:
+    data = {"folder": str(photos(tmp_path / "photos"))}
+
+    def told(folder: Path, data: Mapping[str, str] = data) -> list[str]:
+        with pytest.raises(BadKeys) as error:
+            unlabelled(data, folder)
+        return list(error.value.lines)
+
+    assert told(tmp_path / "none") == [f"data.unlabelled: there is no folder {tmp_path}/none"]
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    assert told(tmp_path / "empty") == [f"data.unlabelled: {tmp_path}/empty: holds no image"]
+    extra = alien(tmp_path / "more")
+    (extra / "a" / "1.png").write_bytes(b"GIF89a")
+    assert told(extra) == [f"data.unlabelled: {extra}/a/1.png: is damaged or no image"]
+    (extra / "a" / "1.png").unlink()
+    (extra / "a" / "1.png").symlink_to(extra / "gone.png")
+    assert told(extra) == [f"data.unlabelled: {extra}/a/1.png: No such file or directory"]
+    rows = np.random.default_rng(0).random((8, 5))
+    np.savez(tmp_path / "t.npz", x_train=rows, y_train=np.arange(8) % 2, x_test=rows, y_test=np.arange(8) % 2)
+    table = {"arrays": str(tmp_path / "t.npz")}
+    assert told(extra, table) == [
+        "data.unlabelled: holds image files of 1 or 3 channels, and this is a table: remove it"
+    ]
+
+
+def test_test_images_that_lie_among_the_unlabelled_ones_are_counted_and_named(tmp_path: Path) -> None:
+    root, extra = photos(tmp_path / "photos"), alien(tmp_path / "more")
+    draw(extra / "z.png", (0, 35, 7))  # the first test image
+    said = "1 test image lies among the unlabelled images too, pixel for pixel: "
+    assert unlabelled({"folder": str(root)}, extra).notes == [f"{said}{root}/test/cat/0.png is {extra}/z.png."]
+
+
+def test_files_are_named_in_the_order_of_the_images(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", each=20)
+    found = opened(root)
+    assert found.files["train"][19:21] == ["train/cat/9.png", "train/dog/0.png"]
+    held = opened(root, evaluate_on="heldout", heldout=6)
+    share = opened(photos(tmp_path / "share", each=10, parts=(".",)), test=0.3)
+    for dataset, folder in ((found, root), (held, root), (share, tmp_path / "share")):
+        for split, files in ((dataset.train, dataset.files["train"]), (dataset.test, dataset.files["test"])):
+            assert len(files) == len(split)
+            stored = split.images(torch.arange(len(split)))[:, :, 0, 0].tolist()
+            assert stored == [list(Image.open(folder / file).getpixel((0, 0))) for file in files]  # type: ignore[arg-type]
+    assert len(held.test) == 6
+    assert set(held.files["test"]).isdisjoint(held.files["train"])

@@ -13,7 +13,6 @@ Arms are shuffled in every round and ratios taken round by round (tools/bench.py
 
 import argparse
 import copy
-import json
 import os
 import resource
 import subprocess
@@ -194,7 +193,6 @@ def prepare(folder: Path, count: int) -> None:
     )
 
     def filled(_: Data, __: Path, ___: bool, out: Path) -> None:
-        out.mkdir()
         draws = np.random.default_rng(0)
         for name, n in (("x_train", count), ("x_test", 1_000)):
             array = np.lib.format.open_memmap(out / f"{name}.npy", "w+", np.uint8, (n, 3, 32, 32))
@@ -202,12 +200,7 @@ def prepare(folder: Path, count: int) -> None:
                 array[part] = draws.integers(0, 256, (len(part), 3, 32, 32), np.uint8)
             np.save(out / f"{name.replace('x', 'y')}.npy", np.arange(n) % 10)
         facts = FACTS.model_copy(update={"fingerprint": "0" * 64})
-        about = {
-            "facts": facts.model_dump(),
-            "notes": [],
-            "files": [sources._written(out / f"{name}.npy") for name in sources.ARRAYS],
-        }
-        (out / "facts.json").write_text(json.dumps(about))
+        sources._keep(out, {"facts": facts.model_dump(), "notes": []})
 
     with mock.patch.object(sources, "_decode", filled):
         open_dataset(Data(arrays=str((folder / "big.npz").absolute())))
