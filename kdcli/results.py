@@ -19,7 +19,6 @@ from kdcli.score import Latency, Quality
 from kdcli.teacher import kept_logits, members, nets
 from kdcli.verdict import Spread, Verdict, paired, spread
 
-
 UNLABELLED: dict[str, Any] = {"data": {"unlabelled"}, "dataset": {"unlabelled"}}  # which no baseline sees
 
 
