@@ -148,7 +148,7 @@ class Call:
         if self.dry_run:
             return self.describe(work)
         self.obtain(work)
-        found = documents(work.jobs, work.dataset, work.places)
+        found = documents(work.jobs, work.dataset, work.places, self.load().expect)
         mine = [d for d in found if d.command == self.command]
         whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
@@ -287,7 +287,10 @@ def evaluate(
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
     if call.dry_run:
         return call.describe(replace(work, jobs=jobs))
-    found, classes = documents(jobs, work.dataset, work.places, costs="timed"), work.dataset.facts.classes
+    found, classes = (
+        documents(jobs, work.dataset, work.places, work.subject.expect, "timed"),
+        work.dataset.facts.classes,
+    )
     whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
     call.present(whole, *show.evaluations(found, classes))
     call.display.note(f"next: kd report {call.retype()}")

@@ -75,10 +75,10 @@ class Findings:
         self.curves = [(d.row, epochs) for d in documents if d.row in rows and (epochs := places.open(d.run).metrics())]
         self.omissions = {d.row: [o for o in documents if o.row == d.row] for d in documents if d.kind == "omission"}
 
-        # What the last net's teacher knows, or the net itself; baselines, and ensembles of them, keep no soft targets.
+        # What the last net's teacher knows, or the net itself, if it kept what it says of all images.
         student = places.open(last.document.run)
         teacher = places.open(last.document.teacher.run) if last.document.teacher else student
-        soft = all(member.spec.command != "baseline" for member in members(teacher))
+        soft = all({"train", "test"} <= member.load("logits").keys() for member in members(teacher))
         self.knowledge = known = Knowledge(teacher, student, data) if soft else None
         firsts = [same[0] for same in self.omissions.values()]
         self.lessons = [Lesson(d, places.open(d.run), known.soft, data) for d in firsts] if known else []

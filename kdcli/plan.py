@@ -13,7 +13,20 @@ from kdcli import BadInput, BadKeys, code, imports, models
 from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
-from kdcli.runs import STUDENTS, TEACHERS, Command, Facts, Places, Run, Spec, differences, list_runs, open_run, settings
+from kdcli.runs import (
+    STUDENTS,
+    TEACHERS,
+    Command,
+    Facts,
+    Places,
+    Result,
+    Run,
+    Spec,
+    differences,
+    list_runs,
+    open_run,
+    settings,
+)
 from kdcli.teacher import members, weights_checksum
 
 Note = Callable[[str], None]
@@ -335,19 +348,22 @@ def require_teachers(jobs: Sequence[Job], planned: Sequence[Job], places: Places
     return [job for job in distinct(planned) if job.spec.name in needed]
 
 
+def held_to(result: Result, most: float | None) -> Result:
+    """The result of a teacher that was trained elsewhere, with a warning where it makes more errors than expected."""
+    if not result.reading or most is None or result.test.errors <= most:
+        return result
+    line = f"It makes {result.test.errors:,} errors on {result.on}, and {most:g} at most are expected: is it misread?"
+    reading = result.reading.model_copy(update={"warnings": [*result.reading.warnings, line]})
+    return result.model_copy(update={"reading": reading})
+
+
 def doubts(teachers: Iterable[Job], expect: dict[str, float], places: Places) -> Iterator[str]:
     """What speaks against finished teachers that were trained elsewhere: that they seem to be misread, or make more
     errors than the experiment expects."""
     for job in distinct(teachers):
         result = places.open(job.spec.name).result("a teacher")
-        for line in result.reading.warnings if result.reading else ():
+        for line in held_to(result, expect.get(job.row.name)).warnings if result.reading else ():
             yield f"{result.run}: {line}"
-        most = expect.get("teacher") if job.row.name == "teacher" else None
-        if result.reading and most is not None and result.test.errors > most:
-            yield (
-                f"{result.run}: It makes {result.test.errors:,} errors on {result.on}, and expect.teacher says "
-                f"{most:g} at most: it may be misread."
-            )
 
 
 def _close_runs(wanted: Run, note: Note) -> list[str]:

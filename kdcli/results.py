@@ -1,7 +1,7 @@
 """What finished runs say together: the documents of `--json`, and the rows of the final table, with types."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from kdcli import code, losses, score
 from kdcli.config import Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
-from kdcli.plan import KINDS, Job, distinct, there
+from kdcli.plan import KINDS, Job, distinct, held_to, there
 from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, Spec, environment, open_run
 from kdcli.score import Latency, Quality
 from kdcli.teacher import kept_logits, members, nets
@@ -140,10 +140,14 @@ class _Net(NamedTuple):
 
 @code.quiet()
 def documents(
-    jobs: Sequence[Job], dataset: Dataset, places: Places, costs: Literal["", "counted", "timed"] = ""
+    jobs: Sequence[Job],
+    dataset: Dataset,
+    places: Places,
+    expect: Mapping[str, float],
+    costs: Literal["", "counted", "timed"] = "",
 ) -> list[Document]:
-    """The documents of jobs that are all finished; for the `costs` their nets are built, and those of a kind timed
-    once."""
+    """The documents of jobs that are all finished, and whose rows are expected to have so many errors at most; for the
+    `costs` their nets are built, and those of a kind timed once."""
     labels, test = dataset.test.labels, dataset.test.to(torch.device(places.device)) if costs == "timed" else None
     baselines = {(job.point, job.spec.seed): job.spec.name for job in jobs if job.row.kind == "baseline"}
 
@@ -171,7 +175,8 @@ def documents(
             baseline = net(beside)
             fixed, broken = score.discordant(own.log_p, baseline.log_p, labels)
             more["baseline"] = Against(run=beside, errors=baseline.result.test.errors, fixed=fixed, broken=broken)
-        made.append(Document.model_construct(**dict(own.result) | more))
+        result = held_to(own.result, expect.get(job.row.name))
+        made.append(Document.model_construct(**dict(result) | more))
     return made
 
 

@@ -4,6 +4,7 @@ them."""
 import argparse
 import json
 import pickle
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ def read_weights(file: Path) -> Weights:
                 about = opened.metadata() or {}
                 content: Any = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no mapping
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's keep their options in one
+            quiet = warnings.catch_warnings(action="ignore")  # of pickle protocols that torch has not seen
+            with quiet, torch.serialization.safe_globals([argparse.Namespace]):  # timm's keep their options in one
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error) and "Unsupported" not in str(error):

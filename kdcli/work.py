@@ -31,7 +31,7 @@ class Work:
     def summary(self) -> results.Summary:
         """What the finished jobs say together; members have no place in the table."""
         shown = results.scored([job for job in self.jobs if job.row.kind != "member"], self.places)
-        found = results.documents(shown, self.dataset, self.places, costs="counted")
+        found = results.documents(shown, self.dataset, self.places, self.subject.expect, "counted")
         made = results.made(self.jobs, self.places)
         return results.summarise(self.subject, shown, found, self.dataset.facts.classes, made)
 

@@ -474,7 +474,7 @@ def test_a_last_batch_of_one_sample_joins_the_one_before() -> None:
 def test_max_norm_bounds_a_perceptron_whose_inputs_are_normalised_too() -> None:
     inner = net()
     last(Normalised(inner, [0.5], [0.25]), train(epochs=1, max_norm=0.1))
-    assert float(inner.linears()[0].weight.norm(dim=1).max()) <= 0.1 + 1e-6
+    assert float(inner.linears()[0].weight.detach().norm(dim=1).max()) <= 0.1 + 1e-6
 
 
 # Images that nobody labelled.

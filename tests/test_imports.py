@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import math
 import pickle
 import zipfile
@@ -265,9 +266,12 @@ def test_a_wrong_normalisation_is_named_before_any_student_starts(elsewhere: Fix
 def test_a_teacher_is_held_against_its_published_errors(elsewhere: Fixture, tmp_path: Path) -> None:
     torch.save(elsewhere.net.state_dict(), tmp_path / "net.pt")
     text = ELSEWHERE + f"expect: {{teacher: {elsewhere.errors - 1}}}\n"
-    assert f"expect.teacher says {elsewhere.errors - 1} at most" in read(tmp_path, own("net.pt"), text=text).err
+    done = read(tmp_path, own("net.pt"), "--json", text=text)
+    said = f"It makes {elsewhere.errors} errors on 500 test images, and {elsewhere.errors - 1} at most are expected"
+    assert said in done.err
+    assert said in done.json["reading"]["warnings"][0]
     text = ELSEWHERE + f"expect: {{teacher: {elsewhere.errors}}}\n"
-    assert "expect.teacher" not in read(tmp_path, own("net.pt"), text=text).err
+    assert "expected" not in read(tmp_path, own("net.pt"), text=text).err
 
 
 def test_a_teacher_that_guesses_is_told(tmp_path: Path) -> None:
@@ -566,3 +570,82 @@ def test_a_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_the_section_is_in_the_schema() -> None:
     assert "onnx" in str(Experiment.model_json_schema())
+
+
+# A file of logits.
+
+
+def test_a_file_of_logits_teaches_as_its_net_does(trained: Any, tmp_path: Path) -> None:
+    """The student of what a teacher's run exported learns what the student of the run itself learned."""
+    (name,) = [
+        d["run"]
+        for d in json.loads((trained.folder / "run.json").read_text())["points"][0]["runs"]
+        if d["row"] == "teacher"
+    ]
+    where = ["--runs-dir", str(trained.folder / "runs"), "--format", "logits", "--out", str(tmp_path / "a.npz")]
+    assert kd_here(trained.folder, "export", name, *where).code == 0
+    done = read(tmp_path, "{logits: a.npz}", "--json", command="run")
+    assert done.code == 0, done.err
+    mine = {d["row"]: d for d in done.json["points"][0]["runs"]}
+    theirs = {d["row"]: d for d in json.loads((trained.folder / "run.json").read_text())["points"][0]["runs"]}
+    for row in ("teacher", "baseline", "student"):
+        assert mine[row]["test"] == theirs[row]["test"]
+    assert mine["student"]["last_epoch"]["t2_kl"] == theirs["student"]["last_epoch"]["t2_kl"]
+    assert "multiply_adds_kept" not in mine["student"]["teacher"]
+    assert kd_here(tmp_path, "evaluate", "elsewhere.yaml").code == 0
+    for command in (["predict", mine["teacher"]["run"], "--test-image", "0"], ["export", mine["teacher"]["run"]]):
+        refused = kd_here(tmp_path, *command)
+        assert refused.code == 2, refused.err
+        assert "is a file of logits" in refused.err
+
+
+def test_a_file_of_logits_without_test_images(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[DIGITS.train.labels])
+    assert "It says nothing of the 500 test images." in read(tmp_path, "{logits: a.npy}").err
+    done = read(tmp_path, "{logits: a.npy}", "--json", command="run")
+    assert done.code == 0, done.err
+    assert [row["row"] for row in done.json["points"][0]["table"]][:2] == ["baseline", "student"]
+    assert kd_here(tmp_path, "evaluate", "elsewhere.yaml").code == 0
+    again = read(tmp_path, "{logits: a.npy}", "--json")
+    assert again.json["reading"]["transfer"]["errors"] == 0
+
+
+def test_a_file_of_logits_knows_no_other_view(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((1297, 10), np.float32))
+    done = read(tmp_path, "{logits: a.npy}", "--set", "student.train.jitter=1", command="distill")
+    assert done.code == 2
+    assert "student.train: shows views of the images, and a file of logits has answers for none" in done.err
+    np.save(tmp_path / "a.npy", np.full((1296, 10), -1, np.float32))
+    done = read(tmp_path, "{logits: a.npy}")
+    assert done.code == 2
+    assert "train has 1,296 rows for 1,297 training images" in done.err
+    assert read(tmp_path, "{logits: a.npy}", "--dry-run").code == 0
+
+
+def test_a_forest_teaches_a_perceptron_on_a_table(tmp_path: Path) -> None:
+    """scikit-learn's breast cancer table: a forest's probabilities, as a file of a column a class."""
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import train_test_split
+
+    table = load_breast_cancer()
+    x, x_test, y, y_test = train_test_split(table.data, table.target, test_size=169, random_state=0)
+    names = [str(name) for name in table.target_names]
+    np.savez(tmp_path / "table.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test, classes=np.array(names))
+    forest = RandomForestClassifier(100, random_state=0).fit(x, y)
+    with (tmp_path / "forest.csv").open("w") as file:
+        file.write(f"split,index,{names[1]},{names[0]}\n")  # in another order than the data's
+        for part, images in (("train", x), ("test", x_test)):
+            for i, p in enumerate(forest.predict_proba(images)):
+                file.write(f"{part},{i},{p[1]:.4f},{p[0]:.4f}\n")
+    (tmp_path / "forest.yaml").write_text(
+        "name: forest\nseed: [0, 1]\ndata: {arrays: table.npz}\nteacher: {logits: forest.csv}\n"
+        "student:\n  model: {hidden: [8]}\n  train: {epochs: 30, batch_size: 32, optimizer: adam, lr: 0.01}\n"
+        "distill: {T: 2, lambda1: 0.9}\n"
+    )
+    done = kd_here(tmp_path, "run", "forest.yaml", "--json", "--jobs", "1")
+    assert done.code == 0, done.err
+    assert "probabilities, whose logarithm is taken" in done.err
+    rows = {row["row"]: row["errors"] for row in done.json["points"][0]["table"]}
+    assert rows["teacher"] == [int((forest.predict(x_test) != y_test).sum())]
+    assert max(rows["student"]) <= 20

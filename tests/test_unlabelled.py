@@ -101,7 +101,7 @@ def test_the_time_of_a_dry_run_is_of_all_that_a_student_sees(
     shell: Shell, distilled: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a second a step: 2 epochs of 27 steps for 1,327 images in batches of 50; 26 would do for the labelled ones."""
-    monkeypatch.setattr(estimate, "_timed", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr(estimate, "_timed", lambda *_: (1.0, 0.0, 0.0))
     words = ["distill", "more.yaml", "--no-baseline", "--set", "distill.T=5", "--dry-run", "--json"]
     assert kd_here(shell.folder, *words).json["seconds"] == 54
 
