@@ -126,7 +126,7 @@ class Call:
         try:
             for jobs in filter(None, (elsewhere, others)):
                 obtain(jobs, work.places, experiment.threads, self.jobs, self.display.epoch, note)
-                for line in doubts(jobs, experiment.expect, work.places) if jobs is elsewhere else ():
+                for line in doubts(jobs, experiment.expect, work.places) if others and jobs is elsewhere else ():
                     note(line)
         finally:
             self.display.close()

@@ -3,6 +3,7 @@ that takes the images of a dataset and gives a logit for each of its classes."""
 
 import hashlib
 import importlib
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -231,12 +232,17 @@ def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
     runtime = library("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+    # The file is told by its content, so nothing is looked for beside it, or in the folder of the caller.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     file = origin.onnx or ""
     try:
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         first, *more = session.get_inputs()
-    except Exception:  # the runtime has a dozen kinds of its own
-        raise BadInput(f"{file}: is damaged, cut short, or no ONNX file") from None
+    except Exception as error:  # the runtime has a dozen kinds of its own
+        why = "is damaged, cut short, or no ONNX file"
+        if "external" in str(error).lower():
+            why = "has its weights in another file: save it whole, onnx.save(onnx.load(FILE), FILE)"
+        raise BadInput(f"{file}: {why}") from None
     if more:
         raise BadInput(f"{file}: takes {1 + len(more)} inputs, not images alone")
     own = _facts_of(origin, None, facts)

@@ -6,7 +6,9 @@
     starts      the first, which decodes the folder, and the second; with one thread and with all
     memory      the peak of anonymous memory while 0.3 and 3 GB of decoded images train
     views       resnet56 teaching resnet8 with flip and shift, whole trainings on a part of the images (--images,
-                --epochs): CPU seconds with 8 kept views, asking for them included, against a live teacher
+                --epochs): CPU seconds with 8 kept views, asking for them included, against a live teacher; and the
+                students' errors over three seeds
+    onnx        an imported ONNX teacher (resnet20) asked for its logits, against onnxruntime alone
 
 Arms are shuffled in every round and ratios taken round by round (tools/bench.py); one thread.
 """
@@ -35,15 +37,17 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from kdcli import nets, sources
-from kdcli.config import Data, Distill, Experiment, Model, Train
+from kdcli.config import Data, Distill, Experiment, Model, Origin, Train
 from kdcli.data import Dataset, Split, open_dataset
 from kdcli.device import place, seeded
 from kdcli.fit import fit
+from kdcli.imports import imported
 from kdcli.models import Normalised, build
 from kdcli.plan import plan
 from kdcli.runs import Facts, Places
-from kdcli.teacher import Teacher
+from kdcli.teacher import Teacher, predict
 from kdcli.train import train
+from kdcli.verdict import paired
 
 BATCH, STEPS, CPU = 128, 8, torch.device("cpu")
 SOFT = {"T": 4, "lambda1": 0.9, "lambda2": 0.1}
@@ -85,6 +89,14 @@ def cpu() -> float:
     """CPU seconds of this process and of those that it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def by_wall(taken: Time) -> float:
+    return taken.wall
+
+
+def by_cpu(taken: Time) -> float:
+    return taken.cpu
 
 
 def timed(arm: Iterator[object]) -> Time:
@@ -132,13 +144,11 @@ def of_steps(dataset: Dataset, folder: Path, rounds: int) -> Iterator[str]:
     yield "| arm | ms a step | ms CPU |\n| --- | ---: | ---: |"
     for name, taken in times.items():
         yield f"| {name} | {quartiles([1e3 * t.wall for t in taken])} | {quartiles([1e3 * t.cpu for t in taken])} |"
-    wall: Callable[[Time], float] = lambda t: t.wall  # noqa: E731
-    spent: Callable[[Time], float] = lambda t: t.cpu  # noqa: E731
-    yield f"\nkd / bare: cached logits {ratio(times['cached logits'], times['bare'], wall)}, "
-    yield f"flip and shift {ratio(times['flip and shift'], times['bare'], wall)}"
-    yield f"naive / kd, CPU: {ratio(times['naive'], times['cached logits'], spent)} (the teacher's one pass apart), "
+    yield f"\nkd / bare: cached logits {ratio(times['cached logits'], times['bare'], by_wall)}, "
+    yield f"flip and shift {ratio(times['flip and shift'], times['bare'], by_wall)}"
+    yield f"naive / kd, CPU: {ratio(times['naive'], times['cached logits'], by_cpu)} (the teacher's one pass apart), "
     live = times["flip and shift, live resnet56"]
-    yield f"augmented, both teachers live: {ratio(times['naive, augmented'], live, spent)}\n"
+    yield f"augmented, both teachers live: {ratio(times['naive, augmented'], live, by_cpu)}\n"
 
 
 def start(folder: Path, cache: str, threads: int) -> float:
@@ -207,31 +217,76 @@ def prepare(folder: Path, count: int) -> None:
 
 
 def of_views(folder: Path, count: int, epochs: int) -> Iterator[str]:
-    """Each with a pass over the test images an epoch, a tenth as many."""
+    """Each with a pass over as many test images an epoch."""
     whole, seen = open_dataset(Data(folder=str(folder))), {"epochs": epochs, "lr": 0.05, "flip": True, "jitter": 4}
     taught = {"model": {"name": "resnet8"}, "train": seen}
     with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, XDG_CACHE_HOME=name):
         arrays = dict[str, Any]()
-        for split, part, n in (("train", whole.train, count), ("test", whole.test, count // 10)):
+        for split, part, n in (("train", whole.train, count), ("test", whole.test, min(count, len(whole.test)))):
             index = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:n]
             arrays |= {f"x_{split}": part.images(index).numpy(), f"y_{split}": part.labels[index].numpy()}
         np.savez(f"{name}/part.npz", **arrays)
         data, places = {"arrays": f"{name}/part.npz"}, Places(Path(name, "runs"))
         teacher = {"model": {"name": "resnet56"}, "train": {"epochs": 1, "lr": 0.01}}
-        spent = dict[int | None, float]()
+        spent, errors = dict[int | None, float](), dict[int | None, list[int]]()
         for views in (None, 8):
             sections = {"data": data, "teacher": teacher, "student": taught, "distill": {**SOFT, "views": views}}
-            experiment = Experiment.model_validate({"name": "views", **sections})
+            experiment = Experiment.model_validate({"name": "views", "seed": [0, 1, 2], **sections})
             jobs = plan([experiment], open_dataset(experiment.data))
-            specs = {job.row.name: job.spec for job in jobs}
-            if not views:
-                train(specs["teacher"], places, lambda *_: None, print)
-            before = cpu()
-            train(specs["student"], places, lambda *_: None, print)
-            spent[views] = cpu() - before
+            spent[views], errors[views] = 0.0, []
+            for job in (
+                job
+                for job in jobs
+                if job.row.name == "teacher" and not places.runs_dir.joinpath(job.spec.name).is_dir()
+            ):
+                train(job.spec, places, lambda *_: None, print)
+            for job in (job for job in jobs if job.row.name == "student"):
+                before = cpu()
+                train(job.spec, places, lambda *_: None, print)
+                spent[views] += cpu() - before
+                errors[views].append(places.open(job.spec.name).result().test.errors)
     live, kept = spent[None], spent[8]
-    what = f"resnet56 teaching resnet8, flip and shift, {count:,} images, {epochs} epochs"
+    what = f"resnet56 teaching resnet8, flip and shift, {count:,} images, {epochs} epochs, 3 seeds, a teacher each"
     yield f"{what}: {kept:.1f} s CPU with 8 views, {live:.1f} s live: {kept / live:.2f} x"
+    fewer = [b - a for a, b in zip(errors[8], errors[None], strict=True)]
+    yield f"errors {errors[8]} and {errors[None]}. {paired(fewer, 0, 0).sentence('Views', 'live')}"
+
+
+def of_onnx(folder: Path, rounds: int) -> Iterator[str]:
+    """The one from bytes to logits; the other on float batches that are ready."""
+    import onnxruntime
+
+    images = open_dataset(Data(folder=str(folder))).test.at(torch.arange(1_000))
+    with tempfile.TemporaryDirectory() as name:
+        file, net = Path(name, "net.onnx"), build(Model(name="resnet20"), FACTS).eval()
+        batch = {0: torch.export.Dim("batch")}
+        torch.onnx.export(
+            net,
+            (torch.zeros(2, 3, 32, 32),),
+            file,
+            input_names=["x"],
+            dynamic_shapes=(batch,),
+            external_data=False,
+            verbose=False,
+        )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        teacher = imported(Origin(onnx=str(file)), None, FACTS).net
+    ready = [images.inputs(index).numpy() for index in torch.arange(len(images)).split(100)]
+
+    def alone() -> Iterator[object]:
+        while True:
+            yield [session.run(None, {"x": x}) for x in ready]
+
+    def kds() -> Iterator[object]:
+        while True:
+            yield predict(teacher, images)
+
+    arms: dict[str, Callable[[], Time]] = {"kd": partial(timed, kds()), "onnxruntime": partial(timed, alone())}
+    found = interleaved(arms, rounds)
+    times = ratio(found["kd"], found["onnxruntime"], by_wall)
+    yield f"an imported ONNX teacher, 1,000 images: {times} x onnxruntime alone"
 
 
 def anonymous(pid: int) -> int:
@@ -247,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--part", choices=("steps", "starts", "memory", "views"), help="left out: all of them")
+    parser.add_argument("--part", choices=("steps", "starts", "memory", "views", "onnx"), help="left out: all of them")
     parser.add_argument("--images", type=int, default=1_000, help="of views")
     parser.add_argument("--epochs", type=int, default=60, help="of views")
     parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
@@ -260,6 +315,7 @@ def main() -> None:
         "steps": lambda: of_steps(open_dataset(Data(folder=str(folder))), folder, arguments.rounds),
         "starts": lambda: of_starts(folder),
         "memory": of_memory,
+        "onnx": lambda: of_onnx(folder, arguments.rounds),
         "views": lambda: of_views(folder, arguments.images, arguments.epochs),
     }
     for part in [arguments.part] if arguments.part else parts:
