@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
 from kdcli.config import Experiment, Section
-from kdcli.runs import STUDENTS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
+from kdcli.runs import COMMANDS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
 
 if TYPE_CHECKING:  # they need torch, which help and wrong usage do without
@@ -169,7 +169,7 @@ class Call:
         from kdcli.work import prepare_run
 
         name, path = self.experiment, Path(self.experiment)
-        if {path.name, path.parent.name}.isdisjoint({*TEACHERS, *STUDENTS}):
+        if {path.name, path.parent.name}.isdisjoint(COMMANDS):
             work = self.prepare()
             if missing := unfinished(work.jobs, work.places):
                 train = f"train them: kd run {self.retype(whole=True)}"

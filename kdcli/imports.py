@@ -62,7 +62,10 @@ def resolved(origin: Origin, model: Model | None) -> tuple[Origin, str]:
     """An origin with what its library says of its inputs, and what tells its content: the checksum of its file, or the
     name of the library's weights. Raises BadInput when the file cannot be read, or the library has no weights."""
     if origin.file:
-        return origin, _checksum(origin.file, Path(origin.file).stat().st_mtime_ns)
+        try:
+            return origin, _checksum(origin.file, Path(origin.file).stat().st_mtime_ns)
+        except OSError as error:
+            raise BadInput(f"{origin.file}: cannot be read: {error.strerror}") from None
     known = hub.pretrained(model.name or "" if model else "")
     given = origin.input.model_dump(exclude_unset=True) if origin.input else {}
     own = {"size": known.size, "channels": 3} | ({} if "mean" in given else {"mean": known.mean, "std": known.std})

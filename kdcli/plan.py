@@ -14,6 +14,7 @@ from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Origin, Ro
 from kdcli.data import Dataset
 from kdcli.device import seeded
 from kdcli.runs import (
+    COMMANDS,
     STUDENTS,
     TEACHERS,
     Command,
@@ -388,7 +389,7 @@ def evaluable(
     that it is compared with, at a point of its own: they are of no one plan. Unnamed runs of other data or without
     their parents are noted and left out. Raises BadInput when there is none."""
     like, runs = planned[0].spec, [places.open(name, "--run") for name in dict.fromkeys(names)]
-    for run in [] if names else list_runs(places.runs_dir, like.experiment, (*TEACHERS, *STUDENTS), note):
+    for run in [] if names else list_runs(places.runs_dir, like.experiment, COMMANDS, note):
         if run.finished() and (seeds is None or run.spec.seed in seeds):
             unlike = differences(data_settings(like), data_settings(run.spec), "data.")
             if reason := "; ".join(unlike) or orphaned(run):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from kdcli import BadInput, BadKeys, code, failure
 from kdcli.config import Data, nearest
-from kdcli.images import TESTS, Labelled, headers, in_processes, list_folder, list_images, open_image, refuse, to_bytes
+from kdcli.images import TESTS, Labelled, headers, in_processes, list_folder, list_images, open_image, to_bytes
 from kdcli.runs import Facts
 
 MNIST = "12176aed4628b392"  # the beginning of its fingerprint
@@ -419,22 +419,18 @@ def _fill(
     first = to_bytes(sample(0)[0], size, channels, white)
     out = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *first.shape))  # which the processes share
 
-    def one(i: int) -> tuple[int, str]:
-        try:
-            image, label = sample(i)
-        except BadInput as error:
-            return -1, str(error)
+    def one(i: int) -> int:
+        image, label = sample(i)
         array = to_bytes(image, size, channels, white)
         if array.shape != first.shape:
             sizes = [f"{width} x {height}" for _, height, width in (array.shape, first.shape)]
-            return -1, f"{what}: image {i} is {sizes[0]}, the first {sizes[1]}: set data.size"
+            raise BadInput(f"{what}: image {i} is {sizes[0]}, the first {sizes[1]}: set data.size")
         out[i] = array
-        return label, ""
+        return label
 
-    found = in_processes(one, count, f"{what}: decoding {count:,} images, once")
+    labels = in_processes(one, count, f"{what}: decoding {count:,} images, once")
     out.flush()
-    refuse([problem for _, problem in found if problem])
-    return np.array([label for label, _ in found], np.int64)
+    return np.array(labels, np.int64)
 
 
 def arrays_of(file: Path, alone: str = "an array without a name") -> dict[str, Array]:

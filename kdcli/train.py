@@ -15,7 +15,7 @@ from kdcli.config import Average, Origin, Train
 from kdcli.data import Dataset, Split
 from kdcli.device import place, seeded, select_device
 from kdcli.fit import Fitted, fit, learning_rate
-from kdcli.imports import Imported, imported
+from kdcli.imports import Imported, imported, resolved
 from kdcli.kept import kept_views
 from kdcli.models import build
 from kdcli.runs import (
@@ -55,6 +55,8 @@ def train(spec: Spec, places: Places, tell: Tell, note: Note) -> None:
     about: dict[str, Any] = {"run": run.name, "device": shown, "threads": places.threads, "parents": parents}
     about |= spec.model_dump(include={"command", "experiment", "seed", "omitted"})
     about["evaluated_on"] = "test images" if spec.data.evaluate_on == "test" else "held-out training images"
+    if spec.origin and resolved(spec.origin, spec.model)[1] != spec.content:
+        raise BadInput(f"{spec.origin.file}: has changed since {run.name} was planned: ask again")
     with run.writing(shown, places.threads, parents), code.blaming(own_code):
         if spec.command == "ensemble":
             found = _combined(run, dataset)
