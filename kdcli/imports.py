@@ -33,29 +33,34 @@ class Imported(NamedTuple):
 
 class Seen(nn.Module):
     """A net before the images of a dataset that is not its own: given them in [0, 1], it sees them with its number of
-    channels, size and range of values; of its outputs those of the dataset's classes are taken."""
+    channels, size, range of values, mean and std; of its outputs those of the dataset's classes are taken. What a file
+    may say of that is in the buffers, so that a run keeps it."""
 
-    def __init__(self, net: nn.Module, shape: list[int], bytes_: bool, pick: list[int] | None) -> None:
+    def __init__(self, net: nn.Module, own: Facts, bytes_: bool, pick: list[int]) -> None:
         super().__init__()
-        self.net, self.shape, self.scale, self.pick = net, shape, 255 if bytes_ else 1, pick
+        self.net, self.own, self.scale = net, own, 255 if bytes_ else 1
+        self.mean, self.std = (
+            nn.Buffer(torch.tensor(values or [empty]).view(-1, 1, 1).repeat(own.shape[0] // max(len(values), 1), 1, 1))
+            for values, empty in ((own.mean, 0.0), (own.std, 1.0))
+        )
+        self.pick = nn.Buffer(torch.tensor(pick))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes of the dataset] of images [N, C, H, W]."""
-        channels, *size = self.shape
+        channels, *size = self.own.shape
         if channels == 1 and x.shape[1] == 3:
             x = (x * x.new_tensor(LUMA).view(-1, 1, 1)).sum(1, keepdim=True)
         elif channels != x.shape[1]:
             x = x.expand(-1, channels, -1, -1)
         if size != list(x.shape[2:]):
             x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        logits: Tensor = self.net(x * self.scale if self.scale != 1 else x)
-        return logits if self.pick is None else logits[:, self.pick]
+        logits: Tensor = self.net((x * self.scale - self.mean) / self.std)
+        return logits.index_select(1, self.pick)
 
     def normalised(self, mean: list[float], std: list[float], bytes_: bool) -> "Seen":
         """The same net with another normalisation of its inputs."""
-        inner = self.net.net if isinstance(self.net, models.Normalised) else self.net
-        device = next(self.buffers(), torch.empty(0)).device
-        return Seen(models.Normalised(inner, mean, std).to(device), self.shape, bytes_, self.pick)
+        own = self.own.model_copy(update={"mean": mean, "std": std})
+        return Seen(self.net, own, bytes_, self.pick.tolist()).to(self.pick.device)
 
 
 def resolved(origin: Origin, model: Model | None) -> tuple[Origin, str]:
@@ -132,8 +137,7 @@ def imported(origin: Origin, model: Model | None, facts: Facts, load: bool = Tru
         head = last_layer(inner)
         for key, weight in inner.named_parameters():
             weight.requires_grad_(key.startswith(f"{head}."))
-    net = models.Normalised(inner, own.mean, own.std) if own.mean else inner
-    return Imported(Seen(net, own.shape, _reads_bytes(origin), _picked(names, facts, said)), said)
+    return Imported(Seen(inner, own, _reads_bytes(origin), _picked(names, facts, said)), said)
 
 
 def _facts_of(origin: Origin, model: Model | None, facts: Facts) -> Facts:
@@ -160,21 +164,18 @@ def _loaded(
 ) -> tuple[list[str], list[str], Facts]:
     """Give a net the weights of its file; how they were read, the names of its outputs and what its images are, both as
     `kd export` wrote them if it did."""
-    file = Path(origin.weights or "")
+    file, given = Path(origin.weights or ""), bool(origin.input and (origin.input.mean or origin.input.range == 255))
     found = read_weights(file)
     tensors, said = stripped(found.tensors, [f"net.{key}" for key in inner.state_dict()])
     if {"mean", "scale"} <= tensors.keys():  # a net of kd's that normalises its inputs itself
         mean, std = tensors.pop("mean").flatten().tolist(), (1 / tensors.pop("scale")).flatten().tolist()
-        own, found = own.model_copy(update={"mean": mean, "std": std}), found._replace(tensors=tensors)
-        said = [*said, "Its own mean and std are in the file."]
-    elif own.mean and not (origin.input and origin.input.mean):
+        found = found._replace(tensors=tensors)
+        if not given:
+            own = own.model_copy(update={"mean": mean, "std": std})
+            said.append("Its own mean and std are in the file.")
+    elif own.mean and not given:
         said = ["Its inputs are normalised with the mean and std of the data: teacher.input names others."]
-    try:
-        said = [*found.said, *fit_weights(inner, found, file, fresh), *said]
-    except BadInput as error:
-        raise BadInput(
-            f"{error.lines[0]}; of other classes: teacher.classes names them, head: new replaces them"
-        ) from None
+    said = [*found.said, *fit_weights(inner, found, file, fresh), *said]
     written = classes_of(found.about)
     if not origin.classes and not fresh and set(written) == set(names) and written != names:
         names = written
@@ -182,10 +183,8 @@ def _loaded(
     return said, names, own
 
 
-def _picked(names: list[str], facts: Facts, said: list[str]) -> list[int] | None:
-    """Which of a net's outputs are the dataset's classes, in their order; None where they are all, as they are."""
-    if names == facts.classes:
-        return None
+def _picked(names: list[str], facts: Facts, said: list[str]) -> list[int]:
+    """Which of a net's outputs are the dataset's classes, in their order."""
     if absent := [name for name in facts.classes if name not in names]:
         raise BadInput(
             f"has {len(names):,} classes, and {absent[0]} of the data is none of them: name them in teacher.classes, "
@@ -270,8 +269,7 @@ def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
     names = origin.classes or facts.classes
     if len(names) != net.classes:
         raise BadInput(f"{file}: gives {net.classes} outputs for {len(names)} classes: name all in teacher.classes")
-    whole = models.Normalised(net, own.mean, own.std) if own.mean else net
-    return Imported(Seen(whole, own.shape, _reads_bytes(origin), _picked(names, facts, said)), said)
+    return Imported(Seen(net, own, _reads_bytes(origin), _picked(names, facts, said)), said)
 
 
 def reopened(origin: Origin, model: Model | None, facts: Facts, content: bytes | None) -> nn.Module:

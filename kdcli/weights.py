@@ -98,6 +98,9 @@ def fit_weights(net: nn.Module, found: Weights, file: Path, fresh: str = "") -> 
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
         parts = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems.items() if keys]
+        of_head = misshapen and not (missing or unexpected) and not fresh
+        if of_head and all(key.startswith(f"{last_layer(net)}.") for key in misshapen):
+            parts.append("name its classes, all of them, in teacher.classes, or replace its last layer with head: new")
         raise BadInput(f"{file}: is not of this net: {'; '.join(parts)}")
     net.load_state_dict(net.state_dict() | {key: kept[key] for key in wanted if key in kept})
     return said
