@@ -71,10 +71,13 @@ def load(net: nn.Module, model: Model, classes: int, channels: int, fresh: str) 
     import timm
 
     cfg = _of_timm(which)
-    hub, file = _of_hugging_face(cfg.hf_hub_id) if cfg.hf_hub_id else (cfg.url, _checkpoint(cfg.url))
-    there: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(file)}} if file.is_file() else {}
-    with _fetching(model.name or "", hub, file):
-        whole = timm.create_model(which, True, num_classes=classes, in_chans=channels, **there, **model.args)
+    url, file = _of_hugging_face(cfg.hf_hub_id) if cfg.hf_hub_id else (cfg.url, _checkpoint(cfg.url))
+    with _fetching(model.name or "", url, file):
+        if not file.is_file():  # by torch, which tries once: the hub's own library retries for a minute
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), progress=False)
+        more: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(file)}, **model.args}
+        whole = timm.create_model(which, True, num_classes=classes, in_chans=channels, **more)
     net.load_state_dict(whole.state_dict())
     return [f"Its weights are timm's {cfg.hf_hub_id or cfg.url}."]
 
@@ -85,16 +88,16 @@ def _checkpoint(url: str) -> Path:
 
 
 def _of_hugging_face(repository: str) -> tuple[str, Path]:
-    """The weights in a repository of Hugging Face's hub: their address in words; their file in its cache or, of what is
-    not there, the place where one is found that was put there by hand."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    """The weights in a repository of Hugging Face's hub: their address; their file in its cache or, of what is not
+    there, the place where it is found."""
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.file_download import repo_folder_name
 
     name = "model.safetensors"
     found = try_to_load_from_cache(repository, name)
     folder = repo_folder_name(repo_id=repository, repo_type="model")
-    by_hand = Path(constants.HF_HUB_CACHE, folder, "snapshots", "main", name)
-    return f"{name} of {repository} on Hugging Face's hub", Path(found) if isinstance(found, str) else by_hand
+    place = Path(constants.HF_HUB_CACHE, folder, "snapshots", "main", name)
+    return hf_hub_url(repository, name), Path(found) if isinstance(found, str) else place
 
 
 @contextmanager
