@@ -543,7 +543,7 @@ def test_timm_offline_and_from_a_file_laid_where_the_hub_puts_it(hubs: Path) -> 
     assert f"put it at {place}" in done.err, done.err
     import timm
 
-    place.parent.mkdir(parents=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     save_file(timm.create_model("test_resnet").state_dict(), place)
     done = read(hubs, source + HEAD, "--json")
     assert done.code == 0, done.err
