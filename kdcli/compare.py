@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from kdcli import BadInput, score
 from kdcli.config import Section
@@ -14,7 +14,7 @@ from kdcli.plan import data_settings, orphaned
 from kdcli.results import log_probabilities
 from kdcli.runs import STUDENTS, TEACHERS, Run, Settings, changes, differences, list_runs, open_run, settings
 from kdcli.teacher import dataset_of
-from kdcli.verdict import Spread, Verdict, paired, spread
+from kdcli.verdict import Judged, Spread, corrected, paired, spread
 
 Note = Callable[[str], None]
 
@@ -29,14 +29,13 @@ class Group(Spread):
     described: Settings = Field(exclude=True)  # what they are but for their seeds
 
 
-class Difference(Section):
+class Difference(Judged):
     """A group against the first: the settings that differ, by dotted key, as [the first's, its own]; the verdict over
     the seeds that both have, if there are any."""
 
     group: str
     changed: dict[str, list[Any]]
     seeds: list[int]
-    verdict: Verdict | None = None
 
 
 class Comparisons(Section):
@@ -46,7 +45,7 @@ class Comparisons(Section):
     evaluated_on: str
     total: int
     groups: list[Group]
-    comparisons: list[Difference]
+    comparisons: Annotated[list[Difference], AfterValidator(corrected)]
 
 
 def compare(

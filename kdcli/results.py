@@ -3,10 +3,10 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from kdcli import code, losses, score
@@ -17,7 +17,7 @@ from kdcli.plan import KINDS, Job, distinct, held_to, there
 from kdcli.runs import Brief, Correction, Counted, Places, Result, Run, Spec, environment, open_run
 from kdcli.score import Latency, Quality
 from kdcli.teacher import kept_logits, members, nets
-from kdcli.verdict import Spread, Verdict, paired, spread
+from kdcli.verdict import Judged, Spread, Verdict, corrected, paired, spread
 
 UNLABELLED: dict[str, Any] = {"data": {"unlabelled"}, "dataset": {"unlabelled"}}  # which no baseline sees
 
@@ -75,12 +75,11 @@ class TableRow(Spread):
     paper: list[float] = []
 
 
-class Table(Section):
+class Table(Judged):
     """The rows of an experiment, or of one point of its grid, and the verdict on its students."""
 
     at: dict[str, str] = {}
     table: list[TableRow]
-    verdict: Verdict | None = None
     runs: list[Document] | list[str]  # whole, or on record their names
 
 
@@ -120,7 +119,7 @@ class Summary(Subject):
     total: int
     classes: list[str]
     judged: str = "student"  # the row that a grid is about
-    points: list[Table]
+    points: Annotated[list[Table], AfterValidator(corrected)]  # those of a record too
     made: Made
     pictures: list[str] = []  # of a record
 

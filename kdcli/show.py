@@ -36,8 +36,9 @@ LEGENDS = {  # by column
     f"higher or the same. {INTERVALS}",
     "train error": "Train error: the baseline's and the student's error rate on the transfer set in the last epoch.",
     "fewer": f"Fewer: how many errors fewer than the baseline such a student makes. {INTERVALS} Verdict: by a paired "
-    "t-test over seeds (a sign test where they all differ alike, McNemar's test of one seed) at p < 0.05, each point "
-    "on its own: where nothing helps, one in twenty says otherwise.",
+    "t-test over seeds (a sign test where they all differ alike, McNemar's test of one seed) at p < 0.05.",
+    "p": "Corrected p, in a table in brackets: for all comparisons by Holm's procedure. Verdicts rest on it: where "
+    "nothing helps or hurts, the chance that any says otherwise is one in twenty at most. Intervals are not corrected.",
 }
 
 
@@ -266,7 +267,8 @@ def compare_tables(document: "compare.Comparisons") -> Parts:
         said = c.verdict.sentence(c.group, first.group) if c.verdict else none
         part = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): "
         yield f"{c.group} against {first.group}: {changed}.\n{part if c.seeds not in ([], first.seeds) else ''}{said}\n"
-    yield INTERVALS
+    several = any(c.verdict and c.verdict.comparisons for c in document.comparisons)
+    yield f"{INTERVALS} {LEGENDS['p']}" if several else INTERVALS
 
 
 def _value(value: Any) -> str:
@@ -325,9 +327,10 @@ def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
         cells = [spread(nets[name]) if name in nets and name not in fixed else "" for name in GRID_ROWS]
         pair = nets["baseline"], nets["student"]
         rates = ", ".join(f"{100 * (net.train_errors or 0) / (net.samples or 1):.2f}" for net in pair)
-        said = [_fewer(point.verdict), point.verdict.verdict] if point.verdict else ["", ""]
+        v = point.verdict
+        said = [_fewer(v), f"{v.p:.2g} ({v.p_corrected:.2g})" if v.comparisons else "", v.verdict] if v else [""] * 3
         rows.append([*point.at.values(), *cells, f"{rates} %" if part else "", *said])
-    return [*(key.rpartition(".")[2] for key in summary.grid), *GRID_ROWS, "train error", "fewer", "verdict"], rows
+    return [*(key.rpartition(".")[2] for key in summary.grid), *GRID_ROWS, "train error", "fewer", "p", "verdict"], rows
 
 
 def _fewer(found: Verdict) -> str:
@@ -356,13 +359,14 @@ def remarks(summary: "Summary") -> list[str]:
 def _grid_verdict(summary: "Summary") -> Iterator[str]:
     points, judged = summary.points, summary.judged
     words, one = [point.verdict.verdict for point in points if point.verdict], len(summary.seeds) == 1
+    family = f", corrected for {len(words)} comparisons" if len(words) > 1 else ""
     counted = [f"{word} at {words.count(word)}" for word in ("helped", "hurt") if word in words]
     said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
     students = [(row, point.at) for point in points for row in point.table if row.row == judged]
     best, at = min(students, key=lambda pair: pair[0].mean)
     where = ", ".join(f"{key} = {value}" for key, value in at.items())
     fewest = f"The fewest errors of a {judged}, {spread(best)}, are at {where}."
-    yield f"The soft targets {said} of {len(points)} points{', on this one seed' if one else ''}. {fewest}"
+    yield f"The soft targets {said} of {len(points)} points{family}{', on this one seed' if one else ''}. {fewest}"
     if same := [" ".join(pair) for pair in _fixed(summary).items()]:
         yield f"The same at every point: {', '.join(same)}."
 

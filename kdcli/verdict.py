@@ -4,11 +4,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, TypeVar
 
 from kdcli.config import Section
 
 ALPHA, POWER = 0.05, 0.8  # of the tests behind a verdict
+J = TypeVar("J", bound="Judged")
 
 
 class Spread(Section):
@@ -28,12 +29,16 @@ class Verdict(Section):
     fewer_errors: float
     interval: list[float] | None = None
     p: float
+    p_corrected: float | None = None  # for so many `comparisons`, where there are several: the verdict rests on it
+    comparisons: int | None = None
     n: int
     test: str
-    settle: int | None = None  # seeds that would settle an effect and a spread such as these
+    settle: int | None = None  # seeds that would settle an effect and a spread such as these, tested alone
 
     def sentence(self, subject: str = "The soft targets", reference: str = "the baseline") -> str:
-        one, p = self.n == 1, f"p = {self.p:.2g}"
+        one, p, alone = self.n == 1, f"p = {self.p:.2g}", ""
+        if self.comparisons:
+            p, alone = f"{p}, corrected for {self.comparisons} comparisons {self.p_corrected:.2g}", ", tested alone"
         start = f"{subject} {self.verdict}{', on this one seed' if one else ''}"
         if self.verdict == "no evidence":
             start = f"No evidence at n = {self.n} that {subject.replace('The ', 'the ')} helped or hurt"
@@ -42,12 +47,16 @@ class Verdict(Section):
         if one:
             test = f"McNemar's exact test on the two nets' predictions: {p}"
             return f"{start}: {amount} ({test}). Other seeds may differ: --seeds 0-4 would tell."
-        settle = f" About {self.settle:,} seeds would settle an effect of this size." if self.settle else ""
+        settle = f" About {self.settle:,} seeds would settle an effect of this size{alone}." if self.settle else ""
         if self.interval is None:
             return f"{start}: {amount} at each of {self.n} seeds (no spread to test; {self.test}: {p}).{settle}"
         low, high = sorted(sign * end for end in self.interval)
         spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} {word}"
         return f"{start}: {amount} ({spread}; {self.test}: {p}).{settle}"
+
+
+class Judged(Section):
+    verdict: Verdict | None = None  # perhaps one of several: see `corrected`
 
 
 def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
@@ -73,6 +82,25 @@ def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
     word: Literal["helped", "hurt", "no evidence"] = "no evidence" if p >= ALPHA else "helped" if mean > 0 else "hurt"
     settle = settle if word == "no evidence" else None
     return Verdict(verdict=word, fewer_errors=mean, interval=interval, p=p, n=n, test=name, settle=settle)
+
+
+def corrected(found: list[J]) -> list[J]:
+    """The same, but of several verdicts each rests on its p corrected for them all: some become `no evidence`."""
+    family, changed = [one.verdict.p for one in found if one.verdict], list(found)
+    by_p = dict(zip(family, holm(family), strict=True))
+    for i, one in enumerate(found):
+        if (v := one.verdict) and len(family) > 1:
+            word = v.verdict if by_p[v.p] < ALPHA else "no evidence"
+            more = {"verdict": word, "p_corrected": by_p[v.p], "comparisons": len(family)}
+            changed[i] = one.model_copy(update={"verdict": v.model_copy(update=more)})
+    return changed
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p of several tests, dependent or not, corrected by the step-down procedure of Holm (Scandinavian Journal of
+    Statistics 6, 1979): each times the number of those that are not below it; at most 1, and in the order of p."""
+    steps = [min(1.0, own * sum(other >= own for other in p)) for own in p]
+    return [max(step for step, other in zip(steps, p, strict=True) if other <= own) for own in p]
 
 
 def seeds_to_settle(mean: float, std: float) -> int | None:

@@ -15,6 +15,8 @@ from scipy import stats
 from kdcli import yamlfile
 from kdcli.data import open_dataset
 from kdcli.plan import plan
+from kdcli.results import Summary
+from kdcli.runs import open_run
 
 
 def runs(folder: Path, command: str) -> list[str]:
@@ -38,6 +40,8 @@ def test_two_single_runs_are_compared_by_mcnemars_test(trained: Shell) -> None:
     text = kd_here(trained.folder, "compare", baseline["run"], document["run"]).out
     assert "B against A: command distill, not baseline; distill T=4 lambda1=0.9" in text
     assert "do not cover the sampling of the test set" in text
+    assert "orrected" not in text
+    assert "p_corrected" not in comparison["verdict"]  # nor anything else that goes with it
     markdown = kd_here(trained.folder, "compare", baseline["run"], document["run"], "--md").out
     assert f"| B | {document['run']} | 1 | {document['test']['errors']} |  |" in markdown
 
@@ -178,14 +182,14 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     folder = grid.folder / "runs" / "tiny" / "report-study"
     assert (folder / "grid.png").read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.md").read_text()
-    assert "| T | hidden | baseline | student | student of ensemble | train error | fewer | verdict |" in text
+    assert "| T | hidden | baseline | student | student of ensemble | train error | fewer | p | verdict |" in text
     assert "The same at every point: teacher " in text
     best = min(r["mean"] for point in document["points"] for r in point["table"] if r["row"] == "student")
     helped = sum(point["verdict"]["verdict"] == "helped" for point in document["points"])
     hurt = sum(point["verdict"]["verdict"] == "hurt" for point in document["points"])
     assert f"helped at {helped}" in text if helped else "helped at" not in text
     assert f"hurt at {hurt}" in text if hurt else "hurt at" not in text
-    assert f"of 4 points. The fewest errors of a student, {best:.1f} ± " in text
+    assert f"of 4 points, corrected for 4 comparisons. The fewest errors of a student, {best:.1f} ± " in text
     assert text.count("The student of ensemble has one teacher for all seeds: its interval leaves the variation") == 1
 
 
@@ -206,6 +210,71 @@ def test_only_run_walks_a_grid(grid: Shell) -> None:
     done = kd_here(grid.folder, "distill", "study.yaml")
     assert done.code == 2
     assert "has a grid, which `kd run` walks; for one of its points: --set distill.T=… --set student.model" in done.err
+
+
+# Several verdicts at once.
+
+FEWER = ([30, 31, 32], [10, 16, 12], [1, -2, 3], [0, 4, -1])  # at the points of a grid, than the baselines' 100 errors
+
+
+@pytest.fixture
+def counted(grid: Shell, tmp_path: Path) -> Path:
+    """The folder of the grid again, but the students of the teacher make so many errors fewer than the baselines, and
+    those of the ensemble as many."""
+    shutil.copytree(grid.folder / "runs", tmp_path / "runs")
+    shutil.copy(grid.folder / "study.yaml", tmp_path)
+    for i, point in enumerate(json.loads((grid.folder / "run.json").read_text())["points"]):
+        for found in point["runs"]:
+            if found["command"] in ("baseline", "distill"):
+                errors = 100 - (FEWER[i][found["seed"]] if found["row"] == "student" else 0)
+                run = open_run(tmp_path / "runs", found["run"])
+                result = run.result()
+                run.finish(result.model_copy(update={"test": result.test.model_copy(update={"errors": errors})}))
+    return tmp_path
+
+
+def raw(i: int) -> float:
+    return float(stats.ttest_1samp(FEWER[i], 0).pvalue)
+
+
+def test_the_verdicts_of_a_grid_are_corrected_for_its_points(counted: Path) -> None:
+    assert raw(1) < 0.05 < 3 * raw(1)
+    document = kd_here(counted, "run", "study.yaml", "--seeds", "0-2", "--json").json
+    found = [point["verdict"] for point in document["points"]]
+    assert [v["verdict"] for v in found] == ["helped", *["no evidence"] * 3]
+    assert [v["p"] for v in found] == pytest.approx([raw(i) for i in range(4)])
+    assert [v["p_corrected"] for v in found] == pytest.approx([4 * raw(0), 3 * raw(1), 1, 1])
+    assert [v["comparisons"] for v in found] == [4] * 4
+    text = (counted / "runs" / "tiny" / "report-study" / "report.md").read_text()
+    assert "The soft targets helped at 1 of 4 points, corrected for 4 comparisons." in text
+    assert "| 0.019 (0.057) | no evidence |" in text
+    assert "Corrected p, in a table in brackets: for all comparisons by Holm's procedure." in text
+    summary = Summary.model_validate(document)
+    assert Summary.model_validate_json(summary.model_dump_json()) == summary  # a record is read again as it was
+
+
+def test_comparisons_with_one_group_are_corrected_for_their_number(counted: Path, grid: Shell) -> None:
+    """Of nine, those of the four students of the teacher, and five groups that make as many errors as the first."""
+    assert raw(1) < 0.05 < 8 * raw(1)
+    points = json.loads((grid.folder / "run.json").read_text())["points"]
+    names = [next(run["run"] for run in point["runs"] if run["row"] == "student") for point in points]
+    words = ["compare", "tiny/baseline", "tiny/distill"]
+    document = kd_here(counted, *words, "--json").json
+    group = {run: g["group"] for g in document["groups"] for run in g["runs"]}
+    found = {c["group"]: c["verdict"] for c in document["comparisons"]}
+    assert [found[group[name]]["verdict"] for name in names] == ["helped", *["no evidence"] * 3]
+    corrected = [found[group[name]]["p_corrected"] for name in names]
+    assert corrected == pytest.approx([9 * raw(0), 8 * raw(1), 1, 1])
+    assert [v["comparisons"] for v in found.values()] == [9] * 9
+    text = " ".join(kd_here(counted, *words).out.split())
+    assert f"p = {raw(1):.2g}, corrected for 9 comparisons {8 * raw(1):.2g})" in text
+    assert "Corrected p, in a table in brackets: for all comparisons by Holm's procedure." in text
+    alone = kd_here(counted, *words, "--match", names[1], "--json").json["comparisons"]
+    assert [c["verdict"]["verdict"] for c in alone] == ["helped"]
+    assert "p_corrected" not in alone[0]["verdict"]
+    text = kd_here(counted, *words, "--match", names[1]).out
+    assert "B helped: 12.7 fewer errors than A" in text
+    assert "orrected" not in text
 
 
 # The paper's table, and the record.
@@ -236,6 +305,17 @@ def test_rows_are_held_against_the_papers_figures(
 
 def test_results_md_is_what_the_documents_say() -> None:
     assert (results.EXPERIMENTS / "RESULTS.md").read_text() == results.record(results.kept())
+
+
+def test_records_from_before_there_was_a_correction_are_read_with_it() -> None:
+    text = (results.RECORD / "study-temperature.json").read_text()
+    recorded = [point["verdict"] for point in json.loads(text)["points"]]
+    read = [point.verdict for point in Summary.model_validate_json(text).points]
+    assert all("p_corrected" not in v for v in recorded)
+    assert sum(v["verdict"] != "no evidence" for v in recorded) == 13
+    assert [v and v.p for v in read] == [v["p"] for v in recorded]
+    assert [v.verdict for v in read if v and v.verdict != "no evidence"] == ["helped", "helped"]
+    assert min(v.p_corrected or 0 for v in read if v) == pytest.approx(18 * min(v["p"] for v in recorded))
 
 
 def test_the_readme_quotes_only_what_stands_in_the_record() -> None:

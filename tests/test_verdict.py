@@ -1,11 +1,16 @@
+from itertools import combinations
+from random import Random
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from kdcli import results
 from kdcli.results import Against, Document
 from kdcli.runs import Counted
 from kdcli.score import Quality
-from kdcli.verdict import Verdict, against, paired, seeds_to_settle, spread
+from kdcli.verdict import Judged, Verdict, against, corrected, holm, paired, seeds_to_settle, spread
 
 
 def judged(*pairs: tuple[int, int]) -> Verdict:
@@ -100,6 +105,65 @@ def test_a_verdict_without_evidence_says_how_many_seeds_would_settle_it() -> Non
     assert found.settle == seeds_to_settle(2.6, stats.tstd([10, -8, 12, 3, -4]))
     assert f"About {found.settle} seeds would settle" in found.sentence()
     assert found.sentence("B", "A").startswith("No evidence at n = 5 that B helped or hurt: 2.6 fewer errors than A")
+
+
+@pytest.mark.parametrize(
+    ("p", "wanted"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 3 x 0.01, 2 x 0.03 also for 0.04, 4 x 0.005
+        ([0.02, 0.02, 0.9], [0.06, 0.06, 0.9]),
+        ([0.4, 0.6], [0.8, 0.8]),
+        ([0.7, 0.6], [1.0, 1.0]),
+        ([0.03], [0.03]),
+        ([], []),
+    ],
+)
+def test_holms_correction_by_hand(p: list[float], wanted: list[float]) -> None:
+    assert holm(p) == pytest.approx(wanted)
+
+
+probabilities = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.005, 0.01, 0.0125, 0.025, 0.05, 1.0]))
+
+
+@given(st.lists(probabilities, max_size=6))
+def test_holms_correction_is_that_of_closed_testing(p: list[float]) -> None:
+    """A test counts where Bonferroni's correction lets every set of tests that it is in count: Holm's is the short way."""
+    every = range(len(p))
+    sets = [some for size in every for some in combinations(every, size + 1)]
+    for i, found in enumerate(holm(p)):
+        wanted = max(min(1, len(some) * min(p[k] for k in some)) for some in sets if i in some)
+        assert found == pytest.approx(wanted)
+
+
+@given(st.lists(probabilities, max_size=20), st.randoms())
+def test_holms_correction_keeps_the_order_and_never_lowers(p: list[float], random: Random) -> None:
+    found = holm(p)
+    assert all(raw <= own <= 1 for raw, own in zip(p, found, strict=True))
+    assert all(found[i] <= found[j] for i in range(len(p)) for j in range(len(p)) if p[i] <= p[j])
+    order = list(range(len(p)))
+    random.shuffle(order)
+    assert holm([p[i] for i in order]) == [found[i] for i in order]
+
+
+def test_of_several_verdicts_each_rests_on_its_corrected_p() -> None:
+    """The p, 0.00035, 0.019, 0.69, and that of the sign test, 1: times 4, 3, 2 and 1."""
+    differences = [[30, 31, 32], [-10, -16, -12], [1, -2, 3], [0, 0, 0]]
+    alone = [Judged(verdict=paired(fewer, 0, 0)) for fewer in differences]
+    found = [one.verdict for one in corrected([*alone, Judged()]) if one.verdict]
+    assert [one.verdict.verdict for one in alone if one.verdict] == ["helped", "hurt", "no evidence", "no evidence"]
+    assert [v.verdict for v in found] == ["helped", *["no evidence"] * 3]
+    raw = [float(stats.ttest_1samp(fewer, 0).pvalue) for fewer in differences[:3]]
+    assert [v.p for v in found] == pytest.approx([*raw, 1])
+    assert [v.p_corrected for v in found] == pytest.approx([4 * raw[0], 3 * raw[1], 1, 1])
+    assert [v.comparisons for v in found] == [4] * 4
+    assert "p = 0.019, corrected for 4 comparisons 0.057)" in found[1].sentence()
+    assert f"About {found[2].settle} seeds would settle an effect of this size, tested alone." in found[2].sentence()
+
+
+def test_one_verdict_among_none_is_as_it_was() -> None:
+    only = [Judged(), Judged(verdict=paired([10, 16, 12], 0, 0)), Judged()]
+    assert corrected(only) == only
+    assert corrected([]) == []
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ INTRODUCTION = """\
 # Results
 
 What `kd run` reported, unedited, under what each experiment file says of itself: `make results` writes this page from
-the documents in `results/`, and a test compares the two. Every figure is of the last epoch; recipes were chosen on
+the documents in `results/`, and a test compares the two. Verdicts on the points of a grid are corrected for their
+number when they are read, those of older documents too. Every figure is of the last epoch; recipes were chosen on
 held-out training images (`search.yaml`), and the test images were read at the end.
 """
 
