@@ -30,7 +30,8 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         live = spec.distill and train.augmented
         teacher = [s.model for s in _members(by_name, spec.parents[0]) if s.model] if live else []
         how = train.model_dump(include={"batch_size", "optimizer", "ema", "crop", "cutout", "mixup"})
-        kind = repr((model, how, train.augmented, spec.distill and bool(spec.distill.views), teacher))
+        asks = spec.distill and (bool(spec.distill.views), spec.distill.loss)
+        kind = repr((model, how, train.augmented, asks, teacher))
         if kind not in timed:
             timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
         a_step, an_image, a_view = timed[kind]
