@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from kdcli import code
 from kdcli.augment import AUGMENTATION, different_views
 from kdcli.config import Model, Train
 from kdcli.data import Dataset, Split
@@ -19,6 +20,7 @@ Times = tuple[float, float, float]
 ENOUGH = 0.3  # seconds of steps that are timed
 
 
+@code.quiet()
 def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, places: Places) -> dict[str, float]:
     """The seconds that the training of each spec takes, by name; `known` are the specs of their parents. Kinds that
     differ in the numbers of a recipe alone are timed once."""
