@@ -488,7 +488,8 @@ def test_two_classes_are_refused_where_nothing_would_be_left(loss: str) -> None:
 
 
 def section(loss: str, **more: Any) -> Distill:
-    return Distill(loss=loss, **{"T": 4.0} if LOSSES[loss].T else {}, **{"lambda1": 2.0, "lambda2": 0.5} | more)
+    temperature = {"T": 4.0} if LOSSES[loss].T else {}
+    return Distill.model_validate({"loss": loss, "lambda1": 2.0, "lambda2": 0.5} | temperature | more)
 
 
 @pytest.mark.parametrize("standardized", [False, True])
