@@ -460,14 +460,14 @@ class Distill(Section):
 
     model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("lambda2"))
     teacher: Literal["teacher", "ensemble"] = "teacher"
-    loss: Annotated[str, AfterValidator(_loss)] = Field("kd", description=f"{', '.join(LOSSES)} or FILE.py:FUNCTION")
     T: float | None = Field(None, ge=1e-3, le=1e4, description="temperature; of losses that have one")
+    lambda1: float = Field(ge=0, le=1e6, description="weight of the soft targets")
+    lambda2: float = Field(ge=0, le=1e6, description="weight of the hard labels; left out: 1 - lambda1")
+    loss: Annotated[str, AfterValidator(_loss)] = Field("kd", description=f"{', '.join(LOSSES)} or FILE.py:FUNCTION")
     alpha: Parameter = Field(None, description="of dkd; left out, these are its authors': `kd losses`")
     beta: Parameter = Field(None, description="of dkd and dist")
     gamma: Parameter = Field(None, description="of dist, ttm, wttm and nkd")
     standardize: bool = Field(False, description="of kd and dkd: the logits of each image made mean 0 and std 1 first")
-    lambda1: float = Field(ge=0, le=1e6, description="weight of the soft targets")
-    lambda2: float = Field(ge=0, le=1e6, description="weight of the hard labels; left out: 1 - lambda1")
     warmup: float = Field(0.0, ge=0, description="epochs over which lambda1 rises from zero")
     t_squared: bool = Field(True, description="of kd; false: without the paper's factor T^2")
     views: int | None = Field(None, ge=1, le=10_000, description="views of each image kept with the teacher's logits")

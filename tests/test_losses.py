@@ -480,6 +480,15 @@ def test_small_probabilities_count_in_a_column_of_dist() -> None:
     assert found == pytest.approx(2 / 3)  # the first two columns are constant, rho 0; the third is its own
 
 
+def test_rounding_does_not_correlate_in_dist() -> None:
+    """Logits of 1e-11 at T = 1e4: probabilities that differ by rounding are constant, rho 0, and move nothing."""
+    z = (1e-11 * logits([1, 0, -1], [0, 2, -1])).requires_grad_()
+    found = losses.dist(z, logits([5, 0, -5], [1, 2, 3]), torch.tensor([0, 1]), T=1e4, beta=1, gamma=1)
+    (gradient,) = torch.autograd.grad(found, z)
+    assert float(found.detach()) == 2e8
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("loss", ["dkd", "standardize"])
 def test_two_classes_are_refused_where_nothing_would_be_left(loss: str) -> None:
     z, y, v = draw(0, classes=2)
