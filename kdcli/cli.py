@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
-from kdcli.config import Experiment, Section
+from kdcli.config import LOSSES, STANDARDIZE, Experiment, Section
 from kdcli.runs import COMMANDS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
 
@@ -116,8 +116,10 @@ class Call:
         against it."""
         from kdcli.engine import obtain
         from kdcli.estimate import cheaper
-        from kdcli.plan import doubts, unfinished
+        from kdcli.plan import doubts, smoothed, unfinished
 
+        if line := smoothed(work.jobs, work.planned, work.places):
+            self.display.note(line)
         if line := cheaper([run.spec for run in unfinished(work.jobs, work.places)], work.dataset):
             self.display.note(line)
         elsewhere = [job for job in work.jobs if job.spec.imported]
@@ -476,6 +478,14 @@ def init(
     if not folder.is_dir():
         raise BadInput(f"{folder}: there is no such folder")
     print(experiment_file(folder, teacher, student, call.places()), end="")
+
+
+@command("losses", ("as_json", "debug"))
+def losses(call: Call) -> None:
+    """List the losses (distill.loss): formula, source, and what their authors set."""
+    listed = (*LOSSES.items(), ("standardize", STANDARDIZE))
+    document = {"command": "losses", "losses": [{"loss": name, **loss._asdict()} for name, loss in listed]}
+    call.present(document, *show.losses())
 
 
 @command("schema", ("debug",))

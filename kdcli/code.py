@@ -33,14 +33,26 @@ def _module(path: str, content: str) -> ModuleType:
     return module
 
 
+def unchanged(reference: str, content: str | None) -> bool:
+    """Whether the file of `file.py:function` is there and has this sha256."""
+    return Path(reference.rpartition(":")[0]).is_file() and digest(reference) == content
+
+
+def function(reference: str) -> Callable[..., Any]:
+    """The function of `file.py:function`. Raises BadInput when it is not there or its file fails, with its line."""
+    path, _, name = reference.rpartition(":")
+    with quiet(), blaming(path, path):
+        found: Callable[..., Any] | None = getattr(_module(path, digest(reference)), name, None)
+        if not callable(found):
+            raise BadInput(f"{path}: has no function {name}")
+        return found
+
+
 def call(reference: str, **arguments: Any) -> Any:
     """What the function of `file.py:function` returns. Raises BadInput when it is not there or fails, with its line."""
-    path, _, name = reference.rpartition(":")
+    path = reference.rpartition(":")[0]
     with quiet(), blaming(path, path):  # a call with the wrong arguments has no line of the file
-        function: Callable[..., Any] | None = getattr(_module(path, digest(reference)), name, None)
-        if not callable(function):
-            raise BadInput(f"{path}: has no function {name}")
-        return function(**arguments)
+        return function(reference)(**arguments)
 
 
 @contextlib.contextmanager

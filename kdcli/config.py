@@ -383,15 +383,93 @@ class Baseline(Section):
     train: Train | None = Field(None, description="replaces the student's, whole")
 
 
+class LogitLoss(NamedTuple):
+    """A loss of the field: its formula, where it is from, and what its authors set. p and q are the teacher's and the
+    student's distributions, softened by T where the loss has one; y the label; a hat: the softmax without y."""
+
+    formula: str  # a mean over the samples, before lambda1
+    source: str
+    T: float | None  # None: it has none
+    parameters: dict[str, float] = {}  # what it is called with besides
+    lambda1: float | None = None  # weights, None where its authors recommend none
+    lambda2: float | None = None
+    warmup: int = 0  # epochs
+    labels: bool = False  # whether it needs the label of every sample
+    standardize: bool = False  # whether it was published with standardised logits too
+
+
+LOSSES = {
+    "kd": LogitLoss("T² KL(p‖q)", "arXiv:1503.02531, section 2", 4, {}, 0.9, 0.1, standardize=True),
+    "mse": LogitLoss("‖z_student - z_teacher‖²", "arXiv:2105.08919, L_MSE", None),
+    "dkd": LogitLoss(
+        "T² [alpha KL((p_y, 1-p_y)‖(q_y, 1-q_y)) + beta KL(p̂‖q̂)]",
+        "arXiv:2203.08679, eq. 7",
+        4,
+        {"alpha": 1, "beta": 8},
+        lambda1=1,
+        lambda2=1,
+        warmup=20,
+        labels=True,
+        standardize=True,
+    ),
+    "dist": LogitLoss(
+        "T² [beta (1 - mean of rho(q, p) over samples) + gamma (1 - mean of rho(q, p) over classes)], rho: Pearson's",
+        "arXiv:2205.10536, section 3",
+        4,
+        {"beta": 1, "gamma": 1},
+        lambda1=2,
+        lambda2=1,
+    ),
+    "ttm": LogitLoss("KL(p^gamma / Σ p^gamma‖q)", "arXiv:2402.11148, section 3", None, {"gamma": 0.1}, 45, 1),
+    "wttm": LogitLoss("Σ p^gamma KL(p^gamma / Σ p^gamma‖q)", "arXiv:2402.11148, section 4", None, {"gamma": 0.2}, 4, 1),
+    "nkd": LogitLoss(
+        "-p_y log q_y (T = 1) - gamma T² Σ p̂ log q̂",
+        "arXiv:2303.13005, section 3",
+        1,
+        {"gamma": 1.5},
+        lambda1=1,
+        lambda2=1,
+        labels=True,
+    ),
+}
+STANDARDIZE = LogitLoss(
+    "kd or dkd of z <- (z - mean) / (std + 1e-7), both nets' logits, over the classes",
+    "arXiv:2403.01427, algorithm 1",
+    2,
+    lambda1=9,
+    lambda2=0.1,
+)
+
+
+def _loss(name: str, info: ValidationInfo) -> str:
+    """A loss's name; of somebody's own function, with its path."""
+    if name in LOSSES:
+        return name
+    if ".py:" in name:
+        return _function(name, info)
+    meant = nearest(name, LOSSES).partition(" (known")[0]
+    raise problem("", f"must be {', '.join(LOSSES)} or FILE.py:FUNCTION, not {name!r}{meant}")
+
+
+Parameter = Annotated[float | None, Field(ge=0, le=1e6)]
+
+
 class Distill(Section):
-    """The loss of a student: lambda1 * T^2 * KL(teacher || student), softened by T, + lambda2 * cross-entropy."""
+    """The loss of a student: lambda1 * soft + lambda2 * cross-entropy, where soft is T^2 * KL(teacher || student),
+    softened by T, unless `loss` names another."""
 
     model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("lambda2"))
     teacher: Literal["teacher", "ensemble"] = "teacher"
-    T: float = Field(ge=1e-3, le=1e4, description="temperature")
+    T: float | None = Field(None, ge=1e-3, le=1e4, description="temperature; of losses that have one")
     lambda1: float = Field(ge=0, le=1e6, description="weight of the soft targets")
     lambda2: float = Field(ge=0, le=1e6, description="weight of the hard labels; left out: 1 - lambda1")
-    t_squared: bool = Field(True, description="false: without the paper's factor T^2")
+    loss: Annotated[str, AfterValidator(_loss)] = Field("kd", description=f"{', '.join(LOSSES)} or FILE.py:FUNCTION")
+    alpha: Parameter = Field(None, description="of dkd; left out, these are its authors': `kd losses`")
+    beta: Parameter = Field(None, description="of dkd and dist")
+    gamma: Parameter = Field(None, description="of dist, ttm, wttm and nkd")
+    standardize: bool = Field(False, description="of kd and dkd: the logits of each image made mean 0 and std 1 first")
+    warmup: float = Field(0.0, ge=0, description="epochs over which lambda1 rises from zero")
+    t_squared: bool = Field(True, description="of kd; false: without the paper's factor T^2")
     views: int | None = Field(None, ge=1, le=10_000, description="views of each image kept with the teacher's logits")
     half: bool = Field(False, description="keep the logits of the views in float16")
 
@@ -407,11 +485,45 @@ class Distill(Section):
             raise problem("lambda1", f"is {lambda1:g}; above 1 it needs a lambda2 too (left out, that is 1 - lambda1)")
         return {**values, "lambda2": round(1 - lambda1, 12)}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _parameters_are_its_authors(cls, values: Any) -> Any:
+        known = LOSSES.get(str(values.get("loss", "kd"))) if isinstance(values, dict) else None
+        left_out = {key: float(v) for key, v in (known.parameters if known else {}).items() if values.get(key) is None}
+        return {**values, **left_out} if left_out else values
+
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         if self.lambda1 == self.lambda2 == 0:
             yield "lambda1", "and lambda2 are both 0: the student would learn nothing"
+        known, name = LOSSES.get(self.loss), self.loss.rpartition("/")[2]
+        for key in ("alpha", "beta", "gamma"):
+            if getattr(self, key) is not None and not (known and key in known.parameters):
+                yield key, f"is no parameter of {name}: remove it"
+        if self.T is None and not (known and known.T is None):
+            yield "T", f"is missing: {name} has a temperature"
+        if self.T is not None and known and known.T is None:
+            yield "T", f"has no role in {name}: remove it"
+        if self.standardize and not (known and known.standardize):
+            yield "standardize", f"belongs to kd and dkd, not to {name}: remove it"
+        if not self.t_squared and self.loss != "kd":
+            yield "t_squared", f"belongs to kd, not to {name}: remove it"
         if self.half and not self.views:
             yield "half", "belongs to views: remove it"
+
+    @property
+    def file(self) -> str:
+        """The file of somebody's own loss; else empty."""
+        return "" if self.loss in LOSSES else self.loss.rpartition(":")[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether its soft term is the paper's, T^2 KL."""
+        return self.loss == "kd" and not self.standardize
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """What its loss is called with beside logits and labels."""
+        return {key: value for key in ("T", "alpha", "beta", "gamma") if (value := getattr(self, key)) is not None}
 
 
 class Omission(Section):
@@ -496,6 +608,7 @@ class Experiment(Section):
             if key != "baseline" and (not train.augmented or train.mixup):
                 why = "blends images anew in every batch" if train.mixup else "is not augmented: its logits are kept"
                 yield "distill.views", f"has no use, since {key}.train {why}: remove it"
+        yield from self._of_loss()
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.table:
                 yield f"{section}.{row}", f"is not a row of this experiment{nearest(row, self.table)}"
@@ -507,6 +620,18 @@ class Experiment(Section):
         for section in ("paper", "omit_classes"):
             if self.grid and getattr(self, section):
                 yield section, "has no place in the table of a grid: leave it out"
+
+    def _of_loss(self) -> Iterator[tuple[str, str]]:
+        """What does not go with the loss of the students."""
+        loss = self.distill.loss
+        needs = loss in LOSSES and LOSSES[loss].labels
+        if needs and self.data.unlabelled:
+            yield "distill.loss", f"{loss} needs the label of every image, and data.unlabelled has none: use another"
+        for key, train in self.student_trains.items():
+            if needs and train.mixup and key != "baseline":
+                yield "distill.loss", f"{loss} needs one label an image, and {key}.train.mixup blends two: use another"
+            if key != "baseline" and self.distill.warmup >= train.epochs:
+                yield "distill.warmup", f"must be less than {key}.train.epochs, {train.epochs}"
 
     @property
     def rows(self) -> list[Row]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from kdcli import code
 from kdcli.augment import AUGMENTATION, different_views
 from kdcli.config import Model, Train
 from kdcli.data import Dataset, Split
@@ -19,6 +20,7 @@ Times = tuple[float, float, float]
 ENOUGH = 0.3  # seconds of steps that are timed
 
 
+@code.quiet()
 def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, places: Places) -> dict[str, float]:
     """The seconds that the training of each spec takes, by name; `known` are the specs of their parents. Kinds that
     differ in the numbers of a recipe alone are timed once."""
@@ -30,7 +32,8 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         live = spec.distill and train.augmented
         teacher = [s.model for s in _members(by_name, spec.parents[0]) if s.model] if live else []
         how = train.model_dump(include={"batch_size", "optimizer", "ema", "crop", "cutout", "mixup"})
-        kind = repr((model, how, train.augmented, spec.distill and bool(spec.distill.views), teacher))
+        asks = spec.distill and (bool(spec.distill.views), spec.distill.loss)
+        kind = repr((model, how, train.augmented, asks, teacher))
         if kind not in timed:
             timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
         a_step, an_image, a_view = timed[kind]

@@ -17,7 +17,7 @@ from kdcli.augment import Views, blend
 from kdcli.config import Distill, Train
 from kdcli.data import Split
 from kdcli.device import forward_of, seeded
-from kdcli.losses import Loss, labelled, objective
+from kdcli.losses import Loss, labelled, objective, soft_loss
 from kdcli.models import MLP
 from kdcli.runs import State
 from kdcli.teacher import Teacher
@@ -34,6 +34,7 @@ class Fitted(NamedTuple):
     loss: float
     hard_loss: float  # over the labelled samples
     t2_kl: float | None
+    soft: float | None  # of a student whose loss is not T^2 KL
     train_errors: int  # of the labelled samples too
     diverged_at: int | None  # the first step whose loss was not finite, from 0 over the whole training
     net: nn.Module  # with averaged weights where `ema` is set
@@ -80,6 +81,7 @@ def fit(
             loss=float(loss.total.sum()) / n,
             hard_loss=float(loss.hard.sum()) / max(int(sum(counts)), 1),
             t2_kl=float(loss.t2_kl.sum()) / n if teacher else None,
+            soft=float(loss.soft.sum()) / n if teacher and distill and not distill.plain else None,
             train_errors=int(torch.stack(errors).sum()),
             diverged_at=None if finite.all() else epoch * steps + int(finite.int().argmin()),
             net=loop.average.module if loop.average else net,
@@ -99,6 +101,8 @@ class _Loop:
             self._restore(start.tensors)
         done = start.epochs * steps - 1
         self.rate = LambdaLR(self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, done)
+        self.function = soft_loss(self.distill) if self.distill else None
+        self.warmup = round(self.distill.warmup * steps) if self.distill else 0
         self.forward = forward_of(net, views.images.labels.device)
         self.partly = bool((views.images.labels < 0).any())  # only then does a step ask which are labelled
         self.bounded = [part for part in net.modules() if isinstance(part, MLP)] if train.max_norm else []
@@ -114,7 +118,9 @@ class _Loop:
             y = blend(shares.double(), drawn["mixup"])
         known = labelled(y) if self.partly else None
         how, weights = (self.teacher.average, self.teacher.weights) if self.teacher else ("arithmetic", ())
-        loss = objective(logits, y, taught, self.distill, how, weights, self.train.label_smoothing, known)
+        share = min((self.rate.last_epoch + 1) / self.warmup, 1.0) if self.warmup else 1.0  # last_epoch: steps so far
+        smoothing = self.train.label_smoothing
+        loss = objective(logits, y, taught, self.distill, how, weights, smoothing, known, share, self.function)
         self.optimizer.zero_grad()
         loss.total.backward()
         if self.train.clip:
@@ -127,8 +133,8 @@ class _Loop:
             self.average.update_parameters(self.net)
         wrong, n = logits.detach().argmax(1) != (y if y.dim() == 1 else y.argmax(1)), len(index)
         wrong, count = (wrong, n) if known is None else (wrong & known, known.sum())
-        total, hard, t2_kl = (part.detach() for part in loss)
-        return Loss(total * n, hard * count, t2_kl * n), wrong.sum(), count
+        total, hard, t2_kl, soft = (part.detach() for part in loss)
+        return Loss(total * n, hard * count, t2_kl * n, soft * n), wrong.sum(), count
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training continues from, by name: the net's buffers, the optimizer and the averages included."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdcli import BadInput, BadKeys, code, imports, models
+from kdcli import BadInput, BadKeys, code, imports, losses, models
 from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
@@ -136,6 +136,8 @@ class _Planner:
         more: dict[str, Any] = {"model": e.student.model, "train": (entry and entry.train) or e.student.train}
         more["distill"] = e.distill.model_copy(update={"teacher": "teacher"})  # the parents say which
         more["parents"] = [self.taught_by(teacher, seed)]
+        if e.distill.file:
+            more["loss_code"] = code.digest(e.distill.loss)
         if entry:
             more["omitted"] = entry.omitted(self.dataset.facts.classes)
         return [self.spec("omit-classes" if entry else "distill", seed, **more)]
@@ -172,6 +174,7 @@ def distinct(jobs: Iterable[Job]) -> list[Job]:
 def check(experiment: Experiment, dataset: Dataset) -> None:
     """Raise BadKeys for what cannot be done with this dataset: all of it at once."""
     found = [*_of_nets(experiment, dataset), *_of_omissions(experiment, dataset.facts.classes)]
+    found += _of_loss(experiment, len(dataset.facts.classes))
     if found := found or list(_of_sizes(experiment, dataset)):
         raise BadKeys(*found)
 
@@ -218,6 +221,14 @@ def _trial(model: str, dataset: str) -> tuple[int, str]:
 
 def try_net(model: Model, facts: Facts) -> tuple[int, str]:
     return _trial(model.model_dump_json(exclude_unset=True), facts.model_dump_json())
+
+
+def _of_loss(e: Experiment, classes: int) -> Iterator[tuple[str, str]]:
+    mixed = any(train.mixup for key, train in e.student_trains.items() if key != "baseline")
+    try:
+        losses.try_loss(e.distill, classes, bool(e.data.unlabelled), mixed)
+    except BadInput as error:
+        yield "distill.standardize" if e.distill.standardize else "distill.loss", str(error)
 
 
 def _of_omissions(experiment: Experiment, classes: list[str]) -> Iterator[tuple[str, str]]:
@@ -356,6 +367,19 @@ def held_to(result: Result, most: float | None) -> Result:
     line = f"It makes {result.test.errors:,} errors on {result.on}, and {most:g} at most are expected: is it misread?"
     reading = result.reading.model_copy(update={"warnings": [*result.reading.warnings, line]})
     return result.model_copy(update={"reading": reading})
+
+
+def smoothed(jobs: Sequence[Job], planned: Sequence[Job], places: Places) -> str:
+    """What to say where a student that is still to be trained learns from smoothed labels; else empty."""
+    by_name = {job.spec.name: job.spec for job in planned}
+    asked = [name for run in unfinished(jobs, places) if run.spec.distill for name in run.spec.parents]
+    for name in asked:  # the members of an ensemble follow it
+        spec = by_name.get(name) or places.open(name).spec
+        asked += spec.parents
+        if spec.train and spec.train.label_smoothing:
+            said = f"{name}: is a teacher with a label_smoothing of {spec.train.label_smoothing:g}"
+            return f"{said}, which hurts its students (arXiv:1906.02629): better teach without"
+    return ""
 
 
 def doubts(teachers: Iterable[Job], expect: dict[str, float], places: Places) -> Iterator[str]:

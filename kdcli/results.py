@@ -34,6 +34,7 @@ class Follows(Brief):
 
     agreement: float
     kl_from_teacher: float
+    soft: float | None = None  # a student's loss, unless that is T^2 KL, or its file is no longer what it was
     multiply_adds_kept: float | None = None
 
 
@@ -169,7 +170,8 @@ def documents(
         more: dict[str, Any] = {"row": job.row.name, "kind": job.row.kind, "cost": own.cost}
         more["quality"] = score.quality(own.log_p, labels)
         if job.teacher and (teacher := there(places.runs_dir, job.teacher)) and teacher.result().test.total:
-            more["teacher"] = _follows(own, net(job.teacher))
+            value = _soft(job.spec, places.open(job.spec.name), teacher, labels)
+            more["teacher"] = _follows(own, net(job.teacher), value)
         if job.row.kind == "student" and (beside := baselines.get((job.point, job.spec.seed))):
             baseline = net(beside)
             fixed, broken = score.discordant(own.log_p, baseline.log_p, labels)
@@ -184,13 +186,23 @@ def scored(jobs: Sequence[Job], places: Places) -> list[Job]:
     return [job for job in jobs if places.open(job.spec.name).result("reported").test.total]
 
 
-def _follows(own: _Net, teacher: _Net) -> Follows:
+def _soft(spec: Spec, student: Run, teacher: Run, labels: Tensor) -> float | None:
+    """The value on the test images of the loss that a student was trained with, as in its training."""
+    distill, how, weights = spec.distill, teacher.spec.average, teacher.spec.weights
+    if not distill or distill.plain or (distill.file and not code.unchanged(distill.loss, spec.loss_code)):
+        return None
+    z, members = kept_logits(student, "test", len(labels))[0], kept_logits(teacher, "test", len(labels))
+    return float(losses.objective(z, labels, members, distill, how, weights).soft)
+
+
+def _follows(own: _Net, teacher: _Net, soft: float | None) -> Follows:
     agreement, kl = score.follows(own.log_p, teacher.log_p)
     return Follows(
         run=teacher.result.run,
         errors=teacher.result.test.errors,
         agreement=agreement,
         kl_from_teacher=kl,
+        soft=soft,
         multiply_adds_kept=own.cost.multiply_adds / teacher.cost.multiply_adds if own.cost and teacher.cost else None,
     )
 
@@ -237,7 +249,9 @@ def about_run(run: Run) -> tuple[Subject, list[Job]]:
         teacher = open_run(run.root, taught_by).spec
         jobs.append(Job(Row(KINDS[teacher.command], KINDS[teacher.command]), teacher))
     if kind == "student":
-        recipe = spec.model_dump(exclude={"distill": True, "parents": True, **UNLABELLED}) | {"command": "baseline"}
+        recipe = spec.model_dump(exclude={"distill": True, "loss_code": True, "parents": True, **UNLABELLED}) | {
+            "command": "baseline"
+        }
         baseline = Run(run.root, Spec.model_validate(recipe, context={"reading": True}))
         if baseline.finished():
             jobs.append(Job(Row("baseline", "baseline"), baseline.spec, teacher=taught_by))

@@ -85,6 +85,7 @@ class Spec(Section):
     parents: list[str] = []
     weights: list[float] = []  # of its members, unless all weigh the same
     code: str | None = None  # sha256 of the file that makes the model
+    loss_code: str | None = None  # sha256 of the file of somebody's own loss
     origin: Origin | None = None  # of a teacher that was trained elsewhere
     content: str | None = None  # sha256 of the file that it was read from, or its library's name for the weights
 
@@ -97,6 +98,8 @@ class Spec(Section):
         identity |= {"schema": SCHEMA, "dataset": self.dataset.fingerprint}
         if self.model and self.model.file:
             identity["model"]["name"] = (self.model.name or "").rpartition(":")[2]
+        if self.distill and self.distill.file:
+            identity["distill"]["loss"] = self.distill.loss.rpartition(":")[2]
         if self.origin:
             files = {"weights", "onnx", "logits"}
             identity["origin"] = self.origin.model_dump(exclude_defaults=True, exclude=files)
@@ -169,6 +172,7 @@ class Epoch(Section):
     loss: float
     hard_loss: float
     t2_kl: float | None = None  # T^2 KL(teacher || student), of students
+    soft: float | None = None  # the value of their loss, where that is another
     train_errors: int
     test_errors: int
     seconds: float  # since the training began
@@ -642,6 +646,8 @@ def settings(spec: Spec) -> Settings:
     kept.get("distill", {}).pop("teacher", None)  # the parents say which
     if spec.model and spec.model.name:
         kept["model"]["name"] = Path(spec.model.name).name
+    if spec.distill:
+        kept["distill"]["loss"] = Path(spec.distill.loss).name
     for key in kept.get("origin", {}).keys() & {"weights", "onnx", "logits"}:
         kept["origin"][key] = Path(kept["origin"][key]).name
     content = {"content": spec.dataset.fingerprint[:12]}

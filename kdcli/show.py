@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kdcli.config import bias_row
+from kdcli.config import LOSSES, STANDARDIZE, bias_row
 from kdcli.runs import Correction, Counted, Epoch, Listed
 from kdcli.verdict import Spread, Verdict, against
 
@@ -56,6 +56,7 @@ class Display:
         """Show one finished epoch out of `epochs`."""
         last, done, errors = epoch.epoch == epochs, f"{epoch.epoch}/{epochs}", f"{epoch.test_errors} errors"
         loss = f"loss {epoch.loss:.3g}" if epoch.t2_kl is None else f"T²KL {epoch.t2_kl:.3g}"
+        loss = loss if epoch.soft is None else f"soft {epoch.soft:.3g}"
         if self.console.is_terminal:  # the same in 80 columns, beside the bar and the time left
             short = f"{done} {loss} {errors} {epoch.images_per_s / 1000:.1f}k images/s"
             if run not in self.tasks:
@@ -197,7 +198,9 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Part
     scores, costs, by_class, on = [], [], [], ""
     for d in documents:
         run, q, cost = d.run.partition("/")[2], d.quality, d.cost
-        follows = [_rate(d.teacher.agreement, 1), f"{d.teacher.kl_from_teacher:.4f}"] if d.teacher else ["", ""]
+        t = d.teacher
+        follows = [_rate(t.agreement, 1), f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
+        follows.append("" if t is None or t.soft is None else f"{t.soft:.4g}")
         more = ["" if q.balanced is None else _rate(q.balanced, 1), "" if q.top5 is None else str(q.top5)]
         scores.append([run, str(d.test.errors), *more, *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
         by_class.append([run, *_worst(d, classes)])
@@ -205,7 +208,8 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Part
             on, times = cost.measured_on, [f"{ms:.3g}" for t in cost.latency_ms.values() for ms in (t.p50, t.p95)]
             costs.append([run, f"{cost.parameters:,}", f"{cost.multiply_adds:,}", *times])
     title = f"{documents[0].experiment}: errors on {documents[0].on}; agreement with and KL from the teacher"
-    yield table(title, ("run", "errors", "balanced", "top-5", "NLL", "Brier", "ECE", "agrees", "KL"), scores)
+    title += ", and the loss (soft)" if any(row[-1] for row in scores) else ""
+    yield table(title, ("run", "errors", "balanced", "top-5", "NLL", "Brier", "ECE", "agrees", "KL", "soft"), scores)
     title = f"Cost of one image, and milliseconds for a batch of 1 and of 128 on this machine ({on})"
     yield table(title, ("run", "params", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
     columns = ("run", "errors by class, most first", "taken for each other most")
@@ -279,6 +283,19 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def losses() -> Parts:
+    """What `kd losses` shows."""
+    columns, rows = ("T", "alpha", "beta", "gamma", "lambda1", "lambda2", "warmup"), []
+    for name, loss in (*LOSSES.items(), ("standardize", STANDARDIZE)):
+        numbers = {"T": loss.T, "lambda1": loss.lambda1, "lambda2": loss.lambda2, "warmup": loss.warmup or None}
+        numbers |= loss.parameters
+        rows.append([name, *("" if numbers.get(c) is None else f"{numbers[c]:g}" for c in columns)])
+        yield f"{name}: {loss.formula} ({loss.source})"
+    yield "\np, q: the teacher's and the student's softmax, softened by T; y: the label; a hat: without y."
+    yield "The soft term is the mean over the samples of a batch, times lambda1.\n"
+    yield Table("What their authors set", ("", *columns), rows)
 
 
 def predictions(document: "predict.Predictions", top: int) -> Parts:

@@ -51,13 +51,15 @@ def train(spec: Spec, places: Places, tell: Tell, note: Note) -> None:
     shown = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     parents = {name: weights_checksum(places.open(name)) for name in spec.parents}
     dataset = dataset_of(run, places.data_dir)
-    own_code = spec.model.file if spec.model else ""
+    own_code, own_loss = spec.model.file if spec.model else "", spec.distill.file if spec.distill else ""
+    if spec.distill and own_loss and not code.unchanged(spec.distill.loss, spec.loss_code):
+        raise BadInput(f"{own_loss}: has changed since {run.name} was planned: ask again")
     about: dict[str, Any] = {"run": run.name, "device": shown, "threads": places.threads, "parents": parents}
     about |= spec.model_dump(include={"command", "experiment", "seed", "omitted"})
     about["evaluated_on"] = "test images" if spec.data.evaluate_on == "test" else "held-out training images"
     if spec.origin and resolved(spec.origin, spec.model)[1] != spec.content:
         raise BadInput(f"{spec.origin.file}: has changed since {run.name} was planned: ask again")
-    with run.writing(shown, places.threads, parents), code.blaming(own_code):
+    with run.writing(shown, places.threads, parents), code.blaming(own_code), code.blaming(own_loss):
         if spec.command == "ensemble":
             found = _combined(run, dataset)
         elif not spec.train:
@@ -134,7 +136,7 @@ def _counted(
                 f"diverged at step {step + 1} (epoch {step // steps + 1}), at a learning rate of "
                 f"{learning_rate(how, step, steps):.3g}: lower the lr of {how.lr:g}, or let it rise over a warmup"
             )
-        means = {key: getattr(fitted, key) for key in ("epoch", "loss", "hard_loss", "t2_kl", "train_errors")}
+        means = {key: getattr(fitted, key) for key in ("epoch", "loss", "hard_loss", "t2_kl", "soft", "train_errors")}
         errors = score.count_errors(logits, test.labels).errors
         seconds, speed = round(before + now - began, 3), round(images / (now - last))
         yield Epoch(**means, test_errors=errors, seconds=seconds, images_per_s=speed), fitted

@@ -387,6 +387,7 @@ def test_dry_run_shows_the_resolved_experiment_and_writes_nothing(kd: Shell) -> 
     done = kd_here(kd.folder, "distill", "tiny.yaml", "--dry-run", "--set", "distill.T=7")
     assert done.code == 0, done.err
     loss = {"teacher": "teacher", "T": 7.0, "lambda1": 0.9, "lambda2": 0.1, "t_squared": True, "half": False}
+    loss |= {"loss": "kd", "standardize": False, "warmup": 0.0}
     assert yaml.safe_load(done.out.partition("# device")[0])["distill"] == loss
     assert "2 runs, of which 1 is completed" in done.out
     document = kd_here(kd.folder, "run", "tiny.yaml", "--dry-run", "--json", "--set", "distill.T=7").json

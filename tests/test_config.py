@@ -71,6 +71,21 @@ MISTAKES = {
     "two nets": (edited("hidden: [16]", "hidden: [16], name: own.py:make"), "f:9: student.model: needs either hidden or name, and only one of them"),
     "arguments of a perceptron": (edited("hidden: [16]", "hidden: [16], args: {width: 3}"), "f:9: student.model.args: belongs to name: remove it"),
     "dropout of somebody's net": (edited("hidden: [16]", "name: own.py:make, dropout: 0.5"), "f:9: student.model.dropout: belongs to hidden: remove it"),
+    "T is missing": (edited("T: 4, ", ""), "f:11: distill.T: is missing: kd has a temperature"),
+    "unknown loss": (edited("T: 4", "loss: dkt, T: 4"), "f:11: distill.loss: must be kd, mse, dkd, dist, ttm, wttm, nkd or FILE.py:FUNCTION, not 'dkt'; did you mean dkd?"),
+    "a loss that is no name": (edited("T: 4", "loss: [kd], T: 4"), "f:11: distill.loss: must be a valid string, not ['kd']"),
+    "a loss of a file that is not there": (edited("T: 4", "loss: absent.py:mine, T: 4"), "f:11: distill.loss: there is no file "),
+    **{f"T of {loss}": (edited("T: 4", f"loss: {loss}, T: 4"), f"f:11: distill.T: has no role in {loss}: remove it") for loss in ("mse", "ttm", "wttm")},
+    **{f"no T of {loss}": (edited("T: 4", f"loss: {loss}"), f"f:11: distill.T: is missing: {loss} has a temperature") for loss in ("dkd", "dist", "nkd")},
+    **{f"{key} of {loss}": (edited("T: 4", f"loss: {loss}, {key}: 1{T}"), f"f:11: distill.{key}: is no parameter of {loss}: remove it")
+       for loss, key, T in (("kd", "alpha", ", T: 4"), ("mse", "gamma", ""), ("dkd", "gamma", ", T: 4"), ("dist", "alpha", ", T: 4"), ("ttm", "beta", ""), ("wttm", "alpha", ""), ("nkd", "beta", ", T: 4"))},
+    **{f"standardised {loss}": (edited("T: 4", f"loss: {loss}, standardize: true{T}"), f"f:11: distill.standardize: belongs to kd and dkd, not to {loss}: remove it")
+       for loss, T in (("mse", ""), ("dist", ", T: 4"), ("ttm", ""), ("wttm", ""), ("nkd", ", T: 4"))},
+    "dkd without T^2": (edited("T: 4", "loss: dkd, T: 4, t_squared: false"), "f:11: distill.t_squared: belongs to kd, not to dkd: remove it"),
+    "negative beta": (edited("T: 4", "loss: dkd, T: 4, beta: -1"), "f:11: distill.beta: must be greater than or equal to 0, not -1"),
+    "a soft term that never warms up": (edited("T: 4", "warmup: 6, T: 4"), "f:11: distill.warmup: must be less than student.train.epochs, 6"),
+    **{f"{loss} without labels": (edited("T: 4", f"loss: {loss}, T: 4").replace("heldout: 200", "heldout: 200, unlabelled: more"), f"f:11: distill.loss: {loss} needs the label of every image, and data.unlabelled has none: use another") for loss in ("dkd", "nkd")},
+    **{f"{loss} of blended images": (edited("T: 4", f"loss: {loss}, T: 4").replace("lr: 1e-2", "lr: 1e-2, mixup: 0.2"), f"f:11: distill.loss: {loss} needs one label an image, and student.train.mixup blends two: use another") for loss in ("dkd", "nkd")},
     "code": ("!!python/object/apply:os.system [echo]\n", "f:1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
     "a list that holds itself": ("a: &a [*a]\n", "f: too large or too deep for an experiment file"),
 }  # fmt: skip
@@ -120,6 +135,23 @@ def tiny(tmp_path: Path, *sets: str, text: str = TINY) -> Experiment:
     path = tmp_path / "tiny.yaml"
     path.write_text(text)
     return yamlfile.load(str(path), [parse_set(s) for s in sets]).experiment
+
+
+def test_the_parameters_of_a_loss_are_its_authors_unless_given(tmp_path: Path) -> None:
+    """Those of design.md's table; and given as they would be left out they are the same loss, so the same run."""
+    assert tiny(tmp_path).distill.parameters == {"T": 4}
+    for loss, wanted in {
+        "{loss: dkd, T: 4, lambda1: 1}": {"T": 4, "alpha": 1, "beta": 8},
+        "{loss: dist, T: 4, lambda1: 1}": {"T": 4, "beta": 1, "gamma": 1},
+        "{loss: nkd, T: 1, lambda1: 1, gamma:}": {"T": 1, "gamma": 1.5},
+        "{loss: ttm, lambda1: 45, lambda2: 1}": {"gamma": 0.1},
+        "{loss: mse, T:, lambda1: 1}": {},
+        "{loss: dkd, T: 4, beta: 2, lambda1: 1}": {"T": 4, "alpha": 1, "beta": 2},
+    }.items():
+        assert tiny(tmp_path, f"distill={loss}").distill.parameters == wanted
+    left_out, given = (tiny(tmp_path, "distill.loss=dkd", *more).distill for more in ((), ("distill.beta=8",)))
+    assert left_out.model_dump(exclude_defaults=True) == given.model_dump(exclude_defaults=True)
+    assert tiny(tmp_path, "distill.standardize=true", "distill.lambda1=9", "distill.lambda2=0.1").distill.standardize
 
 
 def test_values_and_defaults(tmp_path: Path) -> None:
@@ -342,7 +374,7 @@ VALUES = st.recursive(
 KEYS = (
     "name seed threads data data.function teacher.train student.model student.model.hidden student.model.args distill"
 )
-KEYS += " distill.T omit_classes omit_classes.0 omit_classes.0.omit expect paper grid ensemble.models baseline"
+KEYS += " distill.T distill.loss distill.beta distill.warmup omit_classes omit_classes.0 omit_classes.0.omit expect paper grid ensemble.models baseline"
 
 
 @given(VALUES, st.sampled_from(KEYS.split()))

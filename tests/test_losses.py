@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli import losses
-from kdcli.config import Average, Distill
+from kdcli import BadInput, losses
+from kdcli.config import LOSSES, Average, Distill
 
 TEMPERATURES = [0.01, 0.1, 0.5, 1, 2.5, 4, 20, 100, 1000, 1e4]
 
@@ -28,7 +28,7 @@ class Wanted(NamedTuple):
 def oracle(z: Any, y: Any, v: Any, distill: Distill) -> Wanted:
     """The formulas, independently of kd: in numpy, and in more digits than float64 has."""
     z, v = (np.asarray(logits, dtype=np.longdouble) for logits in (z, v))
-    n, T, rows = len(z), distill.T, np.arange(len(z))
+    n, T, rows = len(z), distill.T or 1.0, np.arange(len(z))
 
     def log_softmax(a: Any) -> Any:
         a = a - a.max(1, keepdims=True)
@@ -120,11 +120,10 @@ def test_loss_and_gradient_are_finite(T: float, size: float, t_squared: bool) ->
 
 
 def test_underflow_is_reached() -> None:
-    targets = losses.average(torch.tensor([[[0.0, 100.0]]]), 0.1, "arithmetic")
-    assert targets.exp().tolist() == [[0.0, 1.0]]
-    assert float(losses.kd(torch.tensor([[100.0, 0.0]]), targets, 0.1)) == pytest.approx(
-        0.01 * 1000
-    )  # T^2 (100 - 0) / T
+    v = torch.tensor([[0.0, 100.0]])
+    assert losses.soften(v, 0.1).exp().tolist() == [[0.0, 1.0]]
+    found = losses.kd(torch.tensor([[100.0, 0.0]]), v, torch.tensor([0]), 0.1)
+    assert float(found) == pytest.approx(0.01 * 1000)  # T^2 (100 - 0) / T
 
 
 @pytest.mark.parametrize("T", TEMPERATURES)
@@ -237,7 +236,7 @@ def test_the_hard_term_is_the_mean_over_the_labelled_samples_alone(shares: bool,
     distill = loss_of(4, 0.7, 0.2)
     found = losses.objective(z, labels, v[None], distill, "arithmetic", (), smoothing, known)
     hard = F.cross_entropy(z[wanted].double(), labels[wanted], label_smoothing=smoothing)
-    soft = losses.kd(z, losses.soften(v, 4), 4)
+    soft = losses.kd(z, v, labels, 4)
     assert float(found.hard.detach()) == pytest.approx(float(hard.detach()), rel=1e-12)
     assert float(found.total.detach()) == pytest.approx(float((0.7 * soft + 0.2 * hard).detach()), rel=1e-12)
     one, other = (torch.autograd.grad(loss, z)[0] for loss in (found.total, 0.7 * soft + 0.2 * hard))
@@ -250,6 +249,293 @@ def test_a_batch_without_a_label_has_no_hard_loss_and_no_gradient_of_one() -> No
     nobody = torch.full((17,), -1)
     found = losses.objective(z, nobody, v[None], loss_of(4, 0.5, 0.5), "arithmetic", (), 0.1, losses.labelled(nobody))
     (gradient,) = torch.autograd.grad(found.total, z)
-    (wanted,) = torch.autograd.grad(0.5 * losses.kd(z, losses.soften(v, 4), 4), z)
+    (wanted,) = torch.autograd.grad(0.5 * losses.kd(z, v, nobody, 4), z)
     assert float(found.hard.detach()) == 0
     assert torch.equal(gradient, wanted)
+
+
+# The losses of the field: by hand, then against oracles.
+
+HALF, QUARTERS, THIRDS = math.log(2), math.log(4), math.log(16)
+
+
+def logits(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def value(loss: str, z: Tensor, v: Tensor, y: Tensor, **parameters: float) -> float:
+    found: Tensor = getattr(losses, loss)(z, v, y, **parameters)
+    assert found.shape == ()
+    assert found.dtype == torch.float64
+    return float(found.detach())
+
+
+def test_kd_and_dkd_by_hand() -> None:
+    """At T = 2 the teacher says p = (1/2, 1/4, 1/4), the student q = (1/4, 1/4, 1/2), the label is 0.
+
+    With or without the label: KL((1/2, 1/2) || (1/4, 3/4)) = 1/2 ln 2 + 1/2 ln 2/3 = 1/2 ln 4/3. The others:
+    KL((1/2, 1/2) || (1/3, 2/3)) = 1/2 ln 3/2 + 1/2 ln 3/4 = 1/2 ln 9/8. So DKD = 4 (1/2 ln 4/3 + 8 * 1/2 ln 9/8), and
+    KD, which weighs the second by 1 - p_y (the paper's eq. 5), = 4 (1/2 ln 4/3 + 1/2 * 1/2 ln 9/8) = ln 2.
+    """
+    v, z, y = logits([2 * HALF, 0, 0]), logits([0, 0, 2 * HALF]), torch.tensor([0])
+    target, others = 0.5 * math.log(4 / 3), 0.5 * math.log(9 / 8)
+    assert value("dkd", z, v, y, T=2, alpha=1, beta=8) == pytest.approx(4 * (target + 8 * others))
+    assert value("dkd", z, v, y, T=2, alpha=3, beta=0) == pytest.approx(12 * target)
+    assert value("dkd", z, v, y, T=2, alpha=1, beta=0.5) == pytest.approx(math.log(2))
+    assert value("kd", z, v, y, T=2) == pytest.approx(math.log(2))
+    twice = (torch.cat([z, v]), torch.cat([v, v]), torch.tensor([0, 0]))  # a second sample that matches
+    assert value("dkd", *twice, T=2, alpha=1, beta=8) == pytest.approx(2 * (target + 8 * others))
+
+
+def test_mse_by_hand() -> None:
+    """1 + 4 + 9 = 14, of two samples one of which matches 7; neither halved nor divided by the classes."""
+    z, v, y = logits([1, 2, 3], [5, 5, 5]), logits([0, 0, 0], [5, 5, 5]), torch.tensor([0, 1])
+    assert value("mse", z, v, y) == 7
+
+
+def test_mse_is_what_kd_tends_to_for_large_temperatures_times_two_classes() -> None:
+    """Of zero-meaned logits: T^2 KL -> |z - v|^2 / (2 C)."""
+    z, y, v = (t.double() if t.is_floating_point() else t for t in draw(2))
+    z, v = (t - t.mean(1, keepdim=True) for t in (z, v))
+    assert 2 * 10 * value("kd", z, v, y, T=1e4) == pytest.approx(value("mse", z, v, y), rel=1e-3)
+
+
+def test_dist_by_hand() -> None:
+    """T = 2; q = (1/2, 1/4, 1/4), (1/4, 1/2, 1/4); p = (1/2, 1/4, 1/4), (1/4, 1/4, 1/2).
+
+    Rows: the first are the same, rho 1; of the second, less 1/3, in twelfths: (-1, 2, -1) and (-1, -1, 2), rho =
+    -3 / 6: the mean is 1/4. Columns: the first are the same, rho 1; of the others one is constant, rho 0: the mean is
+    1/3. So beta = 1 and gamma = 2 give 4 (3/4 + 2 * 2/3) = 25/3.
+    """
+    z, v = logits([2 * HALF, 0, 0], [0, 2 * HALF, 0]), logits([2 * HALF, 0, 0], [0, 0, 2 * HALF])
+    y = torch.tensor([0, 1])
+    assert value("dist", z, v, y, T=2, beta=1, gamma=2) == pytest.approx(25 / 3)
+    assert value("dist", z, v, y, T=2, beta=1, gamma=0) == pytest.approx(3)
+    assert value("dist", v, v, y, T=2, beta=1, gamma=0) == pytest.approx(0, abs=1e-12)
+
+
+def test_ttm_and_wttm_by_hand() -> None:
+    """p = (16, 1, 1) / 18, to the power of 1/4 (2, 1, 1) / 18^(1/4), so (1/2, 1/4, 1/4); q = (1/4, 1/4, 1/2): KL =
+    1/2 ln 2 - 1/4 ln 2. WTTM weighs it by 4 / 18^(1/4). The second sample matches."""
+    v, z, y = logits([THIRDS, 0, 0]), logits([0, 0, HALF]), torch.tensor([0])
+    assert value("ttm", z, v, y, gamma=0.25) == pytest.approx(HALF / 4)
+    assert value("wttm", z, v, y, gamma=0.25) == pytest.approx(4 / 18**0.25 * HALF / 4)
+    z, v, y = torch.cat([z, logits([HALF, 0, 0])]), torch.cat([v, v]), torch.tensor([0, 0])
+    assert value("ttm", z, v, y, gamma=0.25) == pytest.approx(HALF / 8)
+    assert value("wttm", z, v, y, gamma=0.25) == pytest.approx(4 / 18**0.25 * HALF / 8)
+
+
+def test_nkd_by_hand() -> None:
+    """The teacher says (1/2, 1/4, 1/4) at T = 1, the student (1, 1, 4) / 6, the label is 0: 1/2 ln 6. At T = 2 the
+    others are (1/2, 1/2) of the teacher and (1/3, 2/3) of the student: -1/2 ln 2/9, times 1.5 * 4."""
+    v, z, y = logits([HALF, 0, 0]), logits([0, 0, QUARTERS]), torch.tensor([0])
+    assert value("nkd", z, v, y, T=2, gamma=1.5) == pytest.approx(0.5 * math.log(6) + 6 * 0.5 * math.log(9 / 2))
+    assert value("nkd", z, v, y, T=2, gamma=0) == pytest.approx(0.5 * math.log(6))
+
+
+def test_standardised_logits_by_hand() -> None:
+    """(1, 2, 3) has mean 2 and, with C - 1, std 1; a constant row becomes 0; a scale and a shift change nothing."""
+    found = losses.standardize(logits([1, 2, 3], [7, 7, 7], [-10, 0, 10]))
+    assert found[0].tolist() == pytest.approx([-1, 0, 1], rel=2e-7)
+    assert found[1].tolist() == [0, 0, 0]
+    assert found[2].tolist() == pytest.approx([-1, 0, 1], rel=2e-7)
+
+
+def softmax(a: Any) -> Any:
+    e = np.exp(a - a.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def published(
+    loss: str, z: Any, v: Any, y: Any, T: float = 1, alpha: float = 0, beta: float = 0, gamma: float = 0
+) -> Any:
+    """The papers' formulas on probabilities, sample by sample, in more digits than float64 has; not one in log space."""
+
+    def without(p: Any, label: int) -> Any:
+        rest = np.delete(p, label)
+        return rest / rest.sum()
+
+    def kl(p: Any, q: Any) -> Any:
+        return (p * np.log(p / q)).sum()
+
+    def rho(a: Any, b: Any) -> Any:
+        return ((a - a.mean()) * (b - b.mean())).mean() / (a.std() * b.std())
+
+    (q, p), (q1, p1) = ([softmax(a / t) for a in (z, v)] for t in (T, 1))
+    found = []
+    for s, t, s1, t1, label, i in zip(q, p, q1, p1, y, range(len(y)), strict=True):
+        match loss:
+            case "kd":
+                found.append(T**2 * kl(t, s))
+            case "mse":
+                found.append(sum((a - b) ** 2 for a, b in zip(z[i], v[i], strict=True)))
+            case "dkd":
+                pairs = (np.array([a[label], 1 - a[label]]) for a in (t, s))
+                found.append(T**2 * (alpha * kl(*pairs) + beta * kl(without(t, label), without(s, label))))
+            case "dist":
+                columns = np.mean([rho(q[:, c], p[:, c]) for c in range(q.shape[1])])
+                found.append(T**2 * (beta * (1 - rho(s, t)) + gamma * (1 - columns)))
+            case "ttm" | "wttm":
+                powers = t1**gamma
+                found.append(kl(powers / powers.sum(), s1) * (powers.sum() if loss == "wttm" else 1))
+            case "nkd":
+                others = (without(t, label) * np.log(without(s, label))).sum()
+                found.append(-t1[label] * np.log(s1[label]) - gamma * T**2 * others)
+    return np.mean(found)
+
+
+PARAMETERS = {loss: {"T": 0.0} | known.parameters if known.T else known.parameters for loss, known in LOSSES.items()}
+CASES = [(loss, T) for loss, p in PARAMETERS.items() for T in ((0.5, 1, 4, 20, 1e4) if "T" in p else (0,))]
+
+
+@pytest.mark.parametrize(("loss", "T"), CASES)
+@pytest.mark.parametrize("scale", [0.1, 3])
+def test_each_loss_and_its_gradient_match_the_paper(loss: str, T: float, scale: float) -> None:
+    """The gradient against central differences of the oracle."""
+    z, y, v = (t.double() if t.is_floating_point() else t for t in draw(int(10 * scale), scale, n=4, classes=5))
+    parameters = PARAMETERS[loss] | ({"T": T} if T else {})
+    z.requires_grad_()
+    found = getattr(losses, loss)(z, v, y, **parameters)
+    (gradient,) = torch.autograd.grad(found, z)
+    wide, teacher = (t.detach().numpy().astype(np.longdouble) for t in (z, v))
+    wanted, step = np.zeros((4, 5)), np.longdouble(1e-4)
+    for i in np.ndindex(4, 5):
+        ends = [wide.copy(), wide.copy()]
+        ends[0][i] -= step
+        ends[1][i] += step
+        low, high = (published(loss, end, teacher, y.numpy(), **parameters) for end in ends)
+        wanted[i] = (high - low) / (2 * step)
+    expected = float(published(loss, wide, teacher, y.numpy(), **parameters))
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-7, abs=1e-7)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_kd_is_to_the_bit_what_it_was_when_it_was_the_only_loss() -> None:
+    """Against the lines that computed it then, for a lone teacher and both averages, weighted or not."""
+    z, y, v = draw(4)
+    members = torch.stack([v, *(draw(seed, 5)[2] for seed in (5, 6))])
+    for T, m, how, weights in (
+        *((T, 1, "arithmetic", ()) for T in TEMPERATURES),
+        *((4.0, 3, how, w) for how in ("arithmetic", "geometric") for w in ((), (1.0, 2.0, 0.5))),
+    ):
+        some, shares = members[:m].double(), torch.tensor(weights or [1.0] * m, dtype=torch.float64).view(-1, 1, 1)
+        if how == "geometric":
+            log_p = torch.log_softmax(((some * shares).sum(0) / shares.sum() if weights else some.mean(0)) / T, -1)
+        elif weights:
+            log_p = (torch.log_softmax(some / T, -1) + (shares / shares.sum()).log()).logsumexp(0)
+        else:
+            log_p = torch.log_softmax(some / T, -1)
+            log_p = log_p[0] if m == 1 else log_p.logsumexp(0) - math.log(m)
+        log_q = torch.log_softmax(z.double() / T, -1)
+        was = T**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        found = losses.objective(z, y, members[:m], loss_of(T, 0.9, 0.1), how, weights)  # type: ignore[arg-type]
+        assert torch.equal(found.t2_kl, was)
+        assert torch.equal(found.soft, was)
+        assert torch.equal(found.total, 0.9 * was + 0.1 * F.cross_entropy(z.double(), y))
+        if m == 1:
+            assert torch.equal(losses.kd(z, v, y, T), was)
+
+
+SIGNS = st.lists(st.lists(st.sampled_from([-1.0, 0, 0.5, 1]), min_size=4, max_size=4), min_size=1, max_size=4)
+
+
+@given(st.data(), st.sampled_from(list(LOSSES)), st.booleans(), st.floats(-2, 4), st.floats(-12, 4))
+@settings(max_examples=400, deadline=None)
+def test_every_gradient_is_finite(data: st.DataObject, loss: str, standardized: bool, T: float, size: float) -> None:
+    """From T = 0.01 to 1e4, for logits to 1e4 in size, with ties, constant rows and columns, and probabilities that are
+    0 and 1 in float64."""
+    rows = data.draw(SIGNS)
+    z, v = (10**size * torch.tensor(part, dtype=torch.float64) for part in (rows, data.draw(st.permutations(rows))))
+    classes = data.draw(st.integers(3 if loss == "dkd" or standardized else 2, 4))
+    z, v, y = z[:, :classes].requires_grad_(), v[:, :classes], torch.arange(len(rows)) % classes
+    parameters = PARAMETERS[loss] | ({"T": 10**T} if "T" in PARAMETERS[loss] else {})
+    given_z, given_v = (losses.standardize(t) for t in (z, v)) if standardized and loss in ("kd", "dkd") else (z, v)
+    found = getattr(losses, loss)(given_z, given_v, y, **parameters)
+    (gradient,) = torch.autograd.grad(found, z)
+    assert found.isfinite()
+    assert gradient.isfinite().all()
+    assert float(found.detach()) >= -1e-14 * parameters.get("T", 1) ** 2  # no loss is below 0 but for rounding
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("T", [0.01, 1, 1e4])
+@pytest.mark.parametrize("right", [True, False])
+def test_certain_teachers_and_students_give_finite_gradients(loss: str, T: float, right: bool) -> None:
+    """p_y is 1, or 0, in float64, of both nets, or of one; then p_y log q_y, and hats of nothing, must not be NaN."""
+    sure, other = (1e4 * F.one_hot(torch.tensor([c]), 4).double() for c in (0 if right else 1, 2))
+    for z, v in ((sure, sure), (sure, other), (other, sure), (0 * sure, sure), (sure, 0 * sure)):
+        z = z.clone().requires_grad_()
+        found = getattr(losses, loss)(
+            z, v, torch.tensor([0]), **PARAMETERS[loss] | ({"T": T} if LOSSES[loss].T else {})
+        )
+        (gradient,) = torch.autograd.grad(found, z)
+        assert found.isfinite()
+        assert gradient.isfinite().all()
+
+
+def test_small_probabilities_count_in_a_column_of_dist() -> None:
+    """Probabilities of 1e-200, whose squares are 0 in float64, correlate as any others: rho has no scale."""
+    z = logits([500, 500, 1.0], [500, 500, 0], [500, 500, 0.5])
+    found = value("dist", z, z, torch.zeros(3, dtype=torch.int64), T=1, beta=0, gamma=1)
+    assert found == pytest.approx(2 / 3)  # the first two columns are constant, rho 0; the third is its own
+
+
+def test_rounding_does_not_correlate_in_dist() -> None:
+    """Logits of 1e-11 at T = 1e4: probabilities that differ by rounding are constant, rho 0, and move nothing."""
+    z = (1e-11 * logits([1, 0, -1], [0, 2, -1])).requires_grad_()
+    found = losses.dist(z, logits([5, 0, -5], [1, 2, 3]), torch.tensor([0, 1]), T=1e4, beta=1, gamma=1)
+    (gradient,) = torch.autograd.grad(found, z)
+    assert float(found.detach()) == 2e8
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("loss", ["dkd", "standardize"])
+def test_two_classes_are_refused_where_nothing_would_be_left(loss: str) -> None:
+    z, y, v = draw(0, classes=2)
+    with pytest.raises(BadInput, match=rf"^{loss} has no meaning for two classes: "):
+        losses.standardize(z) if loss == "standardize" else losses.dkd(z, v, y, T=4, alpha=1, beta=8)
+
+
+def section(loss: str, **more: Any) -> Distill:
+    temperature = {"T": 4.0} if LOSSES[loss].T else {}
+    return Distill.model_validate({"loss": loss, "lambda1": 2.0, "lambda2": 0.5} | temperature | more)
+
+
+@pytest.mark.parametrize("standardized", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_objective_is_lambda1_times_the_loss_and_lambda2_times_the_hard_one(loss: str, standardized: bool) -> None:
+    if standardized and not LOSSES[loss].standardize:
+        return
+    z, y, v = draw(3)
+    distill = section(loss, standardize=standardized)
+    found = losses.objective(z, y, v[None], distill, share=0.25)
+    given = [losses.standardize(t) for t in (z, v)] if standardized else [z, v]
+    wanted = getattr(losses, loss)(*given, y, **distill.parameters)
+    assert torch.equal(found.soft, wanted)
+    assert torch.equal(found.t2_kl, losses.kd(z, v, y, distill.T or 1.0))  # of the logits as they are
+    assert float(found.total) == pytest.approx(0.25 * 2 * float(wanted) + 0.5 * float(F.cross_entropy(z.double(), y)))
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "kd"])
+def test_an_ensemble_gives_other_losses_its_logits_or_log_p_of_its_average(loss: str) -> None:
+    """An arithmetic average is softened from T = 1, whatever the T of the loss; a geometric one has mean logits."""
+    z, y, _ = draw(4)
+    members, distill = torch.stack([draw(seed, 5)[2] for seed in (5, 6, 7)]).double(), section(loss)
+    p = members.softmax(-1).mean(0).log()
+    weighted = (members[0] + 3 * members[1] + 2 * members[2]) / 6
+    for how, weights, v in (
+        ("arithmetic", (), p),
+        ("geometric", (), members.mean(0)),
+        ("geometric", (1, 3, 2), weighted),
+    ):
+        found = losses.objective(z, y, members, distill, how, weights)  # type: ignore[arg-type]
+        assert float(found.soft) == pytest.approx(float(getattr(losses, loss)(z, v, y, **distill.parameters)), rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", [loss for loss, known in LOSSES.items() if not known.labels])
+def test_losses_without_labels_take_unlabelled_and_blended_samples(loss: str) -> None:
+    z, y, v = draw(3)
+    whole = losses.objective(z, y, v[None], section(loss)).soft
+    for labels in (y.where(y > 3, -1), 0.5 * F.one_hot(y, 10).double() + 0.05):
+        found = losses.objective(z, labels, v[None], section(loss), known=losses.labelled(labels))
+        assert torch.equal(found.soft, whole)

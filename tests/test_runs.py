@@ -502,7 +502,8 @@ def test_only_whole_runs_are_removed(name: str, tmp_path: Path) -> None:
 def test_differences_name_the_key_and_both_values() -> None:
     other = changed(seed=1, train=Train(epochs=5, lr=0.1), distill=Distill(T=4, lambda1=0.9, lambda2=0.1))
     found = runs.differences(runs.settings(SPEC), runs.settings(other))
-    distill = "{'T': 4.0, 'lambda1': 0.9, 'lambda2': 0.1, 't_squared': True, 'half': False}"
+    distill = "{'T': 4.0, 'lambda1': 0.9, 'lambda2': 0.1, 'loss': 'kd', 'standardize': False, 'warmup': 0.0, "
+    distill += "'t_squared': True, 'half': False}"
     assert found == [f"distill is {distill}, not unset", "train.epochs is 5, not 2"]
     assert runs.differences({"seed": 0, "a": 1}, {"seed": 1}) == ["a is not set, not 1", "seed is 1, not 0"]
     renamed = changed(dataset=FACTS.model_copy(update={"fingerprint": "22"}))
