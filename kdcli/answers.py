@@ -228,7 +228,7 @@ def _ordered(part: str, rows: Array, arrays: Mapping[str, Array], size: int, fil
         raise BadInput(f"{part}{kind}, one a row, not {_kind(whose)}")
     index = whose if names is None else np.array([i for _, i in _found(_words(names), {part: paths})])
     for row in (~((index >= 0) & (index < size) & (index == np.round(index)))).nonzero()[0][:1].tolist():
-        raise BadInput(f"{part}, row {row}: is of image {index[row]}: the {PARTS[part]} images are 0 to {size - 1}")
+        raise BadInput(f"{part}, row {row}: is of image {index[row]:g}: the {PARTS[part]} images are 0 to {size - 1}")
     index = index.astype(np.int64)
     times = np.bincount(index, minlength=size)
     for what, images in (("more than one row", (times > 1).nonzero()[0]), ("no row", (times == 0).nonzero()[0])):

@@ -154,7 +154,8 @@ class Call:
         mine = [d for d in found if d.command == self.command]
         if not mine:  # a file of logits, which may lack those of the test images
             silent = work.places.open(work.jobs[0].spec.name).result()
-            return self.present(silent, f"{silent.run}: has no answers for the test images: no errors to count")
+            said = f"{silent.run} has no answers for the test images: its errors there are not counted."
+            return self.present(silent, said, *(f"{silent.run}: {line}" for line in silent.warnings))
         whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
         self.present(mine[0] if len(mine) == 1 else whole, *tables)

@@ -92,7 +92,7 @@ def _groups(root: Path, name: str, note: Note) -> list[Group]:
     groups: dict[frozenset[str], Group] = {}
     for way, alike in found.values():
         names, seeds = [run.name for run in alike], [run.spec.seed for run in alike]
-        errors = spread([run.result("compared").test.errors for run in alike])
+        errors = spread([run.counted("compared").test.errors for run in alike])
         groups.setdefault(frozenset(names), Group(runs=names, seeds=seeds, described=way, **dict(errors)))
     widest = [group for runs, group in groups.items() if not any(runs < other for other in groups)]
     return [group.model_copy(update={"name": _name(group, widest)}) for group in widest]

@@ -92,6 +92,9 @@ def export(
             raise BadInput(f"{flag}: belongs to --format logits: remove it")
     if (top_k or 0) >= len(run.spec.dataset.classes):
         raise BadInput(f"--top-k {top_k}: must be fewer than the {len(run.spec.dataset.classes)} classes")
+    for origin in (member.spec.origin for member in members(run)):
+        if origin and (origin.logits or (origin.onnx and form != "logits")):
+            raise BadInput(f"{run.name}: is no net of torch's, but what {origin.file} holds: share that file")
     file, card = _places(run, form, file)
     dataset = dataset_of(run, data_dir)
     labels = dataset.test.labels
@@ -140,7 +143,7 @@ def _of_answers(run: Run, dataset: Dataset, top_k: int | None, half: bool) -> Pr
     the file rounds, log-probabilities, whose errors are least where the probability is."""
     parts, classes = {"test": dataset.test, "train": dataset.train}, dataset.facts.classes
     logits = {part: _logits(run, part, split) for part, split in parts.items()}
-    log_p = {part: losses.average(members, 1.0, run.spec.average) for part, members in logits.items()}
+    log_p = {part: losses.average(members, 1.0, run.spec.average, run.spec.weights) for part, members in logits.items()}
     # Logits none of which is below 0 could be read as probabilities.
     whole = not (top_k or half) and all(len(members) == 1 and members.min() < -1 for members in logits.values())
     arrays = {"classes": np.array(classes)}
@@ -171,7 +174,7 @@ def _described(run: Run) -> str:
     """The function that makes the net of a run, or the widths of a perceptron's layers: `784-800-800-10`."""
     facts, model, price = run.spec.dataset, run.spec.model, cost(run)
     if not model or not price:
-        raise BadInput(f"{run.name}: is no net of torch's: its file is {run.spec.origin and run.spec.origin.file}")
+        return Path(run.spec.origin.file).name if run.spec.origin else ""
     if model.name:
         return f"{Path(model.name).name} ({price.parameters:,} parameters)"
     return "-".join(map(str, [torch.Size(facts.shape).numel(), *(model.hidden or []), len(facts.classes)]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcli import BadInput, code, hub, models
+from kdcli import BadInput, BadKeys, code, hub, models
 from kdcli.config import Input, Model, Origin, TeacherSection
 from kdcli.device import seeded
 from kdcli.runs import Facts
@@ -96,6 +96,8 @@ def problems(key: str, teacher: TeacherSection, facts: Facts) -> Iterator[tuple[
             origin, content = resolved(teacher.origin, teacher.model)
             model = teacher.model.model_dump_json() if teacher.model else None
             _tried(origin.model_dump_json(), model, facts.model_dump_json(), content)
+        except BadKeys as error:
+            yield from ((f"{key}.{name}", message) for name, message in error.problems)
         except BadInput as error:
             at = next((name for name in ("weights", "onnx") if getattr(teacher, name)), "model.name")
             yield f"{key}.{at}", "\n".join(error.lines)
@@ -150,7 +152,8 @@ def _facts_of(origin: Origin, model: Model | None, facts: Facts) -> Facts:
     if given.mean:
         mean, std = given.mean, given.std or []
     if len(mean) not in (0, 1, shape[0]):
-        raise BadInput(f"input.mean: must have a number, or {shape[0]}: one a channel, not {len(mean)}")
+        numbers = "1 number" if shape[0] == 1 else f"1 number, or {shape[0]}: one a channel"
+        raise BadKeys(("input.mean", f"must have {numbers}, not {len(mean)}"))
     classes = facts.classes if origin.head else origin.classes or facts.classes
     return facts.model_copy(update={"shape": shape, "mean": mean, "std": std, "classes": classes})
 
@@ -199,7 +202,7 @@ class OnnxNet(nn.Module):
     """A net in an ONNX file, asked through onnxruntime on the CPU: in batches where it takes any number of images, else
     as many at a time as it does. Softmax outputs become log-probabilities, which are logits too."""
 
-    def __init__(self, session: Any, shape: list[int]) -> None:
+    def __init__(self, session: Any, shape: list[int], classes: int) -> None:
         super().__init__()
         self.session, (first, *_) = session, session.get_inputs()
         self.input, self.dims, self.kind = first.name, first.shape, first.type
@@ -207,13 +210,14 @@ class OnnxNet(nn.Module):
         self.last = len(self.dims) == 4 and self.dims[3] in (1, 3) and self.dims[1] not in (1, 3)  # [N, H, W, C]
         noise = torch.rand(self.batch or 4, *shape, generator=torch.Generator().manual_seed(0))
         outputs = self._run(noise)
-        self.output = next((i for i, y in enumerate(outputs) if y.ndim == 2 and y.dtype.kind == "f"), -1)
-        if self.output < 0:
-            shapes = ", ".join(f"{y.dtype} {list(y.shape)}" for y in outputs)
-            raise BadInput(f"must give an output [N, classes] of floats, and gives {shapes}")
-        y = outputs[self.output].astype(np.float64)
+        own = [i for i, y in enumerate(outputs) if y.ndim == 2 and y.shape[1] == classes and y.dtype.kind == "f"]
+        if len(own) != 1:
+            shapes = ", ".join(f"{y.dtype} {list(np.shape(y))}" for y in outputs)
+            must = f"must give one output of floats for {classes} classes (name all of them in teacher.classes)"
+            raise BadInput(f"{must}, and gives {shapes}")
+        (self.output,), y = own, outputs[own[0]].astype(np.float64)
         self.probabilities = bool((y >= 0).all() and np.abs(y.sum(1) - 1).max() < 1e-3)
-        self.classes = y.shape[1]
+        self.between = bool((y >= 0).all() and (y <= 1).all()) and not self.probabilities
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, C, H, W]."""
@@ -247,15 +251,10 @@ def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
         raise BadInput(f"{file}: {why}") from None
     if more:
         raise BadInput(f"{file}: takes {1 + len(more)} inputs, not images alone")
-    own = _facts_of(origin, None, facts)
-    given, dims = origin.input or Input(), [d if isinstance(d, int) else 0 for d in first.shape]
-    if len(dims) == 4:
-        channels, height, width = (dims[3], *dims[1:3]) if dims[3] in (1, 3) and dims[1] not in (1, 3) else dims[1:]
-        shape = [given.channels or channels or own.shape[0], height or own.shape[1], width or own.shape[2]]
-        own = own.model_copy(update={"shape": shape})
-    said = []
+    dims, said, names = [d if isinstance(d, int) else 0 for d in first.shape], list[str](), origin.classes
+    own, names = _facts_of(_sized(origin, dims), None, facts), names or facts.classes
     try:
-        net = OnnxNet(session, own.shape)
+        net = OnnxNet(session, own.shape, len(names))
     except BadInput as error:
         raise BadInput(f"{file}: {error}") from None
     except Exception as error:
@@ -263,13 +262,29 @@ def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
         raise BadInput(f"{file}: takes {first.shape}, and cannot be given images {own.shape}: {why}") from None
     batch = f", {net.batch} at a time" if net.batch else ""
     outputs = "probabilities, whose logarithm is taken" if net.probabilities else "logits"
-    said.append(f"It takes images {own.shape}{batch}; its outputs are {outputs}.")
+    images = f"rows of {own.shape[0]} columns" if facts.table else f"images {own.shape}"
+    said.append(f"It takes {images}{batch}; its outputs are {outputs}.")
+    if net.between:
+        said.append("All its outputs lie between 0 and 1, and do not sum to 1: are they logits?")
     if not own.mean and not _reads_bytes(origin):
-        said.append("Its inputs are in [0, 1], not normalised: teacher.input may say otherwise.")
-    names = origin.classes or facts.classes
-    if len(names) != net.classes:
-        raise BadInput(f"{file}: gives {net.classes} outputs for {len(names)} classes: name all in teacher.classes")
+        within = "" if facts.table else "in [0, 1], "
+        said.append(f"Its inputs are {within}not normalised: teacher.input may say otherwise.")
     return Imported(Seen(net, own, _reads_bytes(origin), _picked(names, facts, said)), said)
+
+
+def _sized(origin: Origin, dims: list[int]) -> Origin:
+    """An origin with the channels and the size of the images that its ONNX file takes, [N, C, H, W] or [N, H, W, C], 0
+    where it takes any. Raises BadKeys where the experiment says otherwise."""
+    if len(dims) != 4:
+        return origin
+    channels, height, width = (dims[3], *dims[1:3]) if dims[3] in (1, 3) and dims[1] not in (1, 3) else dims[1:]
+    given = origin.input or Input()
+    fixed = {"channels": channels} | ({"size": height} if height == width else {})
+    for key, value in ((k, v) for k, v in fixed.items() if v):
+        if getattr(given, key) not in (None, value):
+            raise BadKeys((f"input.{key}", f"must be {value}, as the file says, or be left out"))
+    own = given.model_copy(update={key: value for key, value in fixed.items() if value})
+    return origin.model_copy(update={"input": own})
 
 
 def reopened(origin: Origin, model: Model | None, facts: Facts, content: bytes | None) -> nn.Module:

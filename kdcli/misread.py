@@ -28,25 +28,21 @@ def reading(
 ) -> Reading:
     """How a teacher reads the images of a dataset, by its logits on the `train` [N, C] and, where there are any, the
     `test` images; a net is tried with other normalisations too."""
-    counted = {name: score.count_errors(z, getattr(data, name).labels) for name, z in logits.items()}
     labels, warnings = data.train.labels, list[str]()
-    for name, of in counted.items():
-        guessing = score.errors_of_guessing(getattr(data, name).labels)
-        if of.errors >= guessing:
-            part = "training" if name == "train" else name
-            warnings.append(
-                f"It makes {of.errors:,} errors on {of.total:,} {part} images: no better than guessing, {guessing:,}."
-            )
+    train, guessing = score.count_errors(logits["train"], labels), score.errors_of_guessing(labels)
+    if train.errors >= guessing:
+        of = f"{train.errors:,} errors on {train.total:,} training images"
+        warnings.append(f"It makes {of}: no better than guessing, {guessing:,}.")
     order = permutation(logits["train"], labels)
     classes = _renamed(order, data.facts.classes, origin) if order else []
     if order:
         right = sum(int((logits["train"].argmax(1)[labels == c] == p).sum()) for c, p in enumerate(order))
-        warnings.append(_of_order(order, data.facts.classes, counted["train"].errors, len(labels) - right, classes))
+        warnings.append(_of_order(order, data.facts.classes, train.errors, len(labels) - right, classes))
     own = None
-    if isinstance(net, Seen) and not data.facts.table and not order:
+    if isinstance(net, Seen) and not order:
         own, text = _renormalised(net, data)
         warnings += [text] if text else []
-    return Reading(said=said, transfer=counted["train"], classes=classes, input=own, warnings=warnings)
+    return Reading(said=said, transfer=train, classes=classes, input=own, warnings=warnings)
 
 
 def permutation(logits: Tensor, labels: Tensor) -> list[int] | None:
@@ -89,7 +85,7 @@ def _renormalised(net: Seen, data: Dataset) -> tuple[Input | None, str]:
     before = score.count_errors(predict(net, images), images.labels).errors
     found = [
         (_errors(net, images, mean, std, range_), name, mean, std, range_)
-        for name, mean, std, range_ in _usual(data.facts)
+        for name, mean, std, range_ in _usual(data.facts, net.own.shape[0])
     ]
     fewest, name, mean, std, range_ = min(found, key=lambda one: one[0])
     if 3 * fewest > 2 * before or before - fewest <= 10:
@@ -102,11 +98,14 @@ def _renormalised(net: Seen, data: Dataset) -> tuple[Input | None, str]:
     )
 
 
-def _usual(facts: Facts) -> Iterator[tuple[str, list[float], list[float], int]]:
-    for name, (mean, std) in {**USUAL, "the data's": (facts.mean, facts.std)}.items():
-        if len(mean) in (1, facts.shape[0]):
+def _usual(facts: Facts, channels: int) -> Iterator[tuple[str, list[float], list[float], int]]:
+    """Name, mean, std and range of what is usual for a net that sees so many channels."""
+    known = {"the data's": (facts.mean, facts.std)} | ({} if facts.table else USUAL)
+    for name, (mean, std) in known.items():
+        if len(mean) in (1, channels):
             yield name, mean, std, 1
-    yield "bytes, from 0 to 255", [0.0], [1.0], 255
+    if not facts.table:
+        yield "bytes, from 0 to 255", [0.0], [1.0], 255
 
 
 def _errors(net: Seen, images: Split, mean: list[float], std: list[float], range_: int) -> int:

@@ -14,7 +14,7 @@ from kdcli.export import CPU, SUFFIXES, onnx_net
 from kdcli.images import open_image, to_bytes
 from kdcli.plan import there
 from kdcli.runs import Places, Run
-from kdcli.teacher import Teacher, dataset_of, live
+from kdcli.teacher import Teacher, dataset_of, live, members
 
 Asked = list[tuple[str, float, Teacher]]  # what, at which temperature, through what
 
@@ -89,10 +89,13 @@ def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]
     """What to ask of a finished run: itself and, of a student, its teacher, unless that is gone."""
     run.result("asked")
     own, parent = live(run, CPU), run.spec.parents[0] if run.spec.distill else ""
-    if parent and (teacher := there(run.root, parent)):
+    teacher = there(run.root, parent) if parent else None
+    if teacher and any(member.spec.origin and member.spec.origin.logits for member in members(teacher)):
+        note(f"{run.name}: without the view of its teacher: {parent} has no net, but a file of logits")
+    elif teacher:
         of_teacher = live(teacher, CPU)
         return [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
-    if parent:
+    elif parent:
         note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
     return [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
 

@@ -242,7 +242,7 @@ def about(experiment: Experiment, title: str, points: list[dict[str, str]], data
 def about_run(run: Run) -> tuple[Subject, list[Job]]:
     """A finished run as the subject of a summary, and the jobs to show: its teacher, a baseline of the same seed and
     recipe if there is one, and itself. Raises BadInput when it is not finished, or its teacher is gone."""
-    run.result("reported")
+    run.counted("reported")
     spec, kind, jobs, remarks = run.spec, KINDS[run.spec.command], list[Job](), list[str]()
     taught_by = spec.parents[0] if spec.distill else None
     if taught_by:

@@ -299,6 +299,14 @@ class Run:
             remedy = "lower its lr, or let it rise over a warmup"
         raise BadInput(f"{self.name}: is {status}: cannot be {role}; {remedy}")
 
+    def counted(self, role: str) -> Result:
+        """The result of a completed run whose errors were counted. Raises BadInput as `result` does, and of a teacher
+        that has no answers for the test images."""
+        found = self.result(role)
+        if not found.test.total:
+            raise BadInput(f"{self.name}: has no answers for the test images: it cannot be {role}")
+        return found
+
     def status(self) -> Status:
         """How far the run is; one whose process died is interrupted."""
         status = self.read().status
@@ -579,7 +587,7 @@ def survey(root: Path) -> list[Listed]:
             run = _open(folder)
             train, result = run.spec.train, run.finished()
             more = {"epoch": len(run.metrics()), "epochs": train.epochs} if train else {}
-            errors = result.test.errors if result else None
+            errors = result.test.errors if result and result.test.total else None
             one |= {"parents": run.spec.parents, "status": run.status(), "errors": errors} | more
         age = time.time() - max((file.st_mtime for file in files.values()), default=time.time())
         found.append(Listed(**one, bytes_=sum(file.st_size for file in files.values()), age_s=round(age)))
@@ -648,6 +656,8 @@ def settings(spec: Spec) -> Settings:
         kept["model"]["name"] = Path(spec.model.name).name
     if spec.distill:
         kept["distill"]["loss"] = Path(spec.distill.loss).name
+    if spec.content:
+        kept["content"] = spec.content[:12]
     for key in kept.get("origin", {}).keys() & {"weights", "onnx", "logits"}:
         kept["origin"][key] = Path(kept["origin"][key]).name
     content = {"content": spec.dataset.fingerprint[:12]}

@@ -4,7 +4,9 @@ them."""
 import argparse
 import json
 import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from kdcli import BadInput
 # What a checkpoint may call its weights, the first that is there counts: averaged ones are those that were scored.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
 PLAIN = ("state_dict", "model_state_dict", "model", "net", "module", "weights")
+PROGRAM = "is a program of torch's, not weights: save net.state_dict(), or export it as ONNX"
 SHOWN = 5  # keys of each kind in a message
 
 
@@ -43,11 +46,13 @@ def read_weights(file: Path) -> Weights:
             with quiet, torch.serialization.safe_globals([argparse.Namespace]):  # timm's keep their options in one
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if _is_program(file):
+            raise BadInput(f"{file}: {PROGRAM}") from None
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
             raise BadInput(f"{file}: is damaged, or no file of weights") from None
         raise BadInput(f"{file}: {_of_code(str(error))}") from None
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        why = "is damaged, cut short, or no file of weights"
+        why = PROGRAM if _is_program(file) else "is damaged, cut short, or no file of weights"
         if isinstance(error, PermissionError | FileNotFoundError):
             why = f"cannot be read: {error.strerror}"
         raise BadInput(f"{file}: {why}") from None
@@ -61,20 +66,26 @@ def read_weights(file: Path) -> Weights:
 
 
 def _of_code(error: str) -> str:
-    name = next((word for word in error.replace("`", " ").split() if "." in word and "torch" not in word[:5]), "")
-    what = (
-        f"holds more than tensors{f' ({name.strip(chr(34))})' if name else ''}, which only running its code could read"
-    )
+    name = re.search(r"(?:GLOBAL|class|global:?) ([A-Za-z_][\w.]*\.\w+)", error)
+    what = f"holds more than tensors{f' ({name[1]})' if name else ''}, which only running code could read"
     return f"{what}: save the state_dict alone, torch.save(net.state_dict(), …)"
+
+
+def _is_program(file: Path) -> bool:
+    """Whether a file is what TorchScript or torch.export writes: a net with its code."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(
+            name.endswith(("constants.pkl", "model.json", "exported_program.json")) for name in archive.namelist()
+        )
 
 
 def _unwrapped(content: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The dictionary of tensors inside a checkpoint, and where in it that was."""
     path: list[str] = []
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+    while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in (*AVERAGED, *PLAIN)):
         there = [key for key in (*AVERAGED, *PLAIN) if isinstance(content.get(key), dict)]
-        if not there:
-            break
         others = [key for key in there[1:] if key in PLAIN and there[0] in AVERAGED]
         path.append(f"{there[0]}{f' (not {others[0]})' if others else ''}")
         content = content[there[0]]

@@ -246,6 +246,8 @@ def _problem(error: Any) -> tuple[str, str]:
     place = [part for part in error["loc"] if not str(part).startswith("<")]  # the kinds of a value that may be several
     key = ".".join(str(part) for part in (*place, ctx.get("key", "")) if part != "")
     shown = "nothing" if given is None else repr(given) if len(repr(given)) <= 40 else repr(given)[:37] + "…"
+    if kind == "too_short" and ctx["min_length"] > 1:
+        return key, f"must have {ctx['min_length']} entries or more, not {ctx['actual_length']}"
     if kind in _MESSAGES:
         return key, _MESSAGES[kind].format(shown=shown, **ctx)
     if kind != "extra_forbidden":

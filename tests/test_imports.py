@@ -409,12 +409,12 @@ KEYS = {
     ),
     "three means for one channel": (
         "{model: {hidden: [32]}, weights: net.pt, input: {mean: [1, 1, 1], std: [1, 1, 1]}}",
-        "input.mean: must have a number",
+        "teacher.input.mean: must have 1 number, not 3",
     ),
     "an unknown key": ("{model: {hidden: [32]}, weights: net.pt, normalise: true}", "teacher.normalise: unknown key"),
     "onnx that is none": ("{onnx: net.pt}", "is damaged, cut short, or no ONNX file"),
     "onnx of another input": ("{onnx: other.onnx}", "takes [1, 12], and cannot be given images [1, 8, 8]"),
-    "onnx of other classes": ("{onnx: five.onnx}", "gives 5 outputs for 10 classes"),
+    "onnx of other classes": ("{onnx: five.onnx}", "must give one output of floats for 10 classes"),
 }
 
 
@@ -612,10 +612,12 @@ def test_a_file_of_logits_teaches_as_its_net_does(trained: Any, tmp_path: Path) 
     assert mine["student"]["last_epoch"]["t2_kl"] == theirs["student"]["last_epoch"]["t2_kl"]
     assert "multiply_adds_kept" not in mine["student"]["teacher"]
     assert kd_here(tmp_path, "evaluate", "elsewhere.yaml").code == 0
-    for command in (["predict", mine["teacher"]["run"], "--test-image", "0"], ["export", mine["teacher"]["run"]]):
+    name, said = mine["teacher"]["run"], "is no net of torch's, but what"
+    calls = {"is a file of logits": ["predict", name, "--test-image", "0"], said: ["export", name]}
+    for said, command in calls.items():
         refused = kd_here(tmp_path, *command)
         assert refused.code == 2, refused.err
-        assert "is a file of logits" in refused.err
+        assert said in refused.err
 
 
 def test_a_file_of_logits_without_test_images(tmp_path: Path) -> None:
@@ -668,3 +670,66 @@ def test_a_forest_teaches_a_perceptron_on_a_table(tmp_path: Path) -> None:
     rows = {row["row"]: row["errors"] for row in done.json["points"][0]["table"]}
     assert rows["teacher"] == [int((forest.predict(x_test) != y_test).sum())]
     assert max(rows["student"]) <= 20
+
+
+# What a new user tripped over.
+
+
+def test_a_wrong_file_of_logits_is_named_without_test_images(tmp_path: Path) -> None:
+    labels = 9 - DIGITS.train.labels  # its columns are in the opposite order
+    np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[labels] - 1)
+    said = "what it calls 9 is 0"
+    assert said in read(tmp_path, "{logits: a.npy}").out
+    done = read(tmp_path, "{logits: a.npy}", command="distill")
+    assert done.err.index(said) < done.err.index("epoch 1/6")
+    run = json.loads(kd_here(tmp_path, "runs", "--match", "teacher", "--json").out)["runs"][0]
+    assert "errors" not in run
+    for words in (["report", run["run"]], ["compare", run["run"], "tiny/baseline"], ["export", run["run"]]):
+        refused = kd_here(tmp_path, *words)
+        assert refused.code == 2, refused.err
+        assert len(refused.err.strip().splitlines()) == 1
+    student = kd_here(tmp_path, "predict", "tiny/distill/0-", "--test-image", "1")
+    assert student.code == 0, student.err
+    assert "has no net, but a file of logits" in student.err
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_another_normalisation_is_looked_for_with_the_channels_of_the_net(tmp_path: Path, channels: int) -> None:
+    """A net of one channel on colours, a net of three on grey images: neither is a reason to fail."""
+    rng, shape = np.random.default_rng(0), (60, 4, 4) if channels == 3 else (60, 3, 4, 4)
+    x, y = rng.integers(0, 256, shape).astype(np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    torch.save(MLP(16 * channels, [], 3).state_dict(), tmp_path / "net.pt")
+    text = ELSEWHERE.replace("{name: digits, heldout: 200}", "{arrays: a.npz}").partition("omit_classes")[0]
+    mean = "[0.485, 0.456, 0.406]" if channels == 3 else "[0.1307]"
+    std = "[0.229, 0.224, 0.225]" if channels == 3 else "[0.3081]"
+    source = f"{{model: {{hidden: []}}, weights: net.pt, input: {{channels: {channels}, mean: {mean}, std: {std}}}}}"
+    done = read(tmp_path, source, text=text)
+    assert done.code == 0, done.err
+
+
+def test_a_file_says_what_its_net_sees(elsewhere: Fixture, tmp_path: Path) -> None:
+    onnx_file(tmp_path / "net.onnx", elsewhere.net, "n", False, False)
+    for key, value, own in (("size", 12, 8), ("channels", 3, 1)):
+        done = read(tmp_path, f"{{onnx: net.onnx, input: {{{key}: {value}}}}}")
+        assert done.code == 2
+        assert f"teacher.input.{key}: must be {own}, as the file says" in done.err
+    done = read(tmp_path, "{onnx: net.onnx, input: {mean: [1, 1, 1], std: [1, 1, 1]}}")
+    assert "teacher.input.mean: must have 1 number, not 3" in done.err
+    exported = read(tmp_path, "{onnx: net.onnx}", "--json").json["run"]
+    refused = kd_here(tmp_path, "export", exported)
+    assert refused.code == 2
+    assert "is no net of torch's, but what" in refused.err
+    assert kd_here(tmp_path, "export", exported, "--format", "logits", "--out", "l.npz").code == 0
+
+
+def test_the_tutorials_checkpoint_and_a_program(elsewhere: Fixture, tmp_path: Path) -> None:
+    whole = {"epoch": 1, "model_state_dict": elsewhere.net.state_dict(), "loss": torch.tensor(0.4)}
+    torch.save(whole, tmp_path / "net.pt")
+    assert read(tmp_path, own("net.pt"), "--json").json["test"]["errors"] == elsewhere.errors
+    program = torch.export.export(elsewhere.net, (torch.zeros(2, 1, 8, 8),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    (tmp_path / "program.pt2").rename(tmp_path / "net.pt")
+    assert "is a program of torch's, not weights" in read(tmp_path, own("net.pt")).err
+    torch.save({"a": Evil()}, tmp_path / "net.pt")
+    assert "(failed.)" not in read(tmp_path, own("net.pt")).err
