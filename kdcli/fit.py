@@ -64,10 +64,7 @@ def fit(
     views = Views(transfer_set, train, seed, teacher.views if teacher else None)
     loop = _Loop(net, views, (teacher, distill), start, steps)
     for epoch in range(start.epochs, train.epochs):
-        net.train()
-        for frozen in (part for part in net.modules() if not any(p.requires_grad for p in part.parameters())):
-            if next(frozen.parameters(), None) is not None:
-                frozen.eval()  # its BatchNorm must not learn from what its weights do not
+        _in_training(net)
         order = views.order(epoch).to(device)
         drawn, ends = views.draw(epoch), [*range(train.batch_size, n, train.batch_size)][: steps - 1]
         with seeded(seed, "dropout", epoch):
@@ -87,6 +84,15 @@ def fit(
             net=loop.average.module if loop.average else net,
             state=loop.tensors,
         )
+
+
+def _in_training(net: nn.Module) -> None:
+    """Put a net in train mode, but its frozen parts: their BatchNorm must not learn from what their weights do not."""
+    net.train()
+    for part in net.modules():
+        weights = list(part.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            part.eval()
 
 
 class _Loop:
