@@ -199,7 +199,7 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Part
     for d in documents:
         run, q, cost = d.run.partition("/")[2], d.quality, d.cost
         t = d.teacher
-        follows = [_rate(t.agreement, 1), f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
+        follows = [f"{t.agreement:.4f}", f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
         follows.append("" if t is None or t.soft is None else f"{t.soft:.4g}")
         more = ["" if q.balanced is None else _rate(q.balanced, 1), "" if q.top5 is None else str(q.top5)]
         scores.append([run, str(d.test.errors), *more, *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
