@@ -199,8 +199,8 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Part
     for d in documents:
         run, q, cost = d.run.partition("/")[2], d.quality, d.cost
         t = d.teacher
-        follows = [f"{t.agreement:.4f}", f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
-        follows.append("" if t is None or t.soft is None else f"{t.soft:.4g}")
+        follows = [f"{t.agreement:.3f}", f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
+        follows.append("" if t is None or t.soft is None else f"{t.soft:.3g}")
         more = ["" if q.balanced is None else _rate(q.balanced, 1), "" if q.top5 is None else str(q.top5)]
         scores.append([run, str(d.test.errors), *more, *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
         by_class.append([run, *_worst(d, classes)])
