@@ -164,6 +164,12 @@ def main() -> None:
             except (EOFError, OSError):
                 os._exit(1)
 
+    def send(message: Any) -> None:
+        try:
+            connection.send(message)
+        except OSError:  # who started it died: its run is interrupted, it has not failed
+            os._exit(1)
+
     Thread(target=listen, daemon=True).start()
     while True:
-        connection.send(attempt(specs.get(), places, lambda *epoch: connection.send(epoch), connection.send))
+        send(attempt(specs.get(), places, lambda *epoch: send(epoch), send))
