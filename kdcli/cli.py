@@ -124,11 +124,11 @@ class Call:
             self.display.note(line)
         elsewhere = [job for job in work.jobs if job.spec.imported]
         others = [job for job in work.jobs if not job.spec.imported]
-        experiment, note = self.load(), self.display.note
+        threads, note = self.load().threads, self.display.note
         try:
             for jobs in filter(None, (elsewhere, others)):
-                obtain(jobs, work.places, experiment.threads, self.jobs, self.display.epoch, note)
-                for line in doubts(jobs, experiment.expect, work.places) if others and jobs is elsewhere else ():
+                obtain(jobs, work.places, threads, self.jobs, self.display.epoch, note)
+                for line in doubts(jobs, work.subject.expect, work.places) if others and jobs is elsewhere else ():
                     note(line)
         finally:
             self.display.close()
@@ -144,13 +144,13 @@ class Call:
         if not work.jobs:
             key, flag = ("ensemble", "--members 5") if self.command == "ensemble" else ("omit_classes", "--omit 3")
             raise BadInput(f"{self.experiment}: {key}: there is none: add the section, or {flag}")
-        for teacher in require_teachers(work.jobs, work.planned, work.places, self.retype(), self.display.note):
-            for line in doubts([teacher], self.load().expect, work.places):
-                self.display.note(line)
+        teachers = require_teachers(work.jobs, work.planned, work.places, self.retype(), self.display.note)
+        for line in doubts(teachers, work.subject.expect, work.places):
+            self.display.note(line)
         if self.dry_run:
             return self.describe(work)
         self.obtain(work)
-        found = documents(work.jobs, work.dataset, work.places, self.load().expect)
+        found = documents(work.jobs, work.dataset, work.places, work.subject.expect)
         mine = [d for d in found if d.command == self.command]
         if not mine:  # a file of logits, which may lack those of the test images
             silent = work.places.open(work.jobs[0].spec.name).result()
@@ -293,10 +293,8 @@ def evaluate(
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
     if call.dry_run:
         return call.describe(replace(work, jobs=jobs))
-    found, classes = (
-        documents(jobs, work.dataset, work.places, work.subject.expect, "timed"),
-        work.dataset.facts.classes,
-    )
+    found = documents(jobs, work.dataset, work.places, work.subject.expect, "timed")
+    classes = work.dataset.facts.classes
     whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
     call.present(whole, *show.evaluations(found, classes))
     call.display.note(f"next: kd report {call.retype()}")

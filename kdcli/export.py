@@ -3,7 +3,6 @@ it writes on all test images first."""
 
 import contextlib
 import copy
-import importlib
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from kdcli import BadInput, Failed, code, losses, score
 from kdcli.answers import read_answers
 from kdcli.config import Average, Section
 from kdcli.data import Dataset, Split
+from kdcli.imports import library
 from kdcli.results import cost, log_probabilities
 from kdcli.runs import Run, settings, write_aside
 from kdcli.teacher import dataset_of, kept_logits, members, nets, predict
@@ -215,7 +215,7 @@ def _traced(model: Probabilities, shape: Sequence[int], form: Form, about: dict[
         torch.export.save(program, buffer := io.BytesIO(), extra_files=about)
         content = buffer.getvalue()
         return content, torch.export.load(io.BytesIO(content)).module()
-    _library("onnxscript")
+    library("onnxscript")
     made: Any = torch.onnx.export(program, input_names=["inputs"], output_names=["probabilities"])
     made.model.metadata_props.update(about)
     content = made.model_proto.SerializeToString()
@@ -227,7 +227,7 @@ def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int], bool]:
     images, and whether they are the middles of photographs. Raises BadInput when it is none."""
     if isinstance(file, Path) and not file.is_file():
         raise BadInput(f"{file}: there is no such file")
-    runtime = _library("onnxruntime")
+    runtime = library("onnxruntime")
     try:
         session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
@@ -236,10 +236,3 @@ def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int], bool]:
         raise BadInput(f"{file!s}: is not a net that kd exported as onnx: export it so, or name the run") from None
     middle = about.get("middle") == "True"
     return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), classes, shape, middle
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise BadInput(f"{name} is not installed: pip install 'kdcli[onnx]'") from None

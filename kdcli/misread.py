@@ -23,21 +23,19 @@ USUAL = {
 }
 
 
-def reading(
-    net: nn.Module | None, logits: dict[str, Tensor], data: Dataset, origin: Origin, said: list[str]
-) -> Reading:
-    """How a teacher reads the images of a dataset, by its logits on the `train` [N, C] and, where there are any, the
-    `test` images; a net is tried with other normalisations too."""
+def reading(net: nn.Module | None, logits: Tensor, data: Dataset, origin: Origin, said: list[str]) -> Reading:
+    """How a teacher reads the images of a dataset, by its logits [N, C] on the training images; a net is tried with
+    other normalisations too."""
     labels, warnings = data.train.labels, list[str]()
-    train, guessing = score.count_errors(logits["train"], labels), score.errors_of_guessing(labels)
+    train, guessing = score.count_errors(logits, labels), score.errors_of_guessing(labels)
     if train.errors >= guessing:
         of = f"{train.errors:,} errors on {train.total:,} training images"
         warnings.append(f"It makes {of}: no better than guessing, {guessing:,}.")
-    order = permutation(logits["train"], labels)
+    order = permutation(logits, labels)
     classes = _renamed(order, data.facts.classes, origin) if order else []
     if order:
-        right = sum(int((logits["train"].argmax(1)[labels == c] == p).sum()) for c, p in enumerate(order))
-        warnings.append(_of_order(order, data.facts.classes, train.errors, len(labels) - right, classes))
+        after = int((logits.argmax(1) != torch.tensor(order)[labels]).sum())
+        warnings.append(_of_order(order, data.facts.classes, train.errors, after, classes))
     own = None
     if isinstance(net, Seen) and not order:
         own, text = _renormalised(net, data)

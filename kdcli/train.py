@@ -184,7 +184,7 @@ def _imported(run: Run, dataset: Dataset, device: torch.device, note: Note) -> d
         raise BadInput(f"{origin.file or run.name}: gives logits of {bad} images that are not finite")
     run.save("weights", net.state_dict() if net else {})
     run.save("logits", logits)
-    read_as = misread.reading(net, logits, dataset, origin, said)
+    read_as = misread.reading(net, logits["train"], dataset, origin, said)
     for line in read_as.said:
         note(f"{run.name}: {line}")
     test = (
