@@ -416,7 +416,8 @@ def evaluable(
     for run in [] if names else list_runs(places.runs_dir, like.experiment, COMMANDS, note):
         if run.finished() and (seeds is None or run.spec.seed in seeds):
             unlike = differences(data_settings(like), data_settings(run.spec), "data.")
-            if reason := "; ".join(unlike) or orphaned(run):
+            silent = "" if run.result().test.total else "has no answers for the test images"
+            if reason := "; ".join(unlike) or orphaned(run) or silent:
                 note(f"left out: {run.name}: {reason}")
             else:
                 runs.append(run)
@@ -426,6 +427,7 @@ def evaluable(
     described = {job.spec.seed: job.teacher for job in planned if job.spec.command == "baseline"}
     jobs = []
     for i, run in enumerate(runs):
+        run.counted("evaluated")
         spec, kind = usable(run, like, "evaluated").spec, KINDS[run.spec.command]
         beside = spec.parents[0] if spec.distill else described.get(spec.seed) if kind == "baseline" else None
         jobs.append(Job(Row(kind, kind), spec, i, beside))

@@ -684,7 +684,8 @@ def test_a_wrong_file_of_logits_is_named_without_test_images(tmp_path: Path) -> 
     assert done.err.index(said) < done.err.index("epoch 1/6")
     run = json.loads(kd_here(tmp_path, "runs", "--match", "teacher", "--json").out)["runs"][0]
     assert "errors" not in run
-    for words in (["report", run["run"]], ["compare", run["run"], "tiny/baseline"], ["export", run["run"]]):
+    alone = ["evaluate", "elsewhere.yaml", "--run", run["run"]]
+    for words in (alone, ["report", run["run"]], ["compare", run["run"], "tiny/baseline"], ["export", run["run"]]):
         refused = kd_here(tmp_path, *words)
         assert refused.code == 2, refused.err
         assert len(refused.err.strip().splitlines()) == 1
