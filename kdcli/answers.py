@@ -15,7 +15,7 @@ from kdcli.sources import Array, arrays_of
 
 PARTS = {"train": "training", "test": "test", "unlabelled": "unlabelled"}
 KEYS = {"file": "_files", "index": "_index", "split": ""}  # columns of a table that are no classes, and their arrays
-TINY = float(np.finfo(np.float32).tiny)
+TINY = float(np.finfo(np.float32).tiny)  # what a probability of 0 counts as: float32 has underflowed there
 CLOSE = 1e-3  # a row of probabilities sums to 1 up to this: float16 and four decimals of a hundred classes do
 Files = Mapping[str, Sequence[str]]  # of the images of each part, by their paths below the folder of the data
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcli import BadInput, BadKeys, code, hub, models
+from kdcli.answers import CLOSE, TINY
 from kdcli.config import Input, Model, Origin, TeacherSection
 from kdcli.device import seeded
 from kdcli.runs import Facts
 from kdcli.weights import classes_of, fit_weights, last_layer, read_weights, stripped
 
-TINY = torch.finfo(torch.float32).tiny  # what a probability of 0 counts as: float32 has underflowed there
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601), as Pillow converts
 
 
@@ -207,7 +207,7 @@ class OnnxNet(nn.Module):
         self.session, (first, *_) = session, session.get_inputs()
         self.input, self.dims, self.kind = first.name, first.shape, first.type
         self.batch = self.dims[0] if isinstance(self.dims[0], int) else None
-        self.last = len(self.dims) == 4 and self.dims[3] in (1, 3) and self.dims[1] not in (1, 3)  # [N, H, W, C]
+        self.last = _channels_last(self.dims)
         noise = torch.rand(self.batch or 4, *shape, generator=torch.Generator().manual_seed(0))
         outputs = self._run(noise)
         own = [i for i, y in enumerate(outputs) if y.ndim == 2 and y.shape[1] == classes and y.dtype.kind == "f"]
@@ -216,7 +216,7 @@ class OnnxNet(nn.Module):
             must = f"must give one output of floats for {classes} classes (name all of them in teacher.classes)"
             raise BadInput(f"{must}, and gives {shapes}")
         (self.output,), y = own, outputs[own[0]].astype(np.float64)
-        self.probabilities = bool((y >= 0).all() and np.abs(y.sum(1) - 1).max() < 1e-3)
+        self.probabilities = bool((y >= 0).all() and np.abs(y.sum(1) - 1).max() < CLOSE)
         self.between = bool((y >= 0).all() and (y <= 1).all()) and not self.probabilities
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def _sized(origin: Origin, dims: list[int]) -> Origin:
     where it takes any. Raises BadKeys where the experiment says otherwise."""
     if len(dims) != 4:
         return origin
-    channels, height, width = (dims[3], *dims[1:3]) if dims[3] in (1, 3) and dims[1] not in (1, 3) else dims[1:]
+    channels, height, width = (dims[3], *dims[1:3]) if _channels_last(dims) else dims[1:]
     given = origin.input or Input()
     fixed = {"channels": channels} | ({"size": height} if height == width else {})
     for key, value in ((k, v) for k, v in fixed.items() if v):
@@ -285,6 +285,11 @@ def _sized(origin: Origin, dims: list[int]) -> Origin:
             raise BadKeys((f"input.{key}", f"must be {value}, as the file says, or be left out"))
     own = given.model_copy(update={key: value for key, value in fixed.items() if value})
     return origin.model_copy(update={"input": own})
+
+
+def _channels_last(dims: list[Any]) -> bool:
+    """Whether inputs are [N, H, W, C], not [N, C, H, W]."""
+    return len(dims) == 4 and dims[3] in (1, 3) and dims[1] not in (1, 3)
 
 
 def reopened(origin: Origin, model: Model | None, facts: Facts, content: bytes | None) -> nn.Module:
