@@ -220,6 +220,13 @@ def verdict(distilled: Sequence[Document]) -> Verdict | None:
     return paired([b.errors - errors for b, errors in pairs], pairs[0][0].fixed, pairs[0][0].broken)
 
 
+def _than_first(distilled: Sequence[Document], first: Sequence[Document]) -> Verdict | None:
+    """Whether students make fewer errors than those of the same seeds at the first point; None of one seed."""
+    errors = {d.seed: d.test.errors for d in first}
+    fewer = [errors[d.seed] - d.test.errors for d in distilled if d.seed in errors]
+    return paired(fewer, 0, 0) if len(fewer) > 1 else None
+
+
 # The table.
 
 
@@ -277,11 +284,15 @@ def summarise(
     only_ensembles = bool(subject.grid) and all(key.startswith("ensemble.") for key in subject.grid)
     of_ensemble = Row("student of ensemble", "student")
     judged = of_ensemble.name if only_ensembles and of_ensemble in subject.rows else "student"
-    tables = []
+    of_losses = any(key in ("distill", "distill.loss") for key in subject.grid)
+    tables, first = list[Table](), list[Document]()  # the students of the first point
     for i, at in enumerate(subject.at):
         mine = [d for job, d in zip(jobs, found, strict=True) if job.point == i]
         rows = [line for row in subject.rows for line in _rows(subject, row, mine, classes)]
-        tables.append(Table(at=at, table=rows, runs=mine, verdict=verdict([d for d in mine if d.row == judged])))
+        students = [d for d in mine if d.row == judged]
+        first = first or students
+        than_first = _than_first(students, first) if of_losses and i else None
+        tables.append(Table(at=at, table=rows, runs=mine, verdict=verdict(students), than_first=than_first))
     scored = {"evaluated_on": found[0].on, "total": found[0].test.total, "classes": classes}
     return Summary.model_validate(dict(subject) | scored | {"judged": judged, "points": tables, "made": made})
 

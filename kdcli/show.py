@@ -37,6 +37,7 @@ LEGENDS = {  # by column
     "train error": "Train error: the baseline's and the student's error rate on the transfer set in the last epoch.",
     "fewer": f"Fewer: how many errors fewer than the baseline such a student makes. {INTERVALS} Verdict: by a paired "
     "t-test over seeds (a sign test where they all differ alike, McNemar's test of one seed) at p < 0.05.",
+    "than the first": "Than the first: how many errors fewer than the student at the first point, tested alike.",
     "p": "Corrected p, in a table in brackets: for all comparisons by Holm's procedure. Verdicts rest on it: where "
     "nothing helps or hurts, the chance that any says otherwise is one in twenty at most. Intervals are not corrected.",
 }
@@ -344,10 +345,14 @@ def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
         cells = [spread(nets[name]) if name in nets and name not in fixed else "" for name in GRID_ROWS]
         pair = nets["baseline"], nets["student"]
         rates = ", ".join(f"{100 * (net.train_errors or 0) / (net.samples or 1):.2f}" for net in pair)
-        v = point.verdict
-        said = [_fewer(v), f"{v.p:.2g} ({v.p_corrected:.2g})" if v.comparisons else "", v.verdict] if v else [""] * 3
+        said = [*_judged(point.verdict), *_judged(point.than_first)]
         rows.append([*point.at.values(), *cells, f"{rates} %" if part else "", *said])
-    return [*(key.rpartition(".")[2] for key in summary.grid), *GRID_ROWS, "train error", "fewer", "p", "verdict"], rows
+    verdicts = ["fewer", "p", "verdict", "than the first", "p ", "verdict "]
+    return [*(key.rpartition(".")[2] for key in summary.grid), *GRID_ROWS, "train error", *verdicts], rows
+
+
+def _judged(v: Verdict | None) -> list[str]:
+    return [_fewer(v), f"{v.p:.2g} ({v.p_corrected:.2g})" if v.comparisons else "", v.verdict] if v else [""] * 3
 
 
 def _fewer(found: Verdict) -> str:

@@ -56,7 +56,10 @@ class Verdict(Section):
 
 
 class Judged(Section):
-    verdict: Verdict | None = None  # perhaps one of several: see `corrected`
+    """What verdicts are about, each perhaps one of several of its kind: see `corrected`."""
+
+    verdict: Verdict | None = None
+    than_first: Verdict | None = None  # at a point of a grid of losses: against the first point
 
 
 def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
@@ -85,14 +88,17 @@ def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
 
 
 def corrected(found: list[J]) -> list[J]:
-    """The same, but of several verdicts each rests on its p corrected for them all: some become `no evidence`."""
-    family, changed = [one.verdict.p for one in found if one.verdict], list(found)
-    by_p = dict(zip(family, holm(family), strict=True))
-    for i, one in enumerate(found):
-        if (v := one.verdict) and len(family) > 1:
-            word = v.verdict if by_p[v.p] < ALPHA else "no evidence"
-            more = {"verdict": word, "p_corrected": by_p[v.p], "comparisons": len(family)}
-            changed[i] = one.model_copy(update={"verdict": v.model_copy(update=more)})
+    """The same, but of several verdicts of a kind each rests on its p corrected for them all: some become `no
+    evidence`."""
+    changed = list(found)
+    for kind in ("verdict", "than_first"):
+        family = [v.p for one in found if (v := getattr(one, kind))]
+        by_p = dict(zip(family, holm(family), strict=True))
+        for i, one in enumerate(changed):
+            if (v := getattr(one, kind)) and len(family) > 1:
+                word = v.verdict if by_p[v.p] < ALPHA else "no evidence"
+                more = {"verdict": word, "p_corrected": by_p[v.p], "comparisons": len(family)}
+                changed[i] = one.model_copy(update={kind: v.model_copy(update=more)})
     return changed
 
 

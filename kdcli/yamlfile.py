@@ -105,15 +105,30 @@ def points(name: str, overrides: Sequence[Override] = ()) -> list[Loaded]:
     """The points of a file's grid, or its one experiment. Raises BadInput as `load` does, or where two are the same."""
     file, found = _read(find(name)), list[Loaded]()
     whole = _loaded(file, overrides)
-    places = {key: _origin(f"grid.{key}", whole.origins) for key in whole.experiment.grid}
-    for values in itertools.product(*whole.experiment.grid.values()):
+    grid = whole.experiment.grid
+    places = {key: _origin(f"grid.{key}", whole.origins) for key in grid}
+    for values in itertools.product(*(zip(given, _labels(given), strict=True) for given in grid.values())):
         at = zip(places.items(), values, strict=True)
-        chosen = [Override(key, value, f"{place}: grid: {key}={value}") for (key, place), value in at]
-        point = _loaded(file, overrides, chosen)
+        chosen = [Override(key, value, f"{place}: grid: {key}={value}") for (key, place), (value, _) in at]
+        labels = [label for _, label in values]
+        point = _loaded(file, overrides, chosen)._replace(at=dict(zip(grid, labels, strict=True)))
         if any(point.experiment == other.experiment for other in found):
             raise BadInput(f"{chosen[-1].origin}: is there twice")
         found.append(point)
     return found
+
+
+def _labels(values: Sequence[Any]) -> list[str]:
+    """What tells the values of one key apart: of sections the settings that not all of them have alike."""
+
+    def shown(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    sections = [value for value in values if isinstance(value, dict)]
+    if len(sections) < len(values):
+        return [shown(value) for value in values]
+    alike = dict.fromkeys(key for key in sections[0] if all(key in s and s[key] == sections[0][key] for s in sections))
+    return [" ".join(f"{key}={shown(v)}" for key, v in own.items() if key not in alike) for own in sections]
 
 
 def _loaded(file: _File, overrides: Sequence[Override], point: Sequence[Override] = ()) -> Loaded:
@@ -130,8 +145,7 @@ def _loaded(file: _File, overrides: Sequence[Override], point: Sequence[Override
         problems += map(_problem, error.errors(include_url=False))
     if problems:
         raise _told(problems, origins)
-    at = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value, _ in point}
-    return Loaded(experiment, str(file.path), origins, at)
+    return Loaded(experiment, str(file.path), origins, {})
 
 
 class Loader(yaml.SafeLoader):
