@@ -95,9 +95,11 @@ def _draw_errors(figure: Figure, found: Findings) -> None:
 
 def _draw_grid(figure: Figure, summary: Summary) -> None:
     """Errors at each value of the first key, a colour for each combination of the others (of a grid with one key, for
-    each net) and a style for each net; with bars of one standard deviation."""
+    each net) and a style for each net; with bars of one standard deviation. Of sections, whose names are long, a line
+    each, one below the other."""
     axes, (first, *others), n = figure.subplots(), summary.grid, len(summary.seeds)
     ticks = list(dict.fromkeys(point.at[first] for point in summary.points))
+    below = any("=" in tick for tick in ticks)
     lines = [", ".join(f"{key.rpartition('.')[2]} {point.at[key]}" for key in others) for point in summary.points]
     for i, line in enumerate(dict.fromkeys(lines)):
         points = [point for point, its in zip(summary.points, lines, strict=True) if its == line]
@@ -106,10 +108,18 @@ def _draw_grid(figure: Figure, summary: Summary) -> None:
             x = [at + 0.04 * (i - (row == "baseline")) for at, _ in found]  # so that no bar hides another
             means, spread = [r.mean for _, r in found], [r.std or 0 for _, r in found]
             colour, label = (f"C{i}", f"{row}, {line}") if line else (COLOURS[row], row)
-            if found:
+            if found and below:
+                axes.errorbar(means, x, None, spread, style if row == "baseline" else "o", color=colour, label=label)
+            elif found:
                 axes.errorbar(x, means, spread, None, style, color=colour, label=label)
-    axes.set_xticks(range(len(ticks)), [t.replace(" ", "\n") if "=" in t else t for t in ticks])  # a line a setting
-    axes.set(xlabel=f"{first} (the values in a row, not to scale)", ylabel=f"errors on {summary.evaluated_on}")
+    if below:
+        figure.set_size_inches(10, 2 + 0.25 * len(ticks))
+        axes.set_yticks(range(len(ticks)), ticks, fontsize=8)
+        axes.invert_yaxis()
+        axes.set(xlabel=f"errors on {summary.evaluated_on}", ylabel=first)
+    else:
+        axes.set_xticks(range(len(ticks)), ticks)
+        axes.set(xlabel=f"{first} (the values in a row, not to scale)", ylabel=f"errors on {summary.evaluated_on}")
     axes.set_title(f"{summary.file}: " + (f"mean over {n} seeds, ± one std" if n > 1 else "one seed"))
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, handlelength=3.5)
 

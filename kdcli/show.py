@@ -379,18 +379,24 @@ def remarks(summary: "Summary") -> list[str]:
 
 
 def _grid_verdict(summary: "Summary") -> Iterator[str]:
-    points, judged = summary.points, summary.judged
-    words, one = [point.verdict.verdict for point in points if point.verdict], len(summary.seeds) == 1
-    family = f", corrected for {len(words)} comparisons" if len(words) > 1 else ""
-    counted = [f"{word} at {words.count(word)}" for word in ("helped", "hurt") if word in words]
-    said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
+    points, judged, one = summary.points, summary.judged, len(summary.seeds) == 1
     students = [(row, point.at) for point in points for row in point.table if row.row == judged]
     best, at = min(students, key=lambda pair: pair[0].mean)
     where = ", ".join(f"{key} = {value}" for key, value in at.items())
     fewest = f"The fewest errors of a {judged}, {spread(best)}, are at {where}."
-    yield f"The soft targets {said} of {len(points)} points{family}{', on this one seed' if one else ''}. {fewest}"
+    said = _counted([point.verdict for point in points if point.verdict])
+    yield f"The soft targets {said}{', on this one seed' if one else ''}. {fewest}"
+    if others := [point.than_first for point in points if point.than_first]:
+        yield f"Against the first point, {' '.join(points[0].at.values())}, the others {_counted(others)}."
     if same := [" ".join(pair) for pair in _fixed(summary).items()]:
         yield f"The same at every point: {', '.join(same)}."
+
+
+def _counted(verdicts: Sequence[Verdict]) -> str:
+    words, n = [v.verdict for v in verdicts], len(verdicts)
+    counted = [f"{word} at {words.count(word)}" for word in ("helped", "hurt") if word in words]
+    said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
+    return f"{said} of {n} points{f', corrected for {n} comparisons' if n > 1 else ''}"
 
 
 def _verdict(summary: "Summary") -> Iterator[str]:
