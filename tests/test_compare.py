@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from kdcli.data import open_dataset
 from kdcli.plan import plan
 from kdcli.results import Summary
 from kdcli.runs import open_run
+from kdcli.verdict import holm
 
 
 def runs(folder: Path, command: str) -> list[str]:
@@ -251,6 +253,26 @@ def test_the_verdicts_of_a_grid_are_corrected_for_its_points(counted: Path) -> N
     assert "Corrected p, in a table in brackets: for all comparisons by Holm's procedure." in text
     summary = Summary.model_validate(document)
     assert Summary.model_validate_json(summary.model_dump_json()) == summary  # a record is read again as it was
+
+
+def test_a_grid_of_losses_is_judged_against_its_first_point_too(tmp_path: Path) -> None:
+    """The same runs, p and correction as by hand; of one seed no verdict, since a paired t-test has none."""
+    losses = "[{T: 4, lambda1: 0.9}, {loss: mse, lambda1: 0.01}, {loss: dist, T: 4, lambda1: 2, lambda2: 1}]"
+    text = TINY.replace("omit_classes:\n  - omit: [3]\n", f"grid: {{distill: {losses}}}\n")
+    (tmp_path / "losses.yaml").write_text(text.replace("epochs: 6", "epochs: 2"))
+    document = kd_here(tmp_path, "run", "losses.yaml", "--seeds", "0-2", "--json", "--jobs", "1").json
+    errors = [next(r["errors"] for r in p["table"] if r["row"] == "student") for p in document["points"]]
+    first, *others = [point.get("than_first") for point in document["points"]]
+    assert first is None
+    p = [float(stats.ttest_rel(errors[0], own).pvalue) for own in errors[1:]]
+    assert [v["p"] for v in others] == pytest.approx(p)
+    assert [v["p_corrected"] for v in others] == pytest.approx(holm(p))
+    assert [v["fewer_errors"] for v in others] == pytest.approx([mean(errors[0]) - mean(own) for own in errors[1:]])
+    report = tmp_path / "runs" / "tiny" / "report-losses"
+    assert "| than the first | p  | verdict  |" in (report / "report.md").read_text()
+    assert "Against the first point, T=4 lambda1=0.9, the others" in (report / "report.md").read_text()
+    alone = kd_here(tmp_path, "run", "losses.yaml", "--seeds", "0", "--json").json
+    assert not any("than_first" in point for point in alone["points"])
 
 
 def test_comparisons_with_one_group_are_corrected_for_their_number(counted: Path, grid: Shell) -> None:

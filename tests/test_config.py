@@ -306,6 +306,12 @@ def test_a_key_set_by_hand_does_not_vary(tmp_path: Path) -> None:
     assert (point.at, point.experiment.student.model.hidden) == ({}, [5])
 
 
+def test_sections_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    losses = "{T: 4, lambda1: 0.9, views: 8}, {loss: mse, lambda1: 2e1, lambda2: 1, views: 8}"
+    points = grid(tmp_path, f"grid: {{distill: [{losses}]}}", "student.train={epochs: 2, lr: 0.1, flip: true}")
+    assert [p.at for p in points] == [{"distill": "T=4 lambda1=0.9"}, {"distill": "loss=mse lambda1=20 lambda2=1"}]
+
+
 def test_a_set_inside_a_section_that_varies_beats_the_grid(tmp_path: Path) -> None:
     text = "grid: {student.train: [{epochs: 3, lr: 0.1}, {epochs: 4, lr: 0.2}], distill.T: [1, 8]}"
     points = grid(tmp_path, text, "student.train.epochs=9")

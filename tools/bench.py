@@ -8,7 +8,9 @@ For each case, in one process, the arms shuffled in every round:
     naive     the loop as most people write it: DataLoader, ToTensor and RandomAffine a sample, stock dropout, an
               unfused optimizer, torch.renorm with a copy, `.item()` every step, a live teacher
 
-A second table holds what kd does itself against the library's way, each put into the same loop in its place.
+A second table holds the commands as shipped, `kd train-teacher mnist` and `kd distill mnist`: CPU seconds an epoch with
+all that goes with one (averaged weights, evaluation, saving), over the products of its steps. It needs MNIST. A third
+holds what kd does itself against the library's way, each put into the same loop in its place.
 
 The images are random bytes, which costs what real ones cost. Times are medians over the rounds with their quartiles;
 ratios are taken round by round, so that a drift of the machine's speed cancels. `--scale` prints the other table:
@@ -43,15 +45,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from kdcli import augment
+from kdcli import BadInput, augment, yamlfile
 from kdcli import fit as training
 from kdcli.config import Data, Distill, Model, Section, Train
-from kdcli.data import Split
+from kdcli.data import Split, open_dataset
 from kdcli.device import seeded
 from kdcli.fit import Fitted, fit, make_optimizer
 from kdcli.models import MLP, build
-from kdcli.runs import SAVE_EVERY, Facts, Run, Spec, State
+from kdcli.plan import plan
+from kdcli.runs import SAVE_EVERY, Epoch, Facts, Places, Run, Spec, State
 from kdcli.teacher import Teacher, predict
+from kdcli.train import train as train_run
+from kdcli.yamlfile import Override
 
 STEPS, BATCH, CLASSES, SHAPE = 30, 128, 10, [1, 28, 28]
 FACTS = Facts(fingerprint="", classes=[str(c) for c in range(CLASSES)], shape=SHAPE, white=255)
@@ -87,6 +92,7 @@ class Case(NamedTuple):
 
 STUDENT = Model(hidden=[800, 800])
 TEACHER = Case("jittered teacher", Model(hidden=[1200, 1200], dropout=0.5, input_dropout=0.2), jitter=2, max_norm=4.0)
+SHIPPED = {"train-teacher": "teacher", "distill": "student"}  # commands and their rows
 CASES = (Case("hard-label student", STUDENT), Case("distilled student", STUDENT, distilled=True), TEACHER)
 
 
@@ -122,6 +128,15 @@ class Figures(Section):
     contended: bool
 
 
+class Shipped(Section):
+    """What an epoch of a command takes, as its experiment file has it."""
+
+    command: str
+    batch: int
+    s_cpu: Quartiles  # an epoch
+    over_products_cpu: Quartiles
+
+
 class Bought(Section):
     """What a step takes with the library's way in place of kd's own, over what it takes with that."""
 
@@ -148,15 +163,16 @@ class Report(Section):
     load_at_start: float
     contended: bool
     results: list[Figures]
+    shipped: list[Shipped]
     bought: list[Bought]
     saving: Saving
 
 
-def products(case: Case) -> Iterator[None]:
+def products(case: Case, batch: int = BATCH) -> Iterator[None]:
     """The matrix products of `STEPS` steps, every time it is asked."""
-    inputs = [torch.randn(BATCH, n) for n, _ in case.layers]
+    inputs = [torch.randn(batch, n) for n, _ in case.layers]
     weights = [torch.randn(m, n) for n, m in case.layers]
-    outputs, input_gradients = [torch.empty(BATCH, m) for _, m in case.layers], [torch.empty_like(x) for x in inputs]
+    outputs, input_gradients = [torch.empty(batch, m) for _, m in case.layers], [torch.empty_like(x) for x in inputs]
     weight_gradients = [torch.empty_like(w) for w in weights]
     while True:
         for _ in range(STEPS):
@@ -282,6 +298,44 @@ def measure(case: Case, optimizer: Optimizer, rounds: int) -> Figures:
         naive_over_kd_cpu=ratio(times["naive"], times["kd"], lambda t: t.cpu),
         naive_over_products_cpu=ratio(times["naive"], times["products"], lambda t: t.cpu),
         contended=any(statistics.median(t.wall / t.cpu for t in ts) > 1.05 for ts in times.values()),
+    )
+
+
+def shipped(rounds: int) -> list[Shipped]:
+    """The commands' own trainings of mnist.yaml, one epoch of each a round, an epoch's products after each; none where
+    MNIST is not at hand."""
+    epochs = [Override(f"{net}.train.epochs", rounds + 1, "bench") for net in ("teacher", "student")]
+    mnist = yamlfile.load("mnist", epochs).experiment
+    try:
+        dataset = open_dataset(mnist.data, download=False)
+    except BadInput:
+        return []
+    jobs = {job.row.name: job for job in reversed(plan([mnist], dataset))}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        places = Places(Path(folder), None, "cpu", 1)
+        return [epochs_of(f"kd {c} mnist", jobs[row].spec, len(dataset.train), places) for c, row in SHIPPED.items()]
+
+
+def epochs_of(command: str, spec: Spec, images: int, places: Places) -> Shipped:
+    """The epochs of one training but the first, whose time has the reading of the images in it."""
+    model, how = spec.trained
+    arm, taken = products(Case("", model), how.batch_size), list[tuple[Time, Time]]()
+    began = time.process_time()
+
+    def tell(_: str, __: int, epoch: Epoch) -> None:
+        nonlocal began
+        cpu = time.process_time() - began
+        own = timed(arm).cpu * images / how.batch_size
+        taken.append((Time(cpu, cpu), Time(own, own)))
+        began = time.process_time()
+
+    train_run(spec, places, tell, lambda line: None)
+    found, alone = zip(*taken[1:], strict=True)
+    return Shipped(
+        command=command,
+        batch=how.batch_size,
+        s_cpu=quartiles([t.cpu for t in found]),
+        over_products_cpu=ratio(found, alone, lambda t: t.cpu),
     )
 
 
@@ -434,6 +488,7 @@ def report(rounds: int) -> Report:
         load_at_start=round(load, 2),
         contended=load > 0.5 or any(r.contended for r in results),
         results=results,
+        shipped=shipped(rounds),
         bought=bought(rounds),
         saving=saving(rounds),
     )
@@ -454,6 +509,9 @@ def lines(found: Report) -> Iterator[str]:
         flops = " / ".join(f"{rate:.0f}" for rate in r.gflop_per_s.values())
         ratios = f"{r.kd_over_products} | {r.naive_over_kd_cpu} | {r.naive_over_products_cpu}"
         yield f"| {r.case} | {r.optimizer} | {wall} | {cpu} | {flops} | {ratios} |"
+    if found.shipped:
+        yield "\n| command | batch | s CPU an epoch | over the epoch's products, CPU |\n| --- | --- | --- | --- |"
+        yield from (f"| {s.command} | {s.batch} | {s.s_cpu} | {s.over_products_cpu} |" for s in found.shipped)
     yield f"\n| kd's own | instead | the step, CPU, over kd's ({TEACHER.name}, adam) |\n| --- | --- | --- |"
     yield from (f"| {b.own} | {b.instead} | {b.ratio_cpu} |" for b in found.bought)
     saved, share = found.saving, found.saving.share
