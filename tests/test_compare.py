@@ -344,18 +344,18 @@ def test_the_readme_quotes_only_what_stands_in_the_record() -> None:
     readme, record = (
         (results.EXPERIMENTS.parent / name).read_text() for name in ("README.md", "experiments/RESULTS.md")
     )
-    quoted, _, _ = readme.partition("## Five minutes")
+    quoted, _, _ = readme.partition("<!-- results -->")[2].partition("<!-- end of results -->")
     rows = [line for line in quoted.splitlines() if line.startswith("|")]
     assert len(rows) > 5
     assert set(rows) <= set(record.splitlines())
 
 
-def test_the_readme_names_the_student_that_its_tour_trains() -> None:
+def test_the_tour_names_the_student_that_it_trains() -> None:
     experiment = yamlfile.load("digits").experiment
     jobs = plan([experiment], open_dataset(experiment.data))
     wanted = [job.spec.name for job in jobs if job.row.name == "student" and job.spec.seed == 0]
     others = [job.spec.name for job in jobs if job.row.name == "student of ensemble"]
-    found = re.findall(r"digits/distill/0-\w+", (results.EXPERIMENTS.parent / "README.md").read_text())
+    found = re.findall(r"digits/distill/0-\w+", (results.EXPERIMENTS.parent / "docs" / "commands.md").read_text())
     assert len(found) == 2
     for typed in found:
         assert [name for name in wanted + others if name.startswith(typed)] == wanted

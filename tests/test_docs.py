@@ -1,0 +1,107 @@
+"""README.md and docs/ say what is there: links, commands, options, keys with their defaults, and diffs that apply."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from kdcli.cli import app
+from kdcli.config import Experiment, Section
+from kdcli.yamlfile import _sections
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
+BLOCK = re.compile(r"^(?:    .*\n)+|^```(?!diff)\w*\n(?:.*\n)*?```$", re.MULTILINE)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), target
+            assert not anchor or anchor in anchors(found), target
+
+
+def calls(page: Path) -> Iterator[list[str]]:
+    """The words of each command in the blocks of a page, and of those in its text that have more than a name."""
+    text = page.read_text()
+    lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
+    for line in [*lines, *re.findall(r"`((?:kd|make) [^` ]+ [^`]+)`", text)]:
+        if re.search(r"\b(kd|make) ", line):
+            apart = re.sub(r"&&|>", r" \g<0> ", line.replace("\\|", "|"))
+            for part in " ".join(map(shlex.quote, shlex.split(apart, comments=True))).split(" '&&' "):
+                words = shlex.split(part.partition(" '>' ")[0])
+                yield words[1:] if "=" in words[0] else words  # without a variable of the shell
+
+
+@each_page
+def test_commands_are_there_with_their_options(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([\w./-]+):", makefile, re.MULTILINE)
+    targets += re.findall(r"^COMMANDS := (.*)", makefile, re.MULTILINE)[0].split()
+    for words in calls(page):
+        if words[0] == "make":
+            assert words[1] in targets, words
+        elif words[0] == "kd" and words[1] != "COMMAND":
+            COMMANDS[words[1]].make_context("kd", words[2:])  # raises what a wrong call of it raises
+
+
+@each_page
+def test_names_of_commands_and_options_in_the_text_are_real(page: Path) -> None:
+    text, parameters = page.read_text(), [p for command in COMMANDS.values() for p in command.params]
+    options = {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
+    assert set(re.findall(r"`(--[\w-]+)", text)) <= options
+    assert set(re.findall(r"`kd ([a-z][\w-]*)", text)) <= COMMANDS.keys()
+
+
+def test_every_command_has_its_row() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    assert set(re.findall(r"^\| `kd ([\w-]+)", text, re.MULTILINE)) == COMMANDS.keys()
+
+
+def sections(section: type[Section], heading: str) -> dict[type[Section], str]:
+    """The sections of the experiment file, each with the key that it is first found under."""
+    found = {section: heading}
+    for name, field in section.model_fields.items():
+        for inner in _sections(field.annotation):
+            found = sections(inner, name) | found
+    return found
+
+
+@pytest.mark.parametrize(("section", "heading"), sections(Experiment, "The file").items())
+def test_every_key_is_documented_with_its_default(section: type[Section], heading: str) -> None:
+    text = (ROOT / "docs" / "experiment-file.md").read_text()
+    (part,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    left_out = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\|", part, re.MULTILINE))
+    above = [base for base in section.__mro__[1:] if base in sections(Experiment, "")]  # which have tables of their own
+    fields = {k: f for k, f in section.model_fields.items() if not any(k in base.model_fields for base in above)}
+    assert left_out.keys() == fields.keys()
+    for key, field in fields.items():
+        if isinstance(field.default, bool | int | float | str):
+            assert yaml.safe_load(left_out[key].strip("`")) == field.default, key
+        needed = (field.is_required() and key != "lambda2") or key == "T"  # what the others say decides on those two
+        assert (left_out[key] == "") == needed, key
+
+
+@pytest.mark.parametrize("which", range(4), ids=("loss", "net", "source", "engine"))
+def test_the_diffs_apply(which: int) -> None:
+    diff = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "how-it-works.md").read_text(), re.DOTALL)[which]
+    assert len(re.findall(r"^[+-](?![+-])", diff, re.MULTILINE)) <= 20
+    applied = subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=diff, capture_output=True, text=True)
+    assert applied.returncode == 0, applied.stderr
