@@ -7,7 +7,8 @@
     weights.safetensors  and logits.safetensors (of the test images, a teacher's of the training images too)
     result.json          the status, the errors, the checksums of the files above; completed runs are never overwritten
 
-A file is written aside and renamed, so that it is whole or absent. Nothing read here can execute code.
+A file is written aside and renamed, so that it is whole or absent. Reading executes no code, but a spec
+may name a file of somebody's own that a later command calls (docs/security.md).
 """
 
 import contextlib
