@@ -43,8 +43,9 @@ RunOption = partial(Option, metavar="RUN", autocompletion=_names)
 
 # Which of the options of a Call a command has, in the order of its help.
 READING = ("data_dir", "runs_dir", "as_json", "debug")
+PROGRESS = ("quiet", "verbose")
 DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
-TRAINING = ("epochs", *DESCRIBED)
+TRAINING = ("epochs", *DESCRIBED, *PROGRESS)
 ENSEMBLE = ("members", "average", *TRAINING)
 OMITTING = ("T", "lambda1", "lambda2", "teacher", *TRAINING)
 DISTILLING = (*OMITTING, "baseline")
@@ -77,9 +78,13 @@ class Call:
     as_json: Annotated[bool, Option("--json", help="Print one JSON document on stdout.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
     debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Show no progress.")] = False
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Print a line an epoch.")] = False
 
     def __post_init__(self) -> None:
-        self.display = show.Display()
+        if self.quiet and self.verbose:
+            raise BadInput("-q -v: choose one of them")
+        self.display = show.Display(self.quiet, self.verbose)
         self.overrides = [yamlfile.parse_set(text) for text in self.sets or []]
         for option, key in KEYS.items():
             self.override(f"--{option}", getattr(self, option), key)
@@ -182,14 +187,14 @@ class Call:
             raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")
         return prepare_run(name, self.places())
 
-    def report(self, work: "Work") -> "tuple[Summary, Path]":
+    def report(self, work: "Work", figures: str = "") -> "tuple[Summary, Path]":
         """Show the table and write the report of finished runs; returns the summary and the page."""
         from kdcli.page import write_report
 
         summary = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
-        files = write_report(summary, work.dataset, work.places, work.folder)
-        self.display.note(f"wrote {work.folder}: {', '.join(file.name for file in files)}")
+        files = write_report(summary, work.dataset, work.places, work.folder, figures)
+        self.display.note(f"wrote {work.folder}: {', '.join(str(file.relative_to(work.folder)) for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
         self.display.note(f"next: open {files[0]}{ship}")
@@ -221,7 +226,10 @@ class Call:
             return print(to_json(document, indent=1, exclude_none=True, by_alias=True, inf_nan_mode="null").decode())
         console = Console()
         for part in parts:
-            console.print(part, highlight=False, markup=False, soft_wrap=True)
+            if isinstance(part, str):
+                show.say(console, part)
+            else:
+                console.print(part)
 
     def retype(self, whole: bool = False) -> str:
         """The arguments that describe the experiment; unless `whole`, those for the same teachers alone."""
@@ -282,25 +290,29 @@ def omit_classes(
 
 @command("evaluate")
 def evaluate(
-    call: Call, run: Annotated[list[str] | None, RunOption(help="A run to evaluate; repeat it.")] = None
+    call: Call,
+    run: Annotated[list[str] | None, RunOption(help="A run to evaluate; repeat it.")] = None,
+    every: Annotated[bool, Option("--all", help="Show every run, not the means over seeds.")] = False,
 ) -> None:
-    """Score what was trained: errors, calibration, agreement with the teacher, cost."""
+    """Evaluate the finished runs: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
+    from kdcli.compare import in_rows
     from kdcli.plan import evaluable
     from kdcli.results import documents
 
     seeds = work.subject.seeds if call.seed is not None else None
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
+    jobs = in_rows(jobs, work.planned, call.runs_dir)
     if call.dry_run:
         return call.describe(replace(work, jobs=jobs))
     found = documents(jobs, work.dataset, work.places, work.subject.expect, "timed")
     classes = work.dataset.facts.classes
     whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
-    call.present(whole, *show.evaluations(found, classes))
+    call.present(whole, *show.evaluations(found, classes, every))
     call.display.note(f"next: kd report {call.retype()}")
 
 
-@command("run")
+@command("run", (*DESCRIBED, *PROGRESS))
 def run(
     call: Call, check: Annotated[bool, Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False
 ) -> None:
@@ -323,6 +335,9 @@ def run(
 def report(
     call: Call,
     more: Annotated[list[str] | None, NameArgument(metavar="EXPERIMENT|RUN...", help="More, or runs.")] = None,
+    figures: Annotated[
+        Literal["pdf", "svg"] | None, Option(help="Draw the pictures for a paper too, as wide as its columns.")
+    ] = None,
     open_: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
@@ -335,7 +350,7 @@ def report(
     calls = [replace(call, experiment=name) for name in names]
     works = [one.finished() for one in calls]  # all of them, before any is written
     for one, work in zip(calls, works, strict=True):
-        _, page = one.report(work)
+        _, page = one.report(work, figures or "")
         if open_:
             import webbrowser
 
