@@ -64,22 +64,22 @@ class Call:
     lambda1: Annotated[float | None, Option(help="Weight of the soft targets (distill.lambda1).")] = None
     lambda2: Annotated[float | None, Option(help="Weight of the hard labels; left out: 1 - lambda1.")] = None
     teacher: Annotated[str | None, RunOption(help="Learn from this run instead.")] = None
-    baseline: Annotated[bool, Option(help="Compare with hard labels alone.")] = True
+    baseline: Annotated[bool, Option(help="Train the baseline too: the same net on hard labels alone.")] = True
     members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None
     average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None
     epochs: Annotated[int | None, Option(help="Epochs of each training of this command.")] = None
-    sets: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any: distill.T=5.")] = None
+    sets: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any key: distill.T=5.")] = None
     seed: Annotated[str | None, Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
     threads: Annotated[int | None, Option(help="CPU threads; left out: all cores for a run alone, else one.")] = None
-    jobs: Annotated[int | None, Option(min=1, help="Runs at once, a thread each; left out: one a core.")] = None
+    jobs: Annotated[int | None, Option(min=1, help="Runs at once, one thread each; left out: one per core.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    data_dir: Annotated[Path | None, Option(help="Where MNIST lies, or goes; left out: $KD_DATA, or data.")] = None
-    runs_dir: Annotated[Path, Option(help="Where the run directories lie.")] = Path("runs")
+    data_dir: Annotated[Path | None, Option(help="Where MNIST is or goes; left out: $KD_DATA, or data.")] = None
+    runs_dir: Annotated[Path, Option(help="The folder of the run directories.")] = Path("runs")
     as_json: Annotated[bool, Option("--json", help="Print one JSON document on stdout.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
     debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False
     quiet: Annotated[bool, Option("--quiet", "-q", help="Show no progress.")] = False
-    verbose: Annotated[bool, Option("--verbose", "-v", help="Print a line an epoch.")] = False
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Print a line per epoch.")] = False
 
     def __post_init__(self) -> None:
         if self.quiet and self.verbose:
@@ -275,7 +275,7 @@ def omit_classes(
     omit: Annotated[str | None, Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
     keep: Annotated[str | None, Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
 ) -> None:
-    """Distil with classes missing from the transfer set, then correct the bias."""
+    """Distil with classes missing from the transfer set, then correct the bias: a number added to their logits."""
     named = {flag: text.split(",") for flag, text in (("omit", omit), ("keep", keep)) if text is not None}
     if named:
         flags = " ".join(f"--{flag} {','.join(classes)}" for flag, classes in named.items())
@@ -385,7 +385,7 @@ def export_(
         Literal["onnx", "torch", "safetensors", "logits"], Option("--format", help="Of the file.")
     ] = "onnx",
     out: Annotated[Path | None, Option(help="The file to write; left out: named after the run.")] = None,
-    top_k: Annotated[int | None, Option(min=1, help="Of logits: only each image's K likeliest classes.")] = None,
+    top_k: Annotated[int | None, Option(min=1, help="Of logits: only the K likeliest classes of each image.")] = None,
     half: Annotated[bool, Option("--half", help="Of logits: in float16.")] = False,
 ) -> None:
     """Write a net for others to run, or its logits for others to learn from, with its model card, after proving it on
@@ -408,10 +408,10 @@ def predict_(
     call: Call,
     net: Annotated[str, NameArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
     images: Annotated[list[Path] | None, Argument(metavar="IMAGE...", help="Image files.")] = None,
-    test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="Repeat it.")] = None,
-    temperatures: Annotated[str, Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
-    top: Annotated[int, Option(min=1, help="Show so many classes.")] = 3,
-    invert: Annotated[bool, Option("--invert", help="For dark ink on a light ground.")] = False,
+    test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="A number; repeat it.")] = None,
+    temperatures: Annotated[str, Option("--T", help="Temperatures of the teacher's predictions: 4, or 1,4,20.")] = "1",
+    top: Annotated[int, Option(min=1, help="Number of classes to show.")] = 3,
+    invert: Annotated[bool, Option("--invert", help="For dark ink on a light background.")] = False,
 ) -> None:
     """Classify images; of a student, show its teacher's view beside its own."""
     if not images and not test_images:

@@ -102,7 +102,7 @@ def _log_scale(axis: Axis, set_scale: Callable[..., None], at: Sequence[int] = (
 def _draw_errors(figure: Figure, found: Findings) -> None:
     """The errors of every row: a dot a seed, a bar for the mean, a diamond for the paper; log scale where far apart."""
     rows, summary, axes = found.summary.only.table[::-1], found.summary, figure.subplots()
-    figure.set_figheight(_lines_high(15 + 4.2 * len(rows)))  # room for a number above every bar
+    figure.set_figheight(_lines_high(15 + 3.4 * len(rows)))  # room for a number above every bar
     for i, r in enumerate(rows):
         axes.axhline(i, color=LINE, linewidth=1, zorder=0)
         axes.plot(r.errors, [i] * len(r.errors), "o", color=BLUE, alpha=0.6)
