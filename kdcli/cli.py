@@ -229,7 +229,7 @@ class Call:
             if isinstance(part, str):
                 show.say(console, part)
             else:
-                console.print(part)
+                console.print(part, crop=False)
 
     def retype(self, whole: bool = False) -> str:
         """The arguments that describe the experiment; unless `whole`, those for the same teachers alone."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any
@@ -113,17 +114,18 @@ def _with(name: str, unlike: dict[str, Any]) -> str:
 def in_rows(jobs: Sequence[Job], planned: Sequence[Job], root: Path) -> list[Job]:
     """Jobs in the rows of a plan, whatever their seeds; one that is not of the plan, in a row that says how it differs
     from the closest there."""
-    first = distinct(sorted(planned, key=lambda job: job.row.kind == "member"))  # which may be a teacher too
-    rows = {job.spec.name: job for job in first}
-    ways = {name: _way(Run(root, job.spec)) for name, job in rows.items()}
+    last = sorted(planned, key=lambda job: job.row.kind == "member")  # most are teachers with other seeds
+    rows = {job.spec.name: job for job in distinct(last)}
+    way = cache(lambda name: _way(Run(root, rows[name].spec)))
 
     def row(job: Job) -> str:
-        if job.spec.name in rows:
-            return rows[job.spec.name].row.name
+        own = rows.get(job.spec.name)
+        if own and own.row.kind != "member":
+            return own.row.name
         mine, close = _way(Run(root, job.spec)), list[tuple[str, Settings]]()
         for name, other in rows.items():
             if other.spec.command == job.spec.command:
-                close.append((other.row.name, {key: own for key, (_, own) in changes(ways[name], mine)}))
+                close.append((other.row.name, {key: value for key, (_, value) in changes(way(name), mine)}))
         return _with(*min(close, key=lambda pair: len(pair[1]), default=(job.row.name, {})))
 
     return [replace(job, row=Row(row(job), job.row.kind)) for job in jobs]

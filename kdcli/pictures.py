@@ -41,12 +41,12 @@ STYLE: dict[Any, object] = {
     "pdf.fonttype": 42,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
-COLUMN = {
+COLUMN: dict[Any, object] = {
     "font.size": 7,
     "lines.linewidth": 1,
     "lines.markersize": 3,
     "axes.linewidth": 0.6,
-}  # of a paper, in its width
+}  # in a column of a paper
 # An SVG in a page is light or dark as the page is.
 LIGHT, DARK = f"*{{--ink:{INK};--line:{LINE}}}", "*{--ink:#e8e6e1;--line:#3a3d42}"
 
@@ -89,7 +89,7 @@ def _drawn(draw: Callable[..., None], shown: Summary | Findings, form: str, colu
 
 def _lines_high(n: float) -> float:
     """Inches of so many lines of 0.1 inches at the usual size of the font."""
-    return n * rcParams["font.size"] / 100
+    return n * float(rcParams["font.size"]) / 100
 
 
 def _log_scale(axis: Axis, set_scale: Callable[..., None], at: Sequence[int] = (1, 2, 5)) -> None:

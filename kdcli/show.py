@@ -227,7 +227,7 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str], every: 
         cells += [_mean(100, "{:.2f} %", [q.balanced for q in quality]), _mean(1, "{:g}", [q.top5 for q in quality])]
         cells += [_mean(1, "{:.4f}", [getattr(q, key) for q in quality]) for key in ("nll", "brier", "ece")]
         follows = {"agreement": "{:.3f}", "kl_from_teacher": "{:.4f}", "soft": "{:.3g}"}
-        cells += [_mean(1, form, [t and getattr(t, key) for t in taught]) for key, form in follows.items()]
+        cells += [_mean(1, form, [getattr(t, key, None) for t in taught]) for key, form in follows.items()]
         scores.append([name, *cells])
         by_class.append([name, *_worst(of, classes)])
         if cost:
@@ -241,8 +241,8 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str], every: 
     yield table(title, columns, scores)
     title = f"Cost of one image, and milliseconds for a batch of 1 and of 128 on this machine ({on})"
     yield table(title, (first, "params", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
-    columns = (first, "errors by class, most first", "taken for each other most")
-    yield Table("Where the errors are", columns, by_class)
+    where = (first, "errors by class, most first", "taken for each other most")
+    yield Table("Where the errors are", where, by_class)
 
 
 def _mean(scale: float, form: str, values: Sequence[float | None]) -> str:
