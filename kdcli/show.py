@@ -83,9 +83,10 @@ class Display:
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line, on a terminal broken between words; not where it may hold a command, which is to be copied."""
-    whole = not console.is_terminal or "kd " in line
-    console.print(line, highlight=False, markup=False, soft_wrap=whole, overflow="ignore", crop=False)
+    """Print a line, on a terminal broken between words; not where it holds a command or a long path, to be copied."""
+    long = max(map(cell_len, line.split()), default=0) > console.width
+    whole = long or " kd " in f" {line}" or not console.is_terminal
+    console.print(line, highlight=False, markup=False, soft_wrap=whole)
 
 
 class Table(NamedTuple):

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from kdcli.runs import open_run
-from kdcli.show import Table
+from kdcli.show import Table, say
 
 COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", "run")
 
@@ -579,6 +579,24 @@ def test_a_table_keeps_every_word_whole(width: int) -> None:
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert {word for row in (names, *cells) for cell in row for word in cell.split()} <= set(" ".join(lines).split())
     assert max(map(len, lines)) <= width
+
+
+def test_a_terminal_breaks_prose_between_words_and_no_command() -> None:
+    prose, command = (
+        "B helped: 5.4 fewer errors (3.7 to 7.1 fewer)",
+        "next: kd report digits/baseline --runs-dir elsewhere",
+    )
+    shown = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), width=20, force_terminal=terminal)
+        for line in (prose, command):
+            say(console, line)
+        shown[terminal] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    *broken, last = shown[True]
+    assert max(map(len, broken)) <= 20 < len(prose)
+    assert " ".join(" ".join(broken).split()) == prose
+    assert last == command
+    assert shown[False] == [prose, command]
 
 
 def test_a_terminal_shows_a_bar_a_run(kd: Shell) -> None:
