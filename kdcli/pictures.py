@@ -167,8 +167,9 @@ def _draw_curves(figure: Figure, found: Findings) -> None:
             axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     axes.legend()
     _log_scale(axes.yaxis, axes.set_yscale, (1, 2, 3, 5, 7))
-    axes.set(xlabel="epoch", ylabel=f"errors on {found.summary.evaluated_on}, log scale")
-    axes.set_title(f"{found.summary.file}: " + (f"mean ± one std over {n} seeds" if n > 1 else "learning curves"))
+    axes.set(xlabel="epoch", ylabel=f"errors on {found.summary.evaluated_on}")
+    over = f"mean ± one std over {n} seeds" if n > 1 else "learning curves"
+    axes.set_title(f"{found.summary.file}: {over}, log scale")
 
 
 def _draw_omissions(figure: Figure, found: Findings) -> None:
