@@ -43,8 +43,9 @@ RunOption = partial(Option, metavar="RUN", autocompletion=_names)
 
 # Which of the options of a Call a command has, in the order of its help.
 READING = ("data_dir", "runs_dir", "as_json", "debug")
+PROGRESS = ("quiet", "verbose")
 DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
-TRAINING = ("epochs", *DESCRIBED)
+TRAINING = ("epochs", *DESCRIBED, *PROGRESS)
 ENSEMBLE = ("members", "average", *TRAINING)
 OMITTING = ("T", "lambda1", "lambda2", "teacher", *TRAINING)
 DISTILLING = (*OMITTING, "baseline")
@@ -63,23 +64,27 @@ class Call:
     lambda1: Annotated[float | None, Option(help="Weight of the soft targets (distill.lambda1).")] = None
     lambda2: Annotated[float | None, Option(help="Weight of the hard labels; left out: 1 - lambda1.")] = None
     teacher: Annotated[str | None, RunOption(help="Learn from this run instead.")] = None
-    baseline: Annotated[bool, Option(help="Compare with hard labels alone.")] = True
+    baseline: Annotated[bool, Option(help="Train the baseline too: the same net on hard labels alone.")] = True
     members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None
     average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None
     epochs: Annotated[int | None, Option(help="Epochs of each training of this command.")] = None
-    sets: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any: distill.T=5.")] = None
+    sets: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any key: distill.T=5.")] = None
     seed: Annotated[str | None, Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
     threads: Annotated[int | None, Option(help="CPU threads; left out: all cores for a run alone, else one.")] = None
-    jobs: Annotated[int | None, Option(min=1, help="Runs at once, a thread each; left out: one a core.")] = None
+    jobs: Annotated[int | None, Option(min=1, help="Runs at once, one thread each; left out: one per core.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    data_dir: Annotated[Path | None, Option(help="Where MNIST lies, or goes; left out: $KD_DATA, or data.")] = None
-    runs_dir: Annotated[Path, Option(help="Where the run directories lie.")] = Path("runs")
+    data_dir: Annotated[Path | None, Option(help="Where MNIST is or goes; left out: $KD_DATA, or data.")] = None
+    runs_dir: Annotated[Path, Option(help="The folder of the run directories.")] = Path("runs")
     as_json: Annotated[bool, Option("--json", help="Print one JSON document on stdout.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
     debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Show no progress.")] = False
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Print a line per epoch.")] = False
 
     def __post_init__(self) -> None:
-        self.display = show.Display()
+        if self.quiet and self.verbose:
+            raise BadInput("-q -v: choose one of them")
+        self.display = show.Display(self.quiet, self.verbose)
         self.overrides = [yamlfile.parse_set(text) for text in self.sets or []]
         for option, key in KEYS.items():
             self.override(f"--{option}", getattr(self, option), key)
@@ -182,14 +187,14 @@ class Call:
             raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")
         return prepare_run(name, self.places())
 
-    def report(self, work: "Work") -> "tuple[Summary, Path]":
+    def report(self, work: "Work", figures: str = "") -> "tuple[Summary, Path]":
         """Show the table and write the report of finished runs; returns the summary and the page."""
         from kdcli.page import write_report
 
         summary = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
-        files = write_report(summary, work.dataset, work.places, work.folder)
-        self.display.note(f"wrote {work.folder}: {', '.join(file.name for file in files)}")
+        files = write_report(summary, work.dataset, work.places, work.folder, figures)
+        self.display.note(f"wrote {work.folder}: {', '.join(str(file.relative_to(work.folder)) for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
         self.display.note(f"next: open {files[0]}{ship}")
@@ -221,7 +226,10 @@ class Call:
             return print(to_json(document, indent=1, exclude_none=True, by_alias=True, inf_nan_mode="null").decode())
         console = Console()
         for part in parts:
-            console.print(part, highlight=False, markup=False, soft_wrap=True)
+            if isinstance(part, str):
+                show.say(console, part)
+            else:
+                console.print(part, crop=False)
 
     def retype(self, whole: bool = False) -> str:
         """The arguments that describe the experiment; unless `whole`, those for the same teachers alone."""
@@ -267,7 +275,7 @@ def omit_classes(
     omit: Annotated[str | None, Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
     keep: Annotated[str | None, Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
 ) -> None:
-    """Distil with classes missing from the transfer set, then correct the bias."""
+    """Distil with classes missing from the transfer set, then correct the bias: a number added to their logits."""
     named = {flag: text.split(",") for flag, text in (("omit", omit), ("keep", keep)) if text is not None}
     if named:
         flags = " ".join(f"--{flag} {','.join(classes)}" for flag, classes in named.items())
@@ -282,25 +290,29 @@ def omit_classes(
 
 @command("evaluate")
 def evaluate(
-    call: Call, run: Annotated[list[str] | None, RunOption(help="A run to evaluate; repeat it.")] = None
+    call: Call,
+    run: Annotated[list[str] | None, RunOption(help="A run to evaluate; repeat it.")] = None,
+    every: Annotated[bool, Option("--all", help="Show every run, not the means over seeds.")] = False,
 ) -> None:
-    """Score what was trained: errors, calibration, agreement with the teacher, cost."""
+    """Evaluate the finished runs: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
+    from kdcli.compare import in_rows
     from kdcli.plan import evaluable
     from kdcli.results import documents
 
     seeds = work.subject.seeds if call.seed is not None else None
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
+    jobs = in_rows(jobs, work.planned, call.runs_dir)
     if call.dry_run:
         return call.describe(replace(work, jobs=jobs))
     found = documents(jobs, work.dataset, work.places, work.subject.expect, "timed")
     classes = work.dataset.facts.classes
     whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
-    call.present(whole, *show.evaluations(found, classes))
+    call.present(whole, *show.evaluations(found, classes, every))
     call.display.note(f"next: kd report {call.retype()}")
 
 
-@command("run")
+@command("run", (*DESCRIBED, *PROGRESS))
 def run(
     call: Call, check: Annotated[bool, Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False
 ) -> None:
@@ -323,6 +335,9 @@ def run(
 def report(
     call: Call,
     more: Annotated[list[str] | None, NameArgument(metavar="EXPERIMENT|RUN...", help="More, or runs.")] = None,
+    figures: Annotated[
+        Literal["pdf", "svg"] | None, Option(help="Draw the pictures for a paper too, as wide as its columns.")
+    ] = None,
     open_: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
@@ -335,7 +350,7 @@ def report(
     calls = [replace(call, experiment=name) for name in names]
     works = [one.finished() for one in calls]  # all of them, before any is written
     for one, work in zip(calls, works, strict=True):
-        _, page = one.report(work)
+        _, page = one.report(work, figures or "")
         if open_:
             import webbrowser
 
@@ -370,7 +385,7 @@ def export_(
         Literal["onnx", "torch", "safetensors", "logits"], Option("--format", help="Of the file.")
     ] = "onnx",
     out: Annotated[Path | None, Option(help="The file to write; left out: named after the run.")] = None,
-    top_k: Annotated[int | None, Option(min=1, help="Of logits: only each image's K likeliest classes.")] = None,
+    top_k: Annotated[int | None, Option(min=1, help="Of logits: only the K likeliest classes of each image.")] = None,
     half: Annotated[bool, Option("--half", help="Of logits: in float16.")] = False,
 ) -> None:
     """Write a net for others to run, or its logits for others to learn from, with its model card, after proving it on
@@ -393,10 +408,10 @@ def predict_(
     call: Call,
     net: Annotated[str, NameArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
     images: Annotated[list[Path] | None, Argument(metavar="IMAGE...", help="Image files.")] = None,
-    test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="Repeat it.")] = None,
-    temperatures: Annotated[str, Option("--T", help="Of the teacher's view: 4, or 1,4,20.")] = "1",
-    top: Annotated[int, Option(min=1, help="Show so many classes.")] = 3,
-    invert: Annotated[bool, Option("--invert", help="For dark ink on a light ground.")] = False,
+    test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="A number; repeat it.")] = None,
+    temperatures: Annotated[str, Option("--T", help="Temperatures of the teacher's predictions: 4, or 1,4,20.")] = "1",
+    top: Annotated[int, Option(min=1, help="Number of classes to show.")] = 3,
+    invert: Annotated[bool, Option("--invert", help="For dark ink on a light background.")] = False,
 ) -> None:
     """Classify images; of a student, show its teacher's view beside its own."""
     if not images and not test_images:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any
@@ -9,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from kdcli import BadInput, score
-from kdcli.config import Section
-from kdcli.plan import data_settings, orphaned
+from kdcli.config import Row, Section
+from kdcli.plan import Job, data_settings, distinct, orphaned
 from kdcli.results import log_probabilities
 from kdcli.runs import STUDENTS, TEACHERS, Run, Settings, changes, differences, list_runs, open_run, settings
 from kdcli.teacher import dataset_of
@@ -99,12 +101,34 @@ def _groups(root: Path, name: str, note: Note) -> list[Group]:
 
 
 def _name(group: Group, groups: Sequence[Group]) -> str:
-    """A group's only run, or the folder of its runs with the settings that set it apart from the others."""
-    if len(group.runs) == 1:
-        return group.runs[0]
-    alike = [other.described for other in groups if len(other.runs) > 1]
-    unlike = {key: own for other in alike for key, (_, own) in changes(other, group.described)}
-    return " ".join([group.runs[0].rpartition("/")[0], *(f"{key}={own}" for key, own in unlike.items())])
+    """A group's only run, or the folder of its runs, with the settings that set it apart from the others."""
+    unlike = {key: own for other in groups for key, (_, own) in changes(other.described, group.described)}
+    run = group.runs[0]
+    return _with(run if len(group.runs) == 1 else run.rpartition("/")[0], unlike)
+
+
+def _with(name: str, unlike: dict[str, Any]) -> str:
+    return " ".join([name, *(f"{key}={own}" for key, own in unlike.items())])
+
+
+def in_rows(jobs: Sequence[Job], planned: Sequence[Job], root: Path) -> list[Job]:
+    """Jobs in the rows of a plan, whatever their seeds; one that is not of the plan, in a row that says how it differs
+    from the closest there."""
+    last = sorted(planned, key=lambda job: job.row.kind == "member")  # most are teachers with other seeds
+    rows = {job.spec.name: job for job in distinct(last)}
+    way = cache(lambda name: _way(Run(root, rows[name].spec)))
+
+    def row(job: Job) -> str:
+        own = rows.get(job.spec.name)
+        if own and own.row.kind != "member":
+            return own.row.name
+        mine, close = _way(Run(root, job.spec)), list[tuple[str, Settings]]()
+        for name, other in rows.items():
+            if other.spec.command == job.spec.command:
+                close.append((other.row.name, {key: value for key, (_, value) in changes(way(name), mine)}))
+        return _with(*min(close, key=lambda pair: len(pair[1]), default=(job.row.name, {})))
+
+    return [replace(job, row=Row(row(job), job.row.kind)) for job in jobs]
 
 
 def _ways(run: Run) -> list[Settings]:
@@ -125,6 +149,12 @@ def _ways(run: Run) -> list[Settings]:
     columns = {key: [member.get(key) for member in flat] for key in dict.fromkeys(key for m in flat for key in m)}
     merged = {key: values[0] if values.count(values[0]) == len(values) else values for key, values in columns.items()}
     return [found | {"members": {"number": len(parents)} | merged}]
+
+
+def _way(run: Run) -> Settings:
+    """What a run is but for its seed: students have teachers of their own seeds, or one ensemble."""
+    ways = _ways(run)
+    return ways[-1 if ways[0].get("teacher", {}).get("command") == "ensemble" else 0]
 
 
 def _dotted(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:

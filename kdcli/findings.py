@@ -70,8 +70,13 @@ class Findings:
         last = self.nets[-1]
         self.hardest = _most(F.nll_loss(last.log_p, self.test.labels, reduction="none")).tolist()
 
-        # Of all seeds, the trainings of their rows, and the students without some classes by row.
-        rows = {net.document.row for net in self.nets}
+        # Of all seeds, the same nets by row, the trainings of their rows, and the students without some classes by row.
+        rows = [net.document.row for net in self.nets]
+        every = {row: [d for d in documents if d.row == row] for row in rows}
+        self.over_seeds = {
+            row: [Net(d, log_probabilities(places.open(d.run), len(self.test))) for d in of]
+            for row, of in every.items()
+        }
         self.curves = [(d.row, epochs) for d in documents if d.row in rows and (epochs := places.open(d.run).metrics())]
         self.omissions = {d.row: [o for o in documents if o.row == d.row] for d in documents if d.kind == "omission"}
 

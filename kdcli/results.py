@@ -177,6 +177,7 @@ def documents(
             fixed, broken = score.discordant(own.log_p, baseline.log_p, labels)
             more["baseline"] = Against(run=beside, errors=baseline.result.test.errors, fixed=fixed, broken=broken)
         result = held_to(own.result, expect.get(job.row.name))
+        more["bias"] = {by: c.model_copy(update={"added_to": result.omitted}) for by, c in result.bias.items()}
         made.append(Document.model_construct(**dict(result) | more))
     return made
 

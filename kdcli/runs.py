@@ -133,9 +133,10 @@ class Counted(Section):
 
 
 class Correction(Section):
-    """The errors after `shift` was added to the logits of the omitted classes."""
+    """The errors after `shift` was added to the logits of the omitted classes, and of those alone."""
 
     shift: float
+    added_to: list[str] = []  # those classes, in documents
     errors: int
     per_class_errors: list[int]
 

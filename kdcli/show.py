@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from kdcli import verdict
 from kdcli.config import LOSSES, STANDARDIZE, bias_row
 from kdcli.runs import Correction, Counted, Epoch, Listed
 from kdcli.verdict import Spread, Verdict, against
@@ -28,9 +29,10 @@ PAIRS = 20  # of classes that are taken for each other, or look alike, are shown
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVALS = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
 LEGENDS = {  # by column
-    "unseen": "Unseen: the errors on classes missing from the transfer set. Bias: b, added to their logits, chosen by "
-    "test: on the test set, as the paper did; heldout: on training images outside the transfer set; prior: on the "
-    "unlabelled training images, from the known shares of the classes.",
+    "unseen": "Unseen: errors on classes missing from the transfer set. Bias: a number added to the logits of these "
+    "classes alone, chosen by test: on the test set, as the paper did; heldout: on held-out (validation) images, which "
+    "are not in the transfer set; prior: on the training images without their labels, from the known shares of the "
+    "classes.",
     "paper": "Verdict on the paper's one run (in brackets, its errors on the unseen): better or worse where the 95 % "
     "interval of our mean over seeds leaves it out, not distinguishable where it does not; of a single net lower, "
     f"higher or the same. {INTERVALS}",
@@ -44,17 +46,19 @@ LEGENDS = {  # by column
 
 
 class Display:
-    """Progress on stderr: a bar a run on a terminal; elsewhere a plain line an epoch, at most two a second."""
+    """Progress on stderr: a line a run when it ends, on a terminal a bar until then, elsewhere a line a minute."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, quiet: bool, verbose: bool) -> None:
+        self.console, self.quiet, self.verbose = Console(stderr=True), quiet, verbose
         columns = ("{task.description}", BarColumn(6), "{task.fields[text]}", TimeRemainingColumn())
         self.bars = Progress(*columns, console=self.console)
         self.tasks: dict[str, TaskID] = {}
-        self.printed = 0.0
+        self.printed = time.monotonic()
 
     def epoch(self, run: str, epochs: int, epoch: Epoch) -> None:
         """Show one finished epoch out of `epochs`."""
+        if self.quiet:
+            return
         last, done, errors = epoch.epoch == epochs, f"{epoch.epoch}/{epochs}", f"{epoch.test_errors} errors"
         loss = f"loss {epoch.loss:.3g}" if epoch.t2_kl is None else f"T²KL {epoch.t2_kl:.3g}"
         loss = loss if epoch.soft is None else f"soft {epoch.soft:.3g}"
@@ -64,17 +68,25 @@ class Display:
                 self.tasks[run] = self.bars.add_task(run.partition("/")[2][:-7], total=epochs, text=short)
                 self.bars.start()
             self.bars.update(self.tasks[run], completed=epoch.epoch, text=short, visible=not last)
-        if last or (not self.console.is_terminal and time.monotonic() - self.printed > 0.5):
+        due = not self.console.is_terminal and time.monotonic() - self.printed > 60
+        if last or due or self.verbose:
             self.printed = time.monotonic()
             speed = f"{epoch.seconds:.1f} s, {epoch.images_per_s:,} images/s"
             self.note(f"{run}: epoch {done}, {loss}, {errors}, {speed}")
 
     def note(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, line)
 
     def close(self) -> None:
         if self.bars.live.is_started:
             self.bars.stop()
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line, on a terminal broken between words; not where it holds a command or a long path, to be copied."""
+    long = max(map(cell_len, line.split()), default=0) > console.width
+    whole = long or " kd " in f" {line}" or not console.is_terminal
+    console.print(line, highlight=False, markup=False, soft_wrap=whole)
 
 
 class Table(NamedTuple):
@@ -93,21 +105,26 @@ class Table(NamedTuple):
         return [LEGENDS[column] for column in self.columns if column in LEGENDS]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Words stay whole, so that a run's name can be copied; those of the first column not where room is short."""
+        """Words stay whole: columns for which there is no room follow below, beside the first once more."""
         columns = list(zip(self.columns, *self.rows, strict=True))
+        least = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
+        while len(columns) > 2 and sum(least[: len(columns)]) + 2 * len(columns) > options.max_width:
+            columns.pop()
         widths = [max(map(cell_len, column)) for column in columns]
-        least = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for _, *cells in columns]
         room = options.max_width - 2 * len(columns)  # without what is between them
-        least[0] = min(least[0], max(room - sum(least[1:]), 5))
         while sum(widths) > room and (wide := [i for i, width in enumerate(widths) if width > least[i]]):
             widths[max(wide, key=widths.__getitem__)] -= 1
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for i, width in enumerate(widths):
             table.add_column(Text(self.columns[i]), justify="right" if i else "left", overflow="fold", width=width)
         for row in self.rows:
-            table.add_row(*map(Text, row))
-        yield Text(self.title, style="bold", no_wrap=False, overflow="fold")
+            table.add_row(*map(Text, row[: len(columns)]))
+        if self.title:
+            yield Text(self.title, style="bold", no_wrap=False, overflow="fold")
         yield table
+        if rest := len(self.columns) - len(columns):
+            head, *rows = [[cells[0], *cells[-rest:]] for cells in (self.columns, *self.rows)]
+            yield Table("", head, rows)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -125,8 +142,8 @@ def tables(command: str, documents: Sequence["Document"], classes: Sequence[str]
     if len(mine) > 1 and len({d.row for d in mine}) == 1:
         counts = {"teacher": [d.teacher.errors for d in mine if d.teacher], "errors": [d.test.errors for d in mine]}
         counts["baseline"] = [d.baseline.errors for d in mine if d.baseline]
-        rows.append({"run": "mean"} | {key: f"{statistics.mean(of):g}" for key, of in counts.items() if of})
-    columns = ["run", "teacher", "baseline", "errors", "rate", "fewer than the best", "than the mean", "b", "unseen"]
+        rows.append({"run": "mean"} | {key: number(statistics.mean(of), len(of)) for key, of in counts.items() if of})
+    columns = ["run", "teacher", "baseline", "errors", "rate", "fewer than the best", "than the mean", "bias", "unseen"]
     shown = table(f"Errors on {mine[0].on}", columns, [[row.get(key, "") for key in columns] for row in rows])
     yield shown
     if found := verdict(mine):
@@ -150,7 +167,7 @@ def _lines(d: "Document", classes: Sequence[str]) -> Iterator[dict[str, str]]:
         if d.omitted:
             line["unseen"] = str(sum(c.per_class_errors[classes.index(name)] for name in d.omitted))
         if isinstance(c, Correction):
-            line["b"] = f"{c.shift:+.2f}"
+            line["bias"] = f"{c.shift:+.2f}"
         yield line
 
 
@@ -173,8 +190,13 @@ def _rate(errors: float, total: int) -> str:
     return f"{100 * errors / total:.2f} %"
 
 
+def number(mean: float, of: int) -> str:
+    """A mean of so many whole numbers: whole itself where it is of one."""
+    return f"{mean:.{1 if of > 1 else 0}f}"
+
+
 def spread(row: Spread) -> str:
-    return f"{row.mean:g}" if row.std is None else f"{row.mean:.1f} ± {row.std:.1f}"
+    return number(row.mean, len(row.errors)) + (f" ± {row.std:.1f}" if row.std is not None else "")
 
 
 def foremost(weights: Sequence[float], most: int = WIDE) -> list[int]:
@@ -194,35 +216,53 @@ def short(name: str, most: int = 18) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
-def evaluations(documents: Sequence["Document"], classes: Sequence[str]) -> Parts:
-    """What `kd evaluate` shows."""
-    scores, costs, by_class, on = [], [], [], ""
+def evaluations(documents: Sequence["Document"], classes: Sequence[str], every: bool) -> Parts:
+    """What `kd evaluate` shows: the means of each row over its runs, or every run."""
+    rows: dict[str, list[Document]] = {}
     for d in documents:
-        run, q, cost = d.run.partition("/")[2], d.quality, d.cost
-        t = d.teacher
-        follows = [f"{t.agreement:.3f}", f"{t.kl_from_teacher:.4f}"] if t else ["", ""]
-        follows.append("" if t is None or t.soft is None else f"{t.soft:.3g}")
-        more = ["" if q.balanced is None else _rate(q.balanced, 1), "" if q.top5 is None else str(q.top5)]
-        scores.append([run, str(d.test.errors), *more, *(f"{x:.4f}" for x in (q.nll, q.brier, q.ece)), *follows])
-        by_class.append([run, *_worst(d, classes)])
+        rows.setdefault(d.run.partition("/")[2] if every else d.row, []).append(d)
+    several, scores, costs, by_class, on = len(documents) > len(rows), [], [], [], ""
+    for name, of in rows.items():
+        quality, taught, cost = [d.quality for d in of], [d.teacher for d in of], of[0].cost
+        cells = [str(len(of)) * several, spread(verdict.spread([d.test.errors for d in of]))]
+        cells += [_mean(100, "{:.2f} %", [q.balanced for q in quality]), _mean(1, "{:g}", [q.top5 for q in quality])]
+        cells += [_mean(1, "{:.4f}", [getattr(q, key) for q in quality]) for key in ("nll", "brier", "ece")]
+        follows = {"agreement": "{:.3f}", "kl_from_teacher": "{:.4f}", "soft": "{:.3g}"}
+        cells += [_mean(1, form, [getattr(t, key, None) for t in taught]) for key, form in follows.items()]
+        scores.append([name, *cells])
+        by_class.append([name, *_worst(of, classes)])
         if cost:
             on, times = cost.measured_on, [f"{ms:.3g}" for t in cost.latency_ms.values() for ms in (t.p50, t.p95)]
-            costs.append([run, f"{cost.parameters:,}", f"{cost.multiply_adds:,}", *times])
+            costs.append([name, f"{cost.parameters:,}", f"{cost.multiply_adds:,}", *times])
     title = f"{documents[0].experiment}: errors on {documents[0].on}; agreement with and KL from the teacher"
     title += ", and the loss (soft)" if any(row[-1] for row in scores) else ""
-    yield table(title, ("run", "errors", "balanced", "top-5", "NLL", "Brier", "ECE", "agrees", "KL", "soft"), scores)
+    title += "; means over n runs" if several else ""
+    first = "run" if every else ""
+    columns = (first, "n", "errors", "balanced", "top-5", "NLL", "Brier", "ECE", "agrees", "KL", "soft")
+    yield table(title, columns, scores)
     title = f"Cost of one image, and milliseconds for a batch of 1 and of 128 on this machine ({on})"
-    yield table(title, ("run", "params", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
-    columns = ("run", "errors by class, most first", "taken for each other most")
-    yield Table("Where the errors are", columns, by_class)
+    yield table(title, (first, "params", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
+    where = (first, "errors by class, most first", "taken for each other most")
+    yield Table("Where the errors are", where, by_class)
 
 
-def _worst(d: "Document", classes: Sequence[str]) -> list[str]:
-    """The classes with the most errors, and the pairs of label and prediction, each with their number."""
-    errors, pairs = d.test.per_class_errors, largest(d.quality.confusion)[:WORST]
+def _mean(scale: float, form: str, values: Sequence[float | None]) -> str:
+    """The mean of values that are all there; else empty."""
+    there = [value for value in values if value is not None]
+    return form.format(scale * statistics.mean(there)) if len(there) == len(values) else ""
+
+
+def _worst(documents: Sequence["Document"], classes: Sequence[str]) -> list[str]:
+    """The classes with the most errors, and the pairs of label and prediction, each with their mean number."""
+    n, matrices = len(documents), [d.quality.confusion for d in documents]
+    errors = [sum(of) / n for of in zip(*(d.test.per_class_errors for d in documents), strict=True)]
+    pairs = largest([[sum(cell) / n for cell in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)])
     first = sorted((c for c in range(len(classes)) if errors[c]), key=lambda c: -errors[c])[:WIDE]
-    by_class = ", ".join(f"{short(classes[c])}: {errors[c]}" for c in first)
-    return [by_class, ", ".join(f"{short(classes[i])} → {short(classes[j])}: {n:g}" for i, j, n in pairs)]
+    by_class = ", ".join(f"{short(classes[c])}: {number(errors[c], n)}" for c in first)
+    return [
+        by_class,
+        ", ".join(f"{short(classes[i])} → {short(classes[j])}: {number(k, n)}" for i, j, k in pairs[:WORST]),
+    ]
 
 
 def planned(runs: Sequence["plan.Planned"]) -> Table:
@@ -327,11 +367,11 @@ def final_table(summary: "Summary") -> Table:
 def _rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
     rows = []
     for r in summary.only.table:
-        unseen = "" if r.unseen is None else f"{r.unseen:.1f}"
+        unseen, top5 = ("" if mean is None else number(mean, len(r.errors)) for mean in (r.unseen, r.top5))
         paper = ("", "{:g}", "{:g} ({:g})")[len(r.paper)].format(*r.paper)
         verdict = against(r.paper[0], r.mean, r.interval) if r.paper else ""
-        more = ["" if r.balanced is None else _rate(r.balanced, 1), "" if r.top5 is None else f"{r.top5:.1f}"]
-        rows.append([r.row, spread(r), _rate(r.mean, summary.total), *more, unseen, paper, verdict])
+        balanced = "" if r.balanced is None else _rate(r.balanced, 1)
+        rows.append([r.row, spread(r), _rate(r.mean, summary.total), balanced, top5, unseen, paper, verdict])
     return ["", "errors", "rate", "balanced", "top-5", "unseen", "paper", "verdict"], rows
 
 
@@ -417,7 +457,11 @@ def called(row: "results.TableRow | Document") -> str:
 def missed(summary: "Summary") -> list[str]:
     """The expectations that were not met, a line each."""
     rows = [(row, row.expect) for point in summary.points for row in point.table if row.expect is not None]
-    return [f"expect.{row.row}: {row.mean:.1f} errors, not {most:g} or fewer" for row, most in rows if row.mean > most]
+    return [
+        f"expect.{row.row}: {number(row.mean, len(row.errors))} errors, not {most:g} or fewer"
+        for row, most in rows
+        if row.mean > most
+    ]
 
 
 def markdown(summary: "Summary", pictures: Sequence[str]) -> str:

@@ -1,8 +1,10 @@
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import MNIST_FILES, TINY, Done, Shell, kd_here
+from rich.console import Console
 from safetensors.torch import load_file
 
 from kdcli.runs import open_run
+from kdcli.show import Table, say
 
 COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", "run")
 
@@ -24,7 +28,7 @@ COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", 
 @pytest.fixture
 def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without pictures, which take seconds."""
-    monkeypatch.setattr("kdcli.page.pictures", lambda found: {})
+    monkeypatch.setattr("kdcli.page.pictures", lambda *_, **__: {})
 
 
 @pytest.fixture
@@ -558,6 +562,43 @@ def test_a_student_of_other_weights_than_its_teacher_has_now_is_told(kd: Shell) 
     assert "was made from other weights than tiny/train-teacher/" in done.err
 
 
+def test_a_log_has_a_line_a_run_or_more_or_none(kd: Shell) -> None:
+    for seed, (word, epochs) in enumerate({"--jobs=1": ["3/3"], "-v": ["1/3", "2/3", "3/3"], "-q": []}.items(), 7):
+        done = kd_here(kd.folder, "train-teacher", "tiny.yaml", "--epochs", "3", "--seed", str(seed), word)
+        assert done.code == 0, done.err
+        assert re.findall(r": epoch (\S+),", done.err) == epochs
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_table_keeps_every_word_whole(width: int) -> None:
+    """Of headings too; columns without room follow below, and none is lost."""
+    names = ["", *(f"heading-{i} two" for i in range(9))]
+    cells = [[f"tiny/omit-classes/{i}", *(f"{i}{k}-whole {i}.{k}" for k in range(9))] for i in range(2)]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(Table("Errors", names, cells))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert {word for row in (names, *cells) for cell in row for word in cell.split()} <= set(" ".join(lines).split())
+    assert max(map(len, lines)) <= width
+
+
+def test_a_terminal_breaks_prose_between_words_and_no_command() -> None:
+    prose, command = (
+        "B helped: 5.4 fewer errors (3.7 to 7.1 fewer)",
+        "next: kd report digits/baseline --runs-dir elsewhere",
+    )
+    shown = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), width=20, force_terminal=terminal)
+        for line in (prose, command):
+            say(console, line)
+        shown[terminal] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    *broken, last = shown[True]
+    assert max(map(len, broken)) <= 20 < len(prose)
+    assert " ".join(" ".join(broken).split()) == prose
+    assert last == command
+    assert shown[False] == [prose, command]
+
+
 def test_a_terminal_shows_a_bar_a_run(kd: Shell) -> None:
     import pty
 
@@ -672,7 +713,8 @@ def test_json_documents_hold_what_they_promise(kd: Shell) -> None:
     assert (omitted["row"], omitted["kind"], omitted["omitted"]) == ("omit 3", "omission", ["3"])
     assert omitted["bias"].keys() == {"test", "heldout", "prior"}
     for bias in omitted["bias"].values():
-        assert bias.keys() == {"shift", "errors", "per_class_errors"}
+        assert bias.keys() == {"shift", "added_to", "errors", "per_class_errors"}
+        assert bias["added_to"] == ["3"]
     assert omitted["bias"]["test"]["errors"] <= min(omitted["test"]["errors"], omitted["bias"]["prior"]["errors"])
     several = here(kd, "train-teacher", "tiny.yaml", "--json", "--seeds", "0-1").json
     assert [run["seed"] for run in several["runs"]] == [0, 1]
@@ -805,7 +847,7 @@ def test_epochs_reach_the_baseline_with_a_recipe_of_its_own(kd: Shell) -> None:
 
 
 def test_ctrl_c_leaves_130_and_a_run_that_can_be_asked_for_again(kd: Shell) -> None:
-    words = ["train-teacher", "tiny.yaml", "--set", "teacher.train.epochs=100000"]
+    words = ["train-teacher", "tiny.yaml", "-v", "--set", "teacher.train.epochs=100000"]
     with subprocess.Popen(
         [sys.executable, "-m", "kdcli", *words], cwd=kd.folder, stderr=subprocess.PIPE, text=True
     ) as process:

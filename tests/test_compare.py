@@ -115,6 +115,34 @@ def test_students_of_two_teachers_count_a_seed_once(taught: Shell) -> None:
     assert len({run for group in students for run in group["runs"]}) == 4
 
 
+def test_the_name_of_a_single_run_says_its_teacher_too(trained: Shell) -> None:
+    found = kd_here(trained.folder, "compare", "tiny/distill", "--json").json
+    assert {group["name"].partition(" ")[2] for group in found["groups"]} == {
+        "teacher=train-teacher",
+        "teacher=ensemble",
+    }
+    assert all(group["name"].startswith(group["runs"][0]) for group in found["groups"])
+
+
+def test_kd_evaluate_shows_the_means_of_rows_over_seeds(taught: Shell) -> None:
+    """The plan has seed 0 alone: other seeds are in its rows too, other teachers are not."""
+    found = kd_here(taught.folder, "evaluate", "tiny.yaml", "--json").json["runs"]
+    errors: dict[str, list[int]] = {}
+    for run in found:
+        errors.setdefault(run["row"], []).append(run["test"]["errors"])
+    others = {f"student teacher.seed=own {offset}" for offset in ("+1", "-1")}
+    assert {row: len(of) for row, of in errors.items()} == {
+        "teacher": 2, "baseline": 2, "student": 2, **dict.fromkeys(others, 1),
+    }  # fmt: skip
+    means = kd_here(taught.folder, "evaluate", "tiny.yaml").out
+    assert re.search(rf"^ student +2 +{mean(errors['student']):.1f} ± ", means, re.MULTILINE)
+    every = kd_here(taught.folder, "evaluate", "tiny.yaml", "--all").out
+    for run in found:
+        name, own = run["run"].partition("/")[2], run["test"]["errors"]
+        assert re.search(rf"^ {name} +{own} ", every, re.MULTILINE)
+        assert name not in means
+
+
 @pytest.mark.parametrize(("command", "key"), [("ensemble", "members"), ("distill", "teacher.members")])
 def test_ensembles_that_differ_in_a_later_member_are_two_groups(command: str, key: str, taught: Shell) -> None:
     found = kd_here(taught.folder, "compare", f"later/{command}", "--json").json
@@ -308,7 +336,7 @@ def test_rows_are_held_against_the_papers_figures(
     shutil.copytree(trained.folder / "runs", tmp_path / "runs")
     paper = "paper: {student: 1, baseline: 499, teacher: 300, omit 3: [499, 1]}\n"
     (tmp_path / "tiny.yaml").write_text(TINY + paper)
-    monkeypatch.setattr("kdcli.page.pictures", lambda found: {})  # which take long
+    monkeypatch.setattr("kdcli.page.pictures", lambda *_, **__: {})  # which take long
     document = kd_here(tmp_path, "run", "tiny.yaml", "--json").json
     (point,) = document["points"]
     rows: dict[str, dict[str, Any]] = {row["row"]: row for row in point["table"]}

@@ -278,7 +278,7 @@ def test_a_wrong_normalisation_is_named_before_any_student_starts(elsewhere: Fix
     done = read(tmp_path, source, "--json")
     assert "(MNIST's)" in " ".join(done.json["reading"]["warnings"])
     assert done.json["reading"]["input"]["mean"] == [0.1307]
-    taught = read(tmp_path, source, command="distill")
+    taught = read(tmp_path, source, "-v", command="distill")
     assert taught.err.index("(MNIST's)") < taught.err.index("epoch 1/6")
 
 
@@ -680,7 +680,7 @@ def test_a_wrong_file_of_logits_is_named_without_test_images(tmp_path: Path) -> 
     np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[labels] - 1)
     said = "what it calls 9 is 0"
     assert said in read(tmp_path, "{logits: a.npy}").out
-    done = read(tmp_path, "{logits: a.npy}", command="distill")
+    done = read(tmp_path, "{logits: a.npy}", "-v", command="distill")
     assert done.err.index(said) < done.err.index("epoch 1/6")
     run = json.loads(kd_here(tmp_path, "runs", "--match", "teacher", "--json").out)["runs"][0]
     assert "errors" not in run

@@ -79,7 +79,7 @@ def test_the_page_names_the_classes_and_shows_the_images_as_they_are(own: Shell)
     text = (own.folder / "runs/own/report/report.html").read_text()
     page = Page(text)
     assert page.open == []
-    for part in ("omit dog: a class taught without examples", "label cat", "label owl", "own_nets.py"):
+    for part in ("omit dog: a class learned without examples", "label cat", "label owl", "own_nets.py"):
         assert part in page.text
     assert "<th>cat</th><th>dog</th><th>owl</th>" in text
     pngs = re.findall(r'<img alt="" src="data:image/png;base64,([^"]+)"', text)
@@ -111,7 +111,7 @@ def test_classes_are_omitted_by_name(own: Shell, flag: str, omitted: list[str]) 
     found = kd_here(own.folder, "omit-classes", "own.yaml", flag, "--json", *SHORT).json
     assert (found["row"], found["omitted"]) == (flag[2:].replace("=", " "), omitted)
     text = kd_here(own.folder, "omit-classes", "own.yaml", flag, *SHORT).out
-    assert re.search(r"^ +run +teacher +errors +rate +b +unseen *$", text, re.MULTILINE)
+    assert re.search(r"^ +run +teacher +errors +rate +bias +unseen *$", text, re.MULTILINE)
     assert len(re.findall(r" (?:test|heldout|prior) bias +\d+ +[\d.]+ % +[+-][\d.]+ +\d+ *$", text, re.MULTILINE)) == 3
 
 
@@ -356,7 +356,7 @@ def test_many_classes_have_no_column_each_in_the_report(hundred: Shell) -> None:
 
 
 def test_many_classes_have_no_bar_or_cell_each_in_the_pictures(hundred: Shell, drawn: list[Drawn]) -> None:
-    assert len(drawn) == len(list((hundred.folder / "runs/hundred/report").glob("*.png"))) == 6
+    assert len(drawn) == 2 * len(list((hundred.folder / "runs/hundred/report").glob("*.png"))) == 12  # for the page too
     for figure in drawn:
         assert max([0, *figure.bars]) <= 24  # 12 before and after
         assert max([0, *figure.names, *figure.texts]) <= 24

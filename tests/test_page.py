@@ -1,5 +1,6 @@
 """The report as a page: whole in itself, read by a real browser where there is one, and true to the documents."""
 
+import base64
 import json
 import re
 import shutil
@@ -39,7 +40,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without pictures, which take seconds."""
-    monkeypatch.setattr("kdcli.page.pictures", lambda found: {})
+    monkeypatch.setattr("kdcli.page.pictures", lambda *_, **__: {})
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +63,11 @@ def test_the_page_begins_with_the_verdict_and_shows_every_part(page: Path, train
     for part in (
         "Learning curves",
         "Where the errors are",
-        "Are the probabilities right?",
+        "Calibration",
         "The hardest test images",
-        "Cost against accuracy",
+        "Accuracy against cost",
         "What the teacher knows beyond the labels",
-        "omit 3: a class taught without examples",
+        "omit 3: a class learned without examples",
         "kd run tiny.yaml --json",
         "15 equal intervals",
     ):
@@ -93,7 +94,7 @@ def test_a_real_browser_shows_it_without_an_error(page: Path, tmp_path: Path) ->
     words += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
     words += [f"--log-net-log={log}", "--enable-logging=stderr", "--dump-dom", page.as_uri()]
     done = subprocess.run([browser, *words], capture_output=True, text=True, timeout=120)
-    assert "omit 3: a class taught without examples" in done.stdout
+    assert "omit 3: a class learned without examples" in done.stdout
     assert "CONSOLE" not in done.stderr
     assert not re.findall(r'"url":"https?://(?!localhost)[^"]*tiny', log.read_text() if log.exists() else "")
 
@@ -120,7 +121,7 @@ RUN_REPORTS = {  # by command: what the page begins with, and a heading that it 
     "ensemble": ("The ensemble", "The hardest test images"),
     "baseline": ("The baseline makes", "The hardest test images"),
     "distill": ("than the baseline (McNemar", "What the teacher knows beyond the labels"),
-    "omit-classes": ("The student (omit 3) makes", "omit 3: a class taught without examples"),
+    "omit-classes": ("The student (omit 3) makes", "omit 3: a class learned without examples"),
 }
 
 
@@ -140,6 +141,21 @@ def test_a_run_has_a_report_of_its_own(command: str, trained: Shell, tmp_path: P
     assert first in parsed.text[: parsed.text.index("errors of the")]
     assert heading in parsed.text
     assert (run / "report" / "learning-curves.png").exists() == (command != "ensemble")
+
+
+def test_pictures_follow_the_page_and_the_columns_of_a_paper(page: Path, trained: Shell, tmp_path: Path) -> None:
+    """The page's are light or dark as it is; a paper's are as wide as its column, 3.35 inches."""
+    drawn = re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page.read_text())
+    assert len(drawn) == len(list(page.parent.glob("*.png"))) == 6
+    for picture in map(base64.b64decode, drawn):
+        assert b"prefers-color-scheme:dark" in picture
+        assert b"var(--ink)" in picture
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    run = next((tmp_path / "runs" / "tiny" / "baseline").iterdir())
+    done = kd_here(tmp_path, "report", f"tiny/baseline/{run.name}", "--figures", "pdf")
+    assert done.code == 0, done.err
+    figure = (run / "report" / "figures" / "calibration.pdf").read_bytes()
+    assert re.search(rb"/MediaBox \[ 0 0 241\.2 ", figure)
 
 
 @pytest.mark.usefixtures("quick_reports")
