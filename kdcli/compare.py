@@ -8,12 +8,21 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from kdcli import BadInput, score
+from kdcli import BadInput
 from kdcli.config import Section
-from kdcli.plan import data_settings, orphaned
-from kdcli.results import log_probabilities
-from kdcli.runs import STUDENTS, TEACHERS, Run, Settings, changes, differences, list_runs, open_run, settings
-from kdcli.teacher import dataset_of
+from kdcli.runs import (
+    STUDENTS,
+    TEACHERS,
+    Run,
+    Settings,
+    changes,
+    data_settings,
+    differences,
+    list_runs,
+    open_run,
+    orphaned,
+    settings,
+)
 from kdcli.verdict import Judged, Spread, corrected, paired, spread
 
 Note = Callable[[str], None]
@@ -141,6 +150,10 @@ def _compared(root: Path, first: Group, own: Group, data_dir: Path | None) -> Di
         pairs, changed = [(0, 0)], dict(changes({"seed": first.seeds[0]}, {"seed": own.seeds[0]})) | changed
     only = (0, 0)
     if len(pairs) == 1:
+        from kdcli import score  # these need torch, which several seeds do without
+        from kdcli.results import log_probabilities
+        from kdcli.teacher import dataset_of
+
         a, b = (open_run(root, group.runs[i]) for group, i in zip((first, own), pairs[0], strict=True))
         labels = dataset_of(a, data_dir).test.labels
         one, other = (log_probabilities(run, len(labels)) for run in (b, a))

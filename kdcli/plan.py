@@ -22,9 +22,11 @@ from kdcli.runs import (
     Result,
     Run,
     Spec,
+    data_settings,
     differences,
     list_runs,
     open_run,
+    orphaned,
     settings,
 )
 from kdcli.teacher import members, weights_checksum
@@ -310,22 +312,6 @@ def usable(run: Run, like: Spec, role: str) -> Run:
         if parent and weights_checksum(parent) != checksum:
             raise BadInput(f"{run.name}: was made from other weights than {name} has now: {run.remedy}")
     return run
-
-
-def data_settings(spec: Spec) -> dict[str, Any]:
-    """What two runs must share to be compared: the images, and which of them are trained and counted on."""
-    data: dict[str, Any] = settings(spec)["data"]
-    if spec.data.evaluate_on == "test":
-        data.pop("heldout", None)
-    for key in ("transfer", "unlabelled"):
-        data.pop(key, None)
-    return data
-
-
-def orphaned(run: Run) -> str:
-    """The members that an ensemble needs and that are gone; empty if all are there."""
-    names = run.spec.parents if run.spec.command == "ensemble" else []
-    return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
 
 
 def there(root: Path, name: str) -> Run | None:

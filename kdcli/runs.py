@@ -673,6 +673,22 @@ def settings(spec: Spec) -> Settings:
     return kept | {"data": where | content}
 
 
+def data_settings(spec: Spec) -> dict[str, Any]:
+    """What two runs must share to be compared: the images, and which of them are trained and counted on."""
+    data: dict[str, Any] = settings(spec)["data"]
+    if spec.data.evaluate_on == "test":
+        data.pop("heldout", None)
+    for key in ("transfer", "unlabelled"):
+        data.pop(key, None)
+    return data
+
+
+def orphaned(run: Run) -> str:
+    """The members that an ensemble needs and that are gone; empty if all are there."""
+    names = run.spec.parents if run.spec.command == "ensemble" else []
+    return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
+
+
 def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
     """The settings that differ, by dotted key, as [the first's, its own], None where it is not set; of teachers of two
     kinds, or one, their kind."""
