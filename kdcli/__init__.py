@@ -28,6 +28,11 @@ class Failed(RuntimeError):
         self.lines = lines
 
 
+def counted(n: int, what: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def failure(error: BaseException) -> str:
     """What went wrong while running, in one line."""
     if isinstance(error, OSError) and error.strerror:

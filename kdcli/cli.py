@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.filesize import decimal
 from typer import Argument, Option
 
-from kdcli import BadInput, Failed, __version__, failure, show, yamlfile
+from kdcli import BadInput, Failed, __version__, counted, failure, show, usage, yamlfile
 from kdcli.config import LOSSES, STANDARDIZE, Experiment, Section
-from kdcli.runs import COMMANDS, TEACHERS, Listed, Places, dependents, find_folder, remove, survey
+from kdcli.runs import COMMANDS, TEACHERS, Listed, Places, Spec, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
 
 if TYPE_CHECKING:  # they need torch, which help and wrong usage do without
+    from kdcli.plan import Job
     from kdcli.results import Summary
     from kdcli.work import Work
 
@@ -47,7 +48,7 @@ PROGRESS = ("quiet", "verbose")
 DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
 TRAINING = ("epochs", *DESCRIBED, *PROGRESS)
 ENSEMBLE = ("members", "average", *TRAINING)
-OMITTING = ("T", "lambda1", "lambda2", "teacher", *TRAINING)
+OMITTING = ("T", "lambda1", "lambda2", "teacher", "with_teacher", *TRAINING)
 DISTILLING = (*OMITTING, "baseline")
 # Those that set a key of the experiment file.
 KEYS = {"T": "distill.T", "lambda1": "distill.lambda1", "lambda2": "distill.lambda2"}
@@ -64,6 +65,7 @@ class Call:
     lambda1: Annotated[float | None, Option(help="Weight of the soft targets (distill.lambda1).")] = None
     lambda2: Annotated[float | None, Option(help="Weight of the hard labels; left out: 1 - lambda1.")] = None
     teacher: Annotated[str | None, RunOption(help="Learn from this run instead.")] = None
+    with_teacher: Annotated[bool, Option("--with-teacher", help="First train its teachers that are missing.")] = False
     baseline: Annotated[bool, Option(help="Train the baseline too: the same net on hard labels alone.")] = True
     members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None
     average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None
@@ -138,19 +140,37 @@ class Call:
         finally:
             self.display.close()
 
+    def teachers(self, work: "Work") -> "tuple[Work, list[Job]]":
+        """The work with the teachers that --with-teacher trains first, and the finished ones that it uses. Raises
+        BadInput where one is missing or cannot be used."""
+        from kdcli.plan import made_from, refuse_missing, unfinished, usable
+
+        if self.teacher and self.with_teacher:
+            raise BadInput("--teacher --with-teacher: choose one of them")
+        needed, teachers = made_from(work.jobs, work.planned), {name for job in work.jobs for name in job.spec.parents}
+        absent = {run.name for run in unfinished(needed, work.places)}
+        missing = [job for job in needed if job.spec.name in absent]
+        if (wanted := [job for job in missing if job.spec.name in teachers]) and not self.with_teacher:
+            spent, _ = self.cost(work, [job.spec for job in missing])
+            refuse_missing(wanted, work.places, self.retype(), show.duration(spent), self.display.note)
+        for name in teachers - {job.spec.name for job in (*work.jobs, *wanted)}:
+            usable(work.places.open(name), work.jobs[0].spec, "a teacher")
+        finished = [job for job in needed if job.spec.name in teachers - absent]
+        return replace(work, jobs=[*(missing if wanted else []), *work.jobs]), finished
+
     def train(self) -> None:
         """Train the nets that the command is about and print what comes out. --epochs is for every one of them."""
         sections = ["teacher"] if self.command in TEACHERS else self.load().student_trains
         self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in sections))
         work = self.prepare()
-        from kdcli.plan import doubts, require_teachers
+        from kdcli.plan import doubts
         from kdcli.results import documents
 
         if not work.jobs:
             key, flag = ("ensemble", "--members 5") if self.command == "ensemble" else ("omit_classes", "--omit 3")
             raise BadInput(f"{self.experiment}: {key}: there is none: add the section, or {flag}")
-        teachers = require_teachers(work.jobs, work.planned, work.places, self.retype(), self.display.note)
-        for line in doubts(teachers, work.subject.expect, work.places):
+        work, finished = self.teachers(work)
+        for line in doubts(finished, work.subject.expect, work.places):
             self.display.note(line)
         if self.dry_run:
             return self.describe(work)
@@ -177,11 +197,13 @@ class Call:
         from kdcli.work import prepare_run
 
         name, path = self.experiment, Path(self.experiment)
-        if {path.name, path.parent.name}.isdisjoint(COMMANDS):
+        group, file = path.parent.name or path.name, path.suffix.lower() in (".yaml", ".yml")
+        if path.name not in COMMANDS and (file or not any(c.startswith(group) for c in COMMANDS)):
             work = self.prepare()
             if missing := unfinished(work.jobs, work.places):
                 train = f"train them: kd run {self.retype(whole=True)}"
-                raise BadInput(f"{len(missing)} runs are not finished, the first is {missing[0].name}; {train}")
+                are = "run is" if len(missing) == 1 else "runs are"
+                raise BadInput(f"{len(missing):,} {are} not finished, the first is {missing[0].name}; {train}")
             return work
         if self.overrides:
             raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")
@@ -200,19 +222,25 @@ class Call:
         self.display.note(f"next: open {files[0]}{ship}")
         return summary, files[0]
 
+    def cost(self, work: "Work", specs: "Sequence[Spec]") -> "tuple[float, int]":
+        """The seconds that training some runs takes here, and how many are trained at once."""
+        from kdcli.engine import share
+        from kdcli.estimate import seconds
+
+        places, at_once = share(specs, work.places, self.load().threads, self.jobs)
+        taken = seconds(specs, [job.spec for job in work.planned], work.dataset, places)
+        return sum(taken.values()) / at_once, at_once
+
     def describe(self, work: "Work") -> None:
         """Show the resolved experiment, the device, and what would be trained; write nothing."""
         import yaml
 
-        from kdcli.engine import share
-        from kdcli.estimate import seconds
         from kdcli.plan import describe, unfinished
 
         experiment, missing = self.load(), [run.spec for run in unfinished(work.jobs, work.places)]
         resolved, device = experiment.model_dump(exclude_none=True), work.places.device
         runs = describe(work.jobs, work.dataset, work.places.runs_dir)
-        places, at_once = share(missing, work.places, experiment.threads, self.jobs)
-        spent = sum(seconds(missing, [job.spec for job in work.planned], work.dataset, places).values()) / at_once
+        spent, at_once = self.cost(work, missing)
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=80)
         text += f"# device: {device}, threads: {work.places.threads}"
         document = {"command": self.command, "dry_run": True, "device": device, "runs": runs, "resolved": resolved}
@@ -272,13 +300,20 @@ command("distill", DISTILLING, "Train the student on soft targets, beside the sa
 @command("omit-classes", OMITTING)
 def omit_classes(
     call: Call,
-    omit: Annotated[str | None, Option(metavar="CLASSES", help="Classes to leave out: 3, or 3,5.")] = None,
-    keep: Annotated[str | None, Option(metavar="CLASSES", help="Classes to keep, alone: 7,8.")] = None,
+    omit: Annotated[str | None, Option(metavar="CLASSES", help="Classes to leave out: 3, 3,5 or 0-4.")] = None,
+    keep: Annotated[str | None, Option(metavar="CLASSES", help="Classes to keep, alone: 7,8 or 7-9.")] = None,
 ) -> None:
     """Distil with classes missing from the transfer set, then correct the bias: a number added to their logits."""
-    named = {flag: text.split(",") for flag, text in (("omit", omit), ("keep", keep)) if text is not None}
-    if named:
-        flags = " ".join(f"--{flag} {','.join(classes)}" for flag, classes in named.items())
+    typed = {flag: text for flag, text in (("omit", omit), ("keep", keep)) if text is not None}
+    if typed:
+        flags, known = " ".join(f"--{flag} {text}" for flag, text in typed.items()), list[str]()
+        if any("-" in text for text in typed.values()):
+            from kdcli.data import open_dataset
+
+            loaded = yamlfile.load(call.experiment, call.overrides)
+            with loaded.located():
+                known = open_dataset(loaded.experiment.data, call.data_dir, not call.dry_run).facts.classes
+        named = {flag: yamlfile.parse_classes(text, known) for flag, text in typed.items()}
         described = call.load().omit_classes
         rowless = [Override(section, {}, flags) for section in ("expect", "paper")]  # they may name other entries
         call.overrides += [*rowless, Override("omit_classes", [named], flags)]
@@ -407,7 +442,9 @@ def export_(
 def predict_(
     call: Call,
     net: Annotated[str, NameArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
-    images: Annotated[list[Path] | None, Argument(metavar="IMAGE...", help="Image files.")] = None,
+    images: Annotated[
+        list[Path] | None, Argument(metavar="IMAGE...", help="Image files: PNG, JPEG, WebP, BMP, TIFF or GIF.")
+    ] = None,
     test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="A number; repeat it.")] = None,
     temperatures: Annotated[str, Option("--T", help="Temperatures of the teacher's predictions: 4, or 1,4,20.")] = "1",
     top: Annotated[int, Option(min=1, help="Number of classes to show.")] = 3,
@@ -470,13 +507,13 @@ def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> Non
         raise BadInput("these runs were made from them; remove them too, or add --force:", *(f"  {o}" for o in orphans))
     taken = decimal(sum(one.bytes_ for one in listed if one.run in chosen))
     lines = [*(f"orphaned: {run}" for run in orphans), *(f"remove: {run}" for run in chosen)]
-    note("\n".join([*lines, f"{show.number_of_runs(len(chosen))}, {taken}"]))
+    note("\n".join([*lines, f"{counted(len(chosen), 'run')}, {taken}"]))
     if not yes and not sys.stdin.isatty():
         raise BadInput("kd runs rm: asks before it removes, and nobody is there to answer: add --yes")
     if not yes and not typer.confirm("Remove them?", err=True):
         return note("nothing was removed")
     remove(sorted(folders, key=lambda folder: folder.parent.name in TEACHERS))
-    note(f"removed {show.number_of_runs(len(chosen))}")
+    note(f"removed {counted(len(chosen), 'run')}")
 
 
 @command("init", ("device", "debug"))
@@ -542,9 +579,7 @@ def main() -> int:
             print(*error.lines, sep="\n", file=sys.stderr)
             return 2
         if hasattr(error, "format_message"):  # a usage error of typer's
-            where = getattr(getattr(error, "ctx", None), "command_path", "kd")
-            message = error.format_message().rstrip(".").replace("Value error, ", "")
-            print(f"kd: {message} (see {where} --help)", file=sys.stderr)
+            print(usage.told(error, not {*TEACHERS}.isdisjoint(sys.argv)), file=sys.stderr)
             return 2
         for line in error.lines if isinstance(error, Failed) else [failure(error)]:
             print(f"kd: failed: {line}", file=sys.stderr)

@@ -6,17 +6,29 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from kdcli import BadInput, score
+from kdcli import BadInput
 from kdcli.config import Row, Section
-from kdcli.plan import Job, data_settings, distinct, orphaned
-from kdcli.results import log_probabilities
-from kdcli.runs import STUDENTS, TEACHERS, Run, Settings, changes, differences, list_runs, open_run, settings
-from kdcli.teacher import dataset_of
+from kdcli.runs import (
+    STUDENTS,
+    TEACHERS,
+    Run,
+    Settings,
+    changes,
+    data_settings,
+    differences,
+    list_runs,
+    open_run,
+    orphaned,
+    settings,
+)
 from kdcli.verdict import Judged, Spread, corrected, paired, spread
+
+if TYPE_CHECKING:
+    from kdcli.plan import Job  # which needs torch; several seeds do without
 
 Note = Callable[[str], None]
 
@@ -111,14 +123,16 @@ def _with(name: str, unlike: dict[str, Any]) -> str:
     return " ".join([name, *(f"{key}={own}" for key, own in unlike.items())])
 
 
-def in_rows(jobs: Sequence[Job], planned: Sequence[Job], root: Path) -> list[Job]:
+def in_rows(jobs: "Sequence[Job]", planned: "Sequence[Job]", root: Path) -> "list[Job]":
     """Jobs in the rows of a plan, whatever their seeds; one that is not of the plan, in a row that says how it differs
     from the closest there."""
+    from kdcli.plan import distinct
+
     last = sorted(planned, key=lambda job: job.row.kind == "member")  # most are teachers with other seeds
     rows = {job.spec.name: job for job in distinct(last)}
     way = cache(lambda name: _way(Run(root, rows[name].spec)))
 
-    def row(job: Job) -> str:
+    def row(job: "Job") -> str:
         own = rows.get(job.spec.name)
         if own and own.row.kind != "member":
             return own.row.name
@@ -171,6 +185,10 @@ def _compared(root: Path, first: Group, own: Group, data_dir: Path | None) -> Di
         pairs, changed = [(0, 0)], dict(changes({"seed": first.seeds[0]}, {"seed": own.seeds[0]})) | changed
     only = (0, 0)
     if len(pairs) == 1:
+        from kdcli import score  # these need torch, which several seeds do without
+        from kdcli.results import log_probabilities
+        from kdcli.teacher import dataset_of
+
         a, b = (open_run(root, group.runs[i]) for group, i in zip((first, own), pairs[0], strict=True))
         labels = dataset_of(a, data_dir).test.labels
         one, other = (log_probabilities(run, len(labels)) for run in (b, a))

@@ -42,7 +42,7 @@ def nearest(word: str, known: Collection[str]) -> str:
 class Section(BaseModel):
     """A part of the experiment file: unknown keys are errors, "5" is not 5, and of `one_of` one key is given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     one_of: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="after")

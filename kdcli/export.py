@@ -230,9 +230,14 @@ def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int], bool]:
     runtime = library("onnxruntime")
     try:
         session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        about = session.get_modelmeta().custom_metadata_map
-        classes, shape = json.loads(about["classes"]), json.loads(about["shape"])
     except Exception:  # the runtime has a dozen kinds of its own
         raise BadInput(f"{file!s}: is not a net that kd exported as onnx: export it so, or name the run") from None
+    about = session.get_modelmeta().custom_metadata_map
+    try:
+        classes, shape = json.loads(about["classes"]), json.loads(about["shape"])
+    except (KeyError, ValueError):
+        instead = f"make it a run with `teacher: {{onnx: {file!s}}}`, kd train-teacher, and name that"
+        said = "is not a net that kd exported as onnx, so its classes and images are not known"
+        raise BadInput(f"{file!s}: {said}: {instead}") from None
     middle = about.get("middle") == "True"
     return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), classes, shape, middle

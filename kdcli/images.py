@@ -34,7 +34,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     except BadInput:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise BadInput(f"{file}: is too large: {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
+        raise BadInput(f"{file}: is too large: make it smaller, {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or no image'}") from None
 

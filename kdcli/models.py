@@ -26,11 +26,9 @@ class MLP(nn.Module):
         self, inputs: int, hidden: Sequence[int], classes: int, dropout: float = 0.0, input_dropout: float = 0.0
     ) -> None:
         super().__init__()
-        widths, on = [inputs, *hidden, classes], torch.get_default_device()
-        self.layers = nn.ModuleList(skip_init(nn.Linear, n, m, device=on) for n, m in pairwise(widths))
+        layers = pairwise([inputs, *hidden, classes])
+        self.layers = nn.ModuleList(skip_init(nn.Linear, n, m) for n, m in layers)
         self.dropout, self.input_dropout = dropout, input_dropout
-        if on.type == "meta":  # a net to count, not to use
-            return
         with torch.no_grad():
             for layer in self.linears():
                 gain = 1.0 if layer is self.layers[-1] else 2.0

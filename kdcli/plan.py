@@ -1,15 +1,14 @@
 """The runs of an experiment, described once: dry-run, training, resuming, tables and report all read this list."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kdcli import BadInput, BadKeys, code, imports, losses, models
+from kdcli import BadInput, BadKeys, code, imports, losses, models, yamlfile
 from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
 from kdcli.data import Dataset
 from kdcli.device import seeded
@@ -23,9 +22,11 @@ from kdcli.runs import (
     Result,
     Run,
     Spec,
+    data_settings,
     differences,
     list_runs,
     open_run,
+    orphaned,
     settings,
 )
 from kdcli.teacher import members, weights_checksum
@@ -207,11 +208,14 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 @cache
 def _trial(model: str, dataset: str) -> tuple[int, str]:
-    """How many parameters the net of a model section has, a perceptron without memory for them; and why it cannot
-    classify the images of a dataset, empty if it can (both as JSON)."""
+    """How many parameters the net of a model section has, and why it cannot classify the images of a dataset, empty if
+    it can (both as JSON); a perceptron can, and is not built."""
     section, facts = Model.model_validate_json(model, context={"reading": True}), Facts.model_validate_json(dataset)
+    if section.hidden is not None:
+        widths = [math.prod(facts.shape), *section.hidden, len(facts.classes)]
+        return sum((n + 1) * m for n, m in pairwise(widths)), ""
     try:
-        with torch.device("meta" if section.hidden is not None else "cpu"), seeded(0, "sample"):
+        with seeded(0, "sample"):
             net = models.build(section, facts)
         models.fits(net, section, facts)
     except BadInput as error:
@@ -310,22 +314,6 @@ def usable(run: Run, like: Spec, role: str) -> Run:
     return run
 
 
-def data_settings(spec: Spec) -> dict[str, Any]:
-    """What two runs must share to be compared: the images, and which of them are trained and counted on."""
-    data: dict[str, Any] = settings(spec)["data"]
-    if spec.data.evaluate_on == "test":
-        data.pop("heldout", None)
-    for key in ("transfer", "unlabelled"):
-        data.pop(key, None)
-    return data
-
-
-def orphaned(run: Run) -> str:
-    """The members that an ensemble needs and that are gone; empty if all are there."""
-    names = run.spec.parents if run.spec.command == "ensemble" else []
-    return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
-
-
 def there(root: Path, name: str) -> Run | None:
     """The run of this name, if it is finished and, of an ensemble, so are its members; None if it is not."""
     run = open_run(root, name) if (root / name).is_dir() else None
@@ -341,23 +329,31 @@ def find_teacher(places: Places, name: str) -> Run:
     return run
 
 
-def require_teachers(jobs: Sequence[Job], planned: Sequence[Job], places: Places, retype: str, note: Note) -> list[Job]:
-    """The planned runs that jobs are made from and that are none of them. Raises BadInput where one is not finished:
-    with the runs that come close, how they differ, and what to type."""
-    have = {job.spec.name for job in jobs}
-    needed = dict.fromkeys(name for job in jobs for name in job.spec.parents if name not in have)
-    absent = unfinished([job for job in planned if job.spec.name in needed], places)
-    seeds, lines = ",".join(str(run.spec.seed) for run in absent), list[str]()
-    for run in absent:
-        typed = f"train it: kd {run.spec.command} {retype} --seed {seeds}"
-        status = run.status()
-        lines.append(f"teacher {run.name}: is {status}; {'wait for it' if status == 'running' else typed}")
-        lines += [f"  close: {line}" for line in _close_runs(run, note)]
-    if lines:
-        raise BadInput(*lines)
-    for name in needed:
-        usable(places.open(name), jobs[0].spec, "a teacher")
+def made_from(jobs: Sequence[Job], planned: Sequence[Job]) -> list[Job]:
+    """The planned runs that jobs are made from, directly or not, and that are none of them."""
+    by_name, asked = {job.spec.name: job for job in planned}, [name for job in jobs for name in job.spec.parents]
+    for name in asked:  # the members of an ensemble follow it
+        asked += by_name[name].spec.parents if name in by_name else []
+    needed = {*asked} - {job.spec.name for job in jobs}
     return [job for job in distinct(planned) if job.spec.name in needed]
+
+
+def refuse_missing(teachers: Sequence[Job], places: Places, retype: str, time: str, note: Note) -> None:
+    """Raise BadInput for teachers that are not finished: a line for those of a kind, with what to type and how long
+    that takes; then the runs that come close, how they differ, and how to use one."""
+    alike: dict[tuple[str, str], list[Run]] = {}
+    for run in (Run(places.runs_dir, job.spec) for job in teachers):
+        alike.setdefault((run.spec.command, run.status()), []).append(run)
+    lines = []
+    for (command, status), runs in alike.items():
+        seeds, them, name = yamlfile.spelt([run.spec.seed for run in runs]), "it", runs[0].name
+        is_ = f"teacher {name}: is {status}"
+        if len(runs) > 1:
+            is_, them = f"{len(runs)} teachers, {name} and on (seeds {seeds}), are {status}", "them"
+        typed = f"train {them}: kd {command} {retype} --seed {seeds}, or add --with-teacher (about {time} here)"
+        lines.append(f"{is_}; {f'wait for {them}' if status == 'running' else typed}")
+    close = sorted(dict.fromkeys(one for job in teachers for one in _close_runs(Run(places.runs_dir, job.spec), note)))
+    raise BadInput(*lines, *(f"  close: {line}" for _, _, line in close[:3]))
 
 
 def held_to(result: Result, most: float | None) -> Result:
@@ -391,8 +387,9 @@ def doubts(teachers: Iterable[Job], expect: dict[str, float], places: Places) ->
             yield f"{result.run}: {line}"
 
 
-def _close_runs(wanted: Run, note: Note) -> list[str]:
-    """The runs of the same command that differ least from the wanted one, and how."""
+def _close_runs(wanted: Run, note: Note) -> list[tuple[int, bool, str]]:
+    """The other runs of the same command: in how many settings they differ from the wanted one, whether they are
+    unfinished, and how they differ."""
 
     def described(spec: Spec) -> dict[str, Any]:
         return settings(spec) | {"seed": spec.seed} | ({"members": len(spec.parents)} if spec.parents else {})
@@ -402,8 +399,10 @@ def _close_runs(wanted: Run, note: Note) -> list[str]:
         unlike = differences(described(wanted.spec), described(run.spec)) or ["its members differ"]
         if run.name != wanted.name:
             status = run.status()
-            found.append((len(unlike), status != "completed", f"{run.name} ({status}): {'; '.join(unlike)}"))
-    return [line for _, _, line in sorted(found)[:3]]
+            can = status == "completed" and data_settings(wanted.spec) == data_settings(run.spec)
+            use = f" (to use it: --teacher {run.name})" if can else ""
+            found.append((len(unlike), status != "completed", f"{run.name} ({status}): {'; '.join(unlike)}{use}"))
+    return found
 
 
 def evaluable(

@@ -115,10 +115,15 @@ def read_image(file: Path, shape: Sequence[int], invert: bool, middle: bool = Fa
     channels, height, width = shape
     if channels not in (1, 3):
         raise BadInput(f"{file}: image files are read with 1 or 3 channels, and this net takes {channels}")
+    if file.is_dir():
+        raise BadInput(f"{file}: is a folder: name the image files in it, such as {file}/*.png")
+    image = open_image(file, min(height, width) if channels == 3 or middle else 0)
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        raise BadInput(f"{file}: is wholly transparent: save it without its alpha channel, or on a ground")
     if channels == 3 or middle:
-        array = to_bytes(open_image(file, min(height, width)), (width, height), channels)
+        array = to_bytes(image, (width, height), channels)
     else:
-        image = open_image(file).convert("LA")
+        image = image.convert("LA")
         image.thumbnail((2_000, 2_000), Image.Resampling.BOX)
         # a sheet with the shape of the net's images, of a strip not as huge as it is long
         w, h = image.size
@@ -128,5 +133,5 @@ def read_image(file: Path, shape: Sequence[int], invert: bool, middle: bool = Fa
         array = to_bytes(sheet.resize((width, height), Image.Resampling.BOX), None, 1)
     inputs = torch.from_numpy(array.astype(np.float32) / 255)[None]
     if channels == 1 and float(inputs.max() - inputs.min()) < 1 / 16:
-        raise BadInput(f"{file}: is blank")
+        raise BadInput(f"{file}: is blank: name an image with something on it")
     return 1 - inputs if invert else inputs

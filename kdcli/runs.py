@@ -518,11 +518,13 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
     BadInput, with the flag that named it if one did."""
     said = f"{flag} {name}".strip() or repr(name)
     root, path = Path(os.path.abspath(root)), Path(os.path.abspath(root / name))
-    folder, _, start = name.rpartition("/")
-    if start and not os.path.isdir(path) and os.path.isdir(root / folder):  # false too of an unusable name
-        begun = sorted(run for run in (root / folder).iterdir() if run.is_dir() and run.name.startswith(start))
+    if not os.path.isdir(path) and name.count("/") == 2:  # false too of an unusable name
+        begun = [root]
+        for start in name.split("/"):
+            begun = [one for folder in begun for one in _begun(folder, start)]
         if len(begun) > 1:
-            raise BadInput(f"{said}: is the beginning of {len(begun)} runs:", *(f"  {folder}/{b.name}" for b in begun))
+            several = f"{said}: is the beginning of {len(begun)} runs:"
+            raise BadInput(several, *(f"  {run.relative_to(root)}" for run in begun))
         path = begun[0] if begun else path
     path = path if os.path.isdir(path) else Path(os.path.abspath(name))
     if not os.path.isdir(path) or path.parent.name not in COMMANDS:
@@ -532,6 +534,12 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
     if path.parents[2] != root or path.is_symlink():
         raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {path.parents[2]}")
     return path
+
+
+def _begun(folder: Path, start: str) -> list[Path]:
+    """The folders in a folder whose names begin so; one that is called so, alone."""
+    found = sorted(one for one in folder.glob("*/") if start and one.name.startswith(start))
+    return [one for one in found if one.name == start] or found
 
 
 def _open(path: Path) -> Run:
@@ -665,6 +673,22 @@ def settings(spec: Spec) -> Settings:
     content = {"content": spec.dataset.fingerprint[:12]}
     content |= {"unlabelled": spec.dataset.unlabelled[:12]} if spec.dataset.unlabelled else {}
     return kept | {"data": where | content}
+
+
+def data_settings(spec: Spec) -> dict[str, Any]:
+    """What two runs must share to be compared: the images, and which of them are trained and counted on."""
+    data: dict[str, Any] = settings(spec)["data"]
+    if spec.data.evaluate_on == "test":
+        data.pop("heldout", None)
+    for key in ("transfer", "unlabelled"):
+        data.pop(key, None)
+    return data
+
+
+def orphaned(run: Run) -> str:
+    """The members that an ensemble needs and that are gone; empty if all are there."""
+    names = run.spec.parents if run.spec.command == "ensemble" else []
+    return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
 
 
 def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from kdcli import verdict
+from kdcli import counted, verdict
 from kdcli.config import LOSSES, STANDARDIZE, bias_row
 from kdcli.runs import Correction, Counted, Epoch, Listed
 from kdcli.verdict import Spread, Verdict, against
@@ -270,7 +270,7 @@ def planned(runs: Sequence["plan.Planned"]) -> Table:
     sizes = [(f"{p.parameters:,}", f"{p.steps:,} x {p.batch_size}") if p.parameters else ("", "") for p in runs]
     rows = [[p.run, p.row, *size, p.status] for p, size in zip(runs, sizes, strict=True)]
     there = sum(p.status == "completed" for p in runs)
-    title = f"{number_of_runs(len(runs))}, of which {there} {'is' if there == 1 else 'are'} completed"
+    title = f"{counted(len(runs), 'run')}, of which {there} {'is' if there == 1 else 'are'} completed"
     return Table(title, ("run", "row", "parameters", "steps x batch", "status"), rows)
 
 
@@ -281,11 +281,7 @@ def runs_table(listed: Sequence[Listed]) -> Table:
         done = f" {d.epoch}/{d.epochs}" if d.status != "completed" and d.epoch else ""
         errors = "" if d.errors is None else str(d.errors)
         rows.append([d.run, d.status + done, errors, duration(d.age_s), decimal(d.bytes_)])
-    return Table(number_of_runs(len(listed)), ("run", "status", "errors", "age", "size"), rows)
-
-
-def number_of_runs(n: int) -> str:
-    return f"{n} run" if n == 1 else f"{n} runs"
+    return Table(counted(len(listed), "run"), ("run", "status", "errors", "age", "size"), rows)
 
 
 def duration(seconds: float) -> str:

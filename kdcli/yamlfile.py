@@ -42,12 +42,30 @@ def parse_seeds(text: str) -> list[int]:
     """`3`, `0-4` or `0,2,5` as a list of seeds. Raises BadInput."""
     seeds: list[int] = []
     for part in text.split(","):
-        ends = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
-        range_ = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
-        if not 1 <= len(range_) <= 10_000:
+        if not (range_ := _range(part)):
             raise BadInput(f"--seeds {text}: must be a seed, a range or a list of 10,000 at most: 3, 0-4, or 0,2,5")
         seeds += range_
     return seeds
+
+
+def spelt(seeds: Sequence[int]) -> str:
+    """Seeds as `--seeds` takes them: `0-4,7`."""
+    firsts, lasts = ([s for s in sorted(seeds) if s + step not in seeds] for step in (-1, 1))
+    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(firsts, lasts, strict=True))
+
+
+def parse_classes(text: str, known: Sequence[str]) -> list[str]:
+    """`3`, `7,8` or `0-4` as names of classes; what is the name of a `known` one is no range."""
+    ranges = [range(0) if part in known or "-" not in part else _range(part) for part in text.split(",")]
+    parts = [[*map(str, found)] or [part] for part, found in zip(text.split(","), ranges, strict=True)]
+    return [name for names in parts for name in names]
+
+
+def _range(text: str) -> range:
+    """The numbers of `3` or `0-4`; none of another text, nor of more than 10,000."""
+    ends = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    found = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else range(0)
+    return found if len(found) <= 10_000 else range(0)
 
 
 def experiments() -> dict[str, Path]:
@@ -175,6 +193,8 @@ def _read(path: Path) -> _File:
                 file.problems.append((key, f"duplicate key, first given on line {first}"))
             file.origins[key] = f"{path}:{line}"
         values = yaml.load(text, Loader)
+    except (UnicodeDecodeError, yaml.reader.ReaderError):
+        raise BadInput(f"{path}: is not a text file: an experiment file is YAML; `kd init FOLDER` writes one") from None
     except RecursionError:
         raise BadInput(f"{path}: too large or too deep for an experiment file") from None
     except yaml.MarkedYAMLError as error:

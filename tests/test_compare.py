@@ -170,7 +170,7 @@ def test_an_ensemble_without_a_member_is_left_out(taught: Shell, tmp_path: Path)
         (["tiny/baseline", "tiny/distill", "--match", "T=9"], "groups of finished runs (with T=9), not 1"),
         (
             ["tiny/baseline", "tiny/distill", "--sort", "name"],
-            "'--sort': 'name' is not one of 'given', 'errors' (see kd compare --help)",
+            "--sort name: must be one of given, errors (see kd compare --help)",
         ),
         (["tiny/baseline/0", "tiny/distill"], "tiny/baseline/0: is the beginning of 2 runs:"),
         (["tiny/distill/0-ffffffffff", "tiny/baseline"], "tiny/distill/0-ffffffffff: there is no such run"),

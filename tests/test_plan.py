@@ -342,9 +342,14 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
 def test_a_teacher_that_is_missing_is_told_with_what_to_type(tmp_path: Path) -> None:
     jobs = plan.plan(described(tmp_path, TINY, "seed=[0, 1]"), DIGITS)
     chosen, places = plan.part(jobs, "distill"), Places(tmp_path / "runs")
+    needed = plan.made_from(chosen, jobs)
+    assert [job.spec.name for job in needed] == names(jobs, "teacher")
     with pytest.raises(BadInput) as error:
-        plan.require_teachers(chosen, jobs, places, "f.yaml", note=pytest.fail)
-    teachers = names(jobs, "teacher")
-    typed = "train it: kd train-teacher f.yaml --seed 0,1"
-    assert error.value.lines == tuple(f"teacher {name}: is missing; {typed}" for name in teachers)
-    plan.require_teachers(plan.part(jobs, "train-teacher"), jobs, places, "f.yaml", note=pytest.fail)
+        plan.refuse_missing(needed, places, "f.yaml", "9 s", note=pytest.fail)
+    typed = "train them: kd train-teacher f.yaml --seed 0-1, or add --with-teacher (about 9 s here)"
+    are = f"2 teachers, {names(jobs, 'teacher')[0]} and on (seeds 0-1), are missing"
+    assert error.value.lines == (f"{are}; {typed}",)
+    assert not plan.made_from(plan.part(jobs, "train-teacher"), jobs)
+    of_ensemble = [job for job in jobs if job.row.name == "student of ensemble"]
+    assert {job.row.kind for job in plan.made_from(of_ensemble, jobs)} >= {"ensemble"}
+    assert len(plan.made_from(of_ensemble, jobs)) == 3  # the ensemble of the first seed, and its two members

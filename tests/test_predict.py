@@ -220,3 +220,17 @@ def test_an_onnx_file_without_classes_is_not_one_of_ours(own: Own, tmp_path: Pat
     onnx.save(model, tmp_path / "bare.onnx")
     with pytest.raises(BadInput, match=r"bare\.onnx: is not a net that kd exported"):
         asked(own, str(tmp_path / "bare.onnx"), tmp_path / "x.png")
+
+
+def test_what_cannot_be_read_as_an_image_gets_a_sentence_of_its_own(tmp_path: Path) -> None:
+    blank = saved(tmp_path / "blank.png", Image.new("L", (9, 9), 90))
+    clear = saved(tmp_path / "clear.png", Image.new("RGBA", (9, 9), (200, 10, 10, 0)))
+    huge = saved(tmp_path / "huge.png", Image.new("1", (10_000, 9_000)))
+    wrong = {blank: "is blank: name an image", clear: "is wholly transparent: save it", huge: "is too large: make it"}
+    wrong[tmp_path] = "is a folder: name the image files in it"
+    for file, message in wrong.items():
+        with pytest.raises(BadInput, match=message):
+            read_image(file, [1, 8, 8], False)
+    for file in (clear, huge, tmp_path):
+        with pytest.raises(BadInput, match=wrong[file]):
+            read_image(file, [3, 8, 8], False)

@@ -153,6 +153,13 @@ class Saving(Section):
     megabytes: float
 
 
+class Started(Section):
+    """What a command that trains nothing takes, over the import of the libraries that every command needs."""
+
+    words: str
+    over_imports_cpu: Quartiles
+
+
 class Report(Section):
     """The document of `--json`."""
 
@@ -166,6 +173,7 @@ class Report(Section):
     shipped: list[Shipped]
     bought: list[Bought]
     saving: Saving
+    started: list[Started]
 
 
 def products(case: Case, batch: int = BATCH) -> Iterator[None]:
@@ -415,6 +423,28 @@ def saving(rounds: int) -> Saving:
     return Saving(share=quartiles(shares), most=max(shares), megabytes=size / 1e6)
 
 
+# Starting up.
+STARTS = ("--help", "runs", "distill --T abc", "distill digits --dry-run --with-teacher")
+
+
+def process(*words: str) -> Time:
+    """The CPU seconds of a process of its own."""
+    before, environment = os.times(), os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *words], env=environment, capture_output=True)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Time(cpu, cpu)
+
+
+def started(rounds: int) -> list[Started]:
+    """Commands as they are typed in an empty folder, against the imports alone."""
+    imports = "import typer.main, typer.rich_utils, rich.table, rich.progress, yaml; from pydantic import BaseModel"
+    arms = {words: partial(process, "-m", "kdcli", *words.split()) for words in STARTS}
+    times = interleaved({**arms, "": partial(process, "-c", imports)}, rounds)
+    alone = times.pop("")
+    return [Started(words=w, over_imports_cpu=ratio(taken, alone, lambda t: t.cpu)) for w, taken in times.items()]
+
+
 # Seconds and memory by size.
 
 
@@ -491,6 +521,7 @@ def report(rounds: int) -> Report:
         shipped=shipped(rounds),
         bought=bought(rounds),
         saving=saving(rounds),
+        started=started(rounds),
     )
 
 
@@ -514,6 +545,8 @@ def lines(found: Report) -> Iterator[str]:
         yield from (f"| {s.command} | {s.batch} | {s.s_cpu} | {s.over_products_cpu} |" for s in found.shipped)
     yield f"\n| kd's own | instead | the step, CPU, over kd's ({TEACHER.name}, adam) |\n| --- | --- | --- |"
     yield from (f"| {b.own} | {b.instead} | {b.ratio_cpu} |" for b in found.bought)
+    yield "\n| typed | CPU over that of importing typer, rich, pydantic and yaml |\n| --- | --- |"
+    yield from (f"| kd {s.words} | {s.over_imports_cpu} |" for s in found.started)
     saved, share = found.saving, found.saving.share
     yield (
         f"\nSaving the state of a teacher ({saved.megabytes:.0f} MB) every {SAVE_EVERY:.0f} s: {share.median:.2%} of "
