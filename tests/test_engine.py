@@ -112,7 +112,7 @@ def is_gone(pid: int) -> bool:
 
 def without_report(patch: pytest.MonkeyPatch) -> None:
     """Leave out the pictures and the timing of nets, which take seconds."""
-    patch.setattr("kdcli.page.write_report", lambda *_: [Path("report.html")])
+    patch.setattr("kdcli.page.write_report", lambda *given: [given[3] / "report.html"])
     patch.setattr("kdcli.score.latency", lambda *_: Latency(p50=1, p95=1, images_per_s=1))
 
 

@@ -244,7 +244,7 @@ def test_what_is_not_installed_is_named(own: Own, tmp_path: Path, monkeypatch: p
         ("tiny/distill/0-0", "tiny/distill/0-0: there is no such run"),
         (
             "RUN --format tflite",
-            "'--format': 'tflite' is not one of 'onnx', 'torch', 'safetensors', 'logits' (see kd export --help)",
+            "--format tflite: must be one of onnx, torch, safetensors, logits (see kd export --help)",
         ),
         ("RUN --out /proc/net.onnx", "--out /proc/net.onnx: cannot be written"),
         ("RUN --out nowhere/net.onnx", "--out nowhere/net.onnx: must be a file in a folder that exists"),
