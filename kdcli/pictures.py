@@ -159,8 +159,9 @@ def _draw_curves(figure: Figure, found: Findings) -> None:
     deviation on either side; an ensemble has none."""
     axes, n = figure.subplots(), len(found.summary.seeds)
     for row in dict.fromkeys(row for row, _ in found.curves):
-        errors = np.array([[e.test_errors for e in epochs] for own, epochs in found.curves if own == row])
-        x, mean, colour = np.arange(1, errors.shape[1] + 1), errors.mean(0), COLOURS.get(row, BLUE)
+        tested = [[e for e in epochs if e.test_errors is not None] for own, epochs in found.curves if own == row]
+        errors = np.array([[e.test_errors for e in epochs] for epochs in tested])
+        x, mean, colour = [e.epoch for e in tested[0]], errors.mean(0), COLOURS.get(row, BLUE)
         axes.plot(x, mean, color=colour, label=short(row, 40))
         if len(errors) > 1:
             std = errors.std(0, ddof=1)

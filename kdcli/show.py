@@ -59,7 +59,8 @@ class Display:
         """Show one finished epoch out of `epochs`."""
         if self.quiet:
             return
-        last, done, errors = epoch.epoch == epochs, f"{epoch.epoch}/{epochs}", f"{epoch.test_errors} errors"
+        last, done = epoch.epoch == epochs, f"{epoch.epoch}/{epochs}"
+        errors = "not tested" if epoch.test_errors is None else f"{epoch.test_errors} errors"
         loss = f"loss {epoch.loss:.3g}" if epoch.t2_kl is None else f"T²KL {epoch.t2_kl:.3g}"
         loss = loss if epoch.soft is None else f"soft {epoch.soft:.3g}"
         if self.console.is_terminal:  # the same in 80 columns, beside the bar and the time left

@@ -123,21 +123,23 @@ def _teacher(
 def _counted(
     epochs: Iterable[Fitted], how: Train, images: int, test: Split, before: float
 ) -> Iterator[tuple[Epoch, Fitted]]:
-    """Each epoch of a training on so many images, `before` seconds of which came before a continuation, with its errors
-    on the test images. Raises Diverged where the loss, or what the net says now, is not finite."""
-    steps = how.steps(images)
+    """Each epoch of a training on so many images, `before` seconds of which came before a continuation. The errors on
+    the test images are counted once for as many training images, and at the end: else, with few images to train on,
+    counting would take most of the time. Raises Diverged where the loss, or what the net says then, is not finite."""
+    steps, every = how.steps(images), -(-len(test) // images)
     began = last = time.perf_counter()
     for fitted in epochs:
         now = time.perf_counter()
-        logits = predict(fitted.net, test)
-        if fitted.diverged_at is not None or not bool(logits.isfinite().all()):
+        asked = fitted.epoch % every == 0 or fitted.epoch == how.epochs
+        logits = predict(fitted.net, test) if asked else None
+        if fitted.diverged_at is not None or (logits is not None and not bool(logits.isfinite().all())):
             step = fitted.epoch * steps - 1 if fitted.diverged_at is None else fitted.diverged_at
             raise Diverged(
                 f"diverged at step {step + 1} (epoch {step // steps + 1}), at a learning rate of "
                 f"{learning_rate(how, step, steps):.3g}: lower the lr of {how.lr:g}, or let it rise over a warmup"
             )
         means = {key: getattr(fitted, key) for key in ("epoch", "loss", "hard_loss", "t2_kl", "soft", "train_errors")}
-        errors = score.count_errors(logits, test.labels).errors
+        errors = None if logits is None else score.count_errors(logits, test.labels).errors
         seconds, speed = round(before + now - began, 3), round(images / (now - last))
         yield Epoch(**means, test_errors=errors, seconds=seconds, images_per_s=speed), fitted
         last = time.perf_counter()

@@ -825,6 +825,22 @@ def test_a_jittered_student_asks_its_teacher_anew(kd: Shell) -> None:
     assert done.json["run"] != kd_here(kd.folder, "distill", "tiny.yaml", "--json").json["run"]
 
 
+def test_few_training_images_are_not_tested_every_epoch(kd: Shell) -> None:
+    """100 of 500 test images: after five epochs, and after the last. More of them than test images: after each."""
+    few = here(kd, "distill", "tiny.yaml", "--json", "--set", "data.transfer=100").json["run"]
+    tested: dict[str, list[int]] = {}
+    for run in (
+        few,
+        *(f"tiny/train-teacher/{path.name}" for path in (kd.folder / "runs/tiny/train-teacher").iterdir()),
+    ):
+        epochs = [json.loads(line) for line in (kd.folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        tested[run] = [epoch["epoch"] for epoch in epochs if "test_errors" in epoch]
+        result = json.loads((kd.folder / "runs" / run / "result.json").read_text())
+        assert epochs[-1]["test_errors"] == result["test"]["errors"]
+    assert tested.pop(few) == [5, 6]
+    assert set(map(tuple, tested.values())) == {(1, 2, 3, 4, 5, 6)}
+
+
 def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
     document = kd_here(kd.folder, "evaluate", "tiny.yaml", "--json").json
     assert {run["command"] for run in document["runs"]} == {
