@@ -1,7 +1,6 @@
 """Where images come from. Each source gives arrays of bytes (or, of a table, floats), labels and the names of
 the classes; what is slow to read is decoded once, into files that are then mapped into memory."""
 
-import gzip
 import hashlib
 import inspect
 import json
@@ -11,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,11 +277,11 @@ def _of_pairs(pairs: Sequence[tuple[int, int]], test: Sequence[str], others: Seq
 
 def _digits() -> Found:
     """scikit-learn's 1,797 real digits of 8 x 8 pixels, in a fixed stratified split of 1,297 and 500."""
-    # What load_digits reads; to import scikit-learn takes as long as to import torch.
-    with gzip.open(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))) as file:
-        table = np.loadtxt(file, np.int64, delimiter=",")
-    images, labels = table[:, :-1].astype(np.uint8).reshape(-1, 1, 8, 8), np.ascontiguousarray(table[:, -1])
-    classes = [str(c) for c in range(10)]
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = bunch.images.astype(np.uint8)[:, None], bunch.target.astype(np.int64)
+    classes = [str(c) for c in bunch.target_names]
     test = stratified(labels, 500, classes)
     train = np.delete(np.arange(len(labels)), test)
     return Found(images[train], labels[train], images[test], labels[test], classes, white=16)
@@ -526,32 +524,10 @@ def stratified(labels: Array, count: int, classes: Sequence[str]) -> NDArray[np.
         raise BadInput(f"class {alone[0]} has one image: to draw a share of every class takes two of each")
     if not present <= count <= len(labels) - present:
         raise BadInput(f"{of}: must leave one of each of {present} classes, on either side")
-    positions = _drawn(labels, count)
+    from sklearn.model_selection import train_test_split
+
+    _, positions = train_test_split(np.arange(len(labels)), test_size=count, stratify=labels, random_state=0)
     share = np.bincount(labels[positions], minlength=len(classes))
     if missing := ((counts > 0) & ((share == 0) | (share == counts))).nonzero()[0].tolist():
         raise BadInput(f"{of}: class {classes[missing[0]]} is too small to have a share on either side")
     return np.sort(positions)
-
-
-def _drawn(labels: Array, count: int) -> NDArray[np.int64]:
-    """The positions that scikit-learn's train_test_split draws for its test part, stratified, from random_state 0; to
-    import it takes as long as to import torch."""
-    rng, (_, numbers) = np.random.RandomState(0), np.unique(labels, return_inverse=True)
-
-    def share(counts: NDArray[np.int64], of: int) -> NDArray[np.int64]:
-        """So many of all, each class by its share; what is left goes to the largest remainders, of equal ones drawn."""
-        exact = counts / counts.sum() * of
-        whole = np.floor(exact)
-        for remainder in np.unique(exact - whole)[::-1]:
-            if (left := int(of - whole.sum())) <= 0:
-                break
-            (equal,) = np.where(exact - np.floor(exact) == remainder)
-            whole[rng.choice(equal, min(len(equal), left), replace=False)] += 1
-        return np.asarray(whole, np.int64)
-
-    counts = np.bincount(numbers)
-    others = share(counts, len(labels) - count)
-    own, found = share(counts - others, count), list[NDArray[np.int64]]()
-    for c, n in enumerate(counts):
-        found.append(np.where(numbers == c)[0][rng.permutation(n)[others[c] : others[c] + own[c]]])
-    return np.concatenate(found)

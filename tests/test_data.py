@@ -301,15 +301,3 @@ def test_a_share_leaves_every_class_on_both_sides_or_is_refused(labels: list[int
     assert len(chosen) == count
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert set(y[chosen].tolist()) == set(y[rest].tolist()) == set(labels)
-
-
-@pytest.mark.parametrize("classes", [2, 3, 10])
-def test_a_stratified_share_is_that_of_scikit_learn(classes: int) -> None:
-    from sklearn.model_selection import train_test_split
-
-    rng = np.random.default_rng(classes)
-    for size in (60, 61, 250, 999):
-        labels = np.append(np.repeat(np.arange(classes), 2), rng.integers(0, classes, size - 2 * classes))
-        for count in (classes, size // 7 + classes, size - classes):
-            _, wanted = train_test_split(np.arange(size), test_size=count, stratify=labels, random_state=0)
-            assert np.array_equal(np.sort(sources._drawn(labels, count)), np.sort(wanted))
