@@ -1,5 +1,6 @@
 """README.md and docs/ say what is there: links, commands, options, keys with their defaults, and diffs that apply."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -105,3 +106,14 @@ def test_the_diffs_apply(which: int) -> None:
     assert len(re.findall(r"^[+-](?![+-])", diff, re.MULTILINE)) <= 20
     applied = subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=diff, capture_output=True, text=True)
     assert applied.returncode == 0, applied.stderr
+
+
+def test_how_it_works_names_every_module_and_no_other_function() -> None:
+    """In backticks: every module alone, and `module.name` of what is there."""
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    modules = {path.stem for path in (ROOT / "kdcli").glob("[a-z]*.py")}
+    named = set(re.findall(r"`(\w+)`", text))
+    assert modules <= named, modules - named
+    for module, name in re.findall(r"`(\w+)\.(\w+)(?:\([^`]*\))?`", text):
+        if module in modules:
+            assert hasattr(importlib.import_module(f"kdcli.{module}"), name), f"{module}.{name}"
