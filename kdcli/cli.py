@@ -202,8 +202,8 @@ class Call:
             work = self.prepare()
             if missing := unfinished(work.jobs, work.places):
                 train = f"train them: kd run {self.retype(whole=True)}"
-                are = "run is" if len(missing) == 1 else "runs are"
-                raise BadInput(f"{len(missing):,} {are} not finished, the first is {missing[0].name}; {train}")
+                runs, be = counted(len(missing), "run"), "is" if len(missing) == 1 else "are"
+                raise BadInput(f"{runs} {be} not finished, the first is {missing[0].name}; {train}")
             return work
         if self.overrides:
             raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")

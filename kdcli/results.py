@@ -156,10 +156,7 @@ def documents(
     @cache
     def net(name: str) -> _Net:
         run = places.open(name)
-        log_p, kind = (
-            log_probabilities(run, len(labels)),
-            repr([(member.spec.model, member.spec.origin) for member in members(run)]),
-        )
+        kind, log_p = repr([(m.spec.model, m.spec.origin) for m in members(run)]), log_probabilities(run, len(labels))
         if costs and kind not in priced and (price := cost(run, test)):
             priced[kind] = price
         return _Net(run.result("reported"), log_p, priced.get(kind))
