@@ -69,18 +69,19 @@ def paired(fewer: Sequence[int], fixed: int, broken: int) -> Verdict:
     One: McNemar's exact test on the images that only one side gets right, `fixed` and `broken`. The interval is of the
     mean over seeds; it does not cover the sampling of the test set.
     """
-    from scipy.special import bdtr, stdtr  # scipy.stats takes a second to import
+    from scipy import stats
 
     n, mean, interval = len(fewer), statistics.mean(fewer), None
     if len(set(fewer)) > 1:
-        std = statistics.stdev(fewer)
-        name, p = "paired t-test", float(2 * stdtr(n - 1, -abs(mean) / std * n**0.5))
-        interval, settle = _interval(n, mean, std), seeds_to_settle(mean, std)
+        name, test = "paired t-test", stats.ttest_1samp(fewer, 0)
+        interval = [float(end) for end in test.confidence_interval(1 - ALPHA)]
+        settle = seeds_to_settle(mean, statistics.stdev(fewer))
     else:
         name = "McNemar's test" if n == 1 else "sign test"
         wins, of = (fixed, fixed + broken) if n == 1 else (n, n) if mean else (0, 0)
-        p = min(float(2 * bdtr(min(wins, of - wins), of, 0.5)), 1.0)  # two-sided; the distribution is symmetric
+        test = stats.binomtest(wins, max(of, 1))  # 0 of 1 has p = 1, as 0 of 0 would
         settle = math.ceil(1 - math.log2(ALPHA)) if n > 1 and mean else None  # so many alike: 2 * 0.5^n is below 5 %
+    p = float(test.pvalue)
     word: Literal["helped", "hurt", "no evidence"] = "no evidence" if p >= ALPHA else "helped" if mean > 0 else "hurt"
     settle = settle if word == "no evidence" else None
     return Verdict(verdict=word, fewer_errors=mean, interval=interval, p=p, n=n, test=name, settle=settle)
@@ -118,18 +119,12 @@ def seeds_to_settle(mean: float, std: float) -> int | None:
 
 def spread(errors: Sequence[int]) -> Spread:
     """The errors over seeds with their mean, standard deviation and the interval of the mean."""
+    from scipy import stats
+
     n, mean = len(errors), statistics.mean(errors)
     std = statistics.stdev(errors) if n > 1 else None
-    interval = _interval(n, mean, std) if std else None
+    interval = [float(end) for end in stats.t.interval(1 - ALPHA, n - 1, mean, std / n**0.5)] if std else None
     return Spread(errors=list(errors), mean=mean, std=std, interval=interval)
-
-
-def _interval(n: int, mean: float, std: float) -> list[float]:
-    """The 95 % t-interval of the mean of n numbers."""
-    from scipy.special import stdtrit
-
-    half = float(stdtrit(n - 1, 1 - ALPHA / 2)) * std / n**0.5
-    return [mean - half, mean + half]
 
 
 def against(reference: float, mean: float, interval: Sequence[float] | None) -> str:

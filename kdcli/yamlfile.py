@@ -145,7 +145,7 @@ def _labels(values: Sequence[Any]) -> list[str]:
     sections = [value for value in values if isinstance(value, dict)]
     if len(sections) < len(values):
         return [shown(value) for value in values]
-    alike = dict.fromkeys(key for key in sections[0] if all(key in s and s[key] == sections[0][key] for s in sections))
+    alike = {key for key in sections[0] if all(key in s and s[key] == sections[0][key] for s in sections)}
     return [" ".join(f"{key}={shown(v)}" for key, v in own.items() if key not in alike) for own in sections]
 
 
