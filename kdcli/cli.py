@@ -422,18 +422,21 @@ def export_(
     out: Annotated[Path | None, Option(help="The file to write; left out: named after the run.")] = None,
     top_k: Annotated[int | None, Option(min=1, help="Of logits: only the K likeliest classes of each image.")] = None,
     half: Annotated[bool, Option("--half", help="Of logits: in float16.")] = False,
+    int8: Annotated[bool, Option("--int8", help="Of ONNX: quantised to 8 bits, on training images.")] = False,
 ) -> None:
     """Write a net for others to run, or its logits for others to learn from, with its model card, after proving it on
     all test images."""
     found = Places(call.runs_dir).open(run)
     from kdcli.export import export
 
-    d = export(found, form, out, call.data_dir, top_k, half)
+    d = export(found, form, out, call.data_dir, top_k, half, int8)
     beside = f" as in torch ({d.errors})" if d.errors == d.torch_errors else f", where torch makes {d.torch_errors}"
     errors = f"{d.errors} errors on {d.total:,} images{beside}"
     proved = f"{errors}; probabilities differ by {d.max_difference:.1e} at most"
     of_images = form == "onnx" and not found.spec.dataset.table
     hint = [f"try it: kd predict {shlex.quote(d.file)} IMAGE.png"] if of_images else []
+    if q := d.int8:
+        proved += f"; {q.ms:g} ms an image, float32 {q.float32_ms:g} ms and {q.float32_bytes:,} bytes"
     hint += [f"learn from it: teacher: {{logits: {d.file}}}"] if form == "logits" else []
     call.present(d, f"wrote {d.file}: {d.bytes:,} bytes, {proved}", f"wrote {d.card}", *hint)
 

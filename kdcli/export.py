@@ -5,6 +5,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from kdcli import BadInput, Failed, code, losses, score
+from kdcli import BadInput, Failed, code, failure, losses, score
 from kdcli.answers import read_answers
 from kdcli.config import Average, Section
 from kdcli.data import Dataset, Split
@@ -30,8 +31,19 @@ from kdcli.teacher import dataset_of, kept_logits, members, nets, predict
 Form = Literal["onnx", "torch", "safetensors", "logits"]
 SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors", "logits": ".npz"}
 TOLERANCE = 1e-5  # between probabilities, which differ by the order in which sums are taken
+CALIBRATION = 500  # training images
+QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool"]  # not the softmax
 CPU = torch.device("cpu")
 Net = Callable[[Tensor], Tensor]  # images [B, C, H, W] in [0, 1] -> probabilities [B, classes]
+
+
+class Int8(Section):
+    """What a quantised file is beside that of float32: bytes, and milliseconds of one image, on one thread."""
+
+    calibrated_on: int  # training images
+    ms: float
+    float32_ms: float
+    float32_bytes: int
 
 
 class Exported(Section):
@@ -49,6 +61,7 @@ class Exported(Section):
     card: str
     net: str
     holds: str | None = None  # of logits: what of which images
+    int8: Int8 | None = None
 
 
 class Proof(NamedTuple):
@@ -60,6 +73,7 @@ class Proof(NamedTuple):
     found: Tensor
     holds: str | None = None
     exact: bool = True  # of a file that rounds, the difference is told and not refused
+    int8: Int8 | None = None
 
 
 class Probabilities(nn.Module):
@@ -81,31 +95,40 @@ class Probabilities(nn.Module):
 
 @code.quiet()
 def export(
-    run: Run, form: Form, file: Path | None, data_dir: Path | None, top_k: int | None = None, half: bool = False
+    run: Run,
+    form: Form,
+    file: Path | None,
+    data_dir: Path | None,
+    top_k: int | None = None,
+    half: bool = False,
+    int8: bool = False,
 ) -> Exported:
     """Write a finished run's net, or its logits, as `file` and its model card beside it, after what is written has
     classified all test images as torch does. Of logits, the `top_k` likeliest classes of each image alone, and in
-    float16 if `half`. Raises BadInput for a run or place that cannot be; Failed where the two disagree."""
+    float16 if `half`; of ONNX, quantised if `int8`. Raises BadInput for a run or place that cannot be; Failed where the
+    two disagree."""
     run.result("exported")
-    for flag, given in (("--top-k", top_k), ("--half", half)):
-        if given and form != "logits":
-            raise BadInput(f"{flag}: belongs to --format logits: remove it")
+    for flag, given, of in (("--top-k", top_k, "logits"), ("--half", half, "logits"), ("--int8", int8, "onnx")):
+        if given and form != of:
+            raise BadInput(f"{flag}: belongs to --format {of}: remove it")
     if (top_k or 0) >= len(run.spec.dataset.classes):
         raise BadInput(f"--top-k {top_k}: must be fewer than the {len(run.spec.dataset.classes)} classes")
     for origin in (member.spec.origin for member in members(run)):
         if origin and (origin.logits or (origin.onnx and form != "logits")):
             raise BadInput(f"{run.name}: is no net of torch's, but what {origin.file} holds: share that file")
-    file, card = _places(run, form, file)
+    file, card = _places(run, form, file, int8)
     dataset = dataset_of(run, data_dir)
     labels = dataset.test.labels
-    proof = _of_answers(run, dataset, top_k, half) if form == "logits" else _of_net(run, dataset.test, form)
+    proof = _of_answers(run, dataset, top_k, half) if form == "logits" else _of_net(run, dataset, form, int8)
     difference = float((proof.wanted - proof.found).abs().max())
     torch_errors, errors = (score.count_errors(p[: len(labels)], labels).errors for p in (proof.wanted, proof.found))
     if proof.exact and (not difference <= TOLERANCE or errors != torch_errors):  # NaN is no agreement
         raise Failed(f"{file}: differs from torch by {difference:.2g}, {errors} errors: not written")
     about = dict[str, Any](max_difference=difference, errors=errors, torch_errors=torch_errors, total=len(labels))
     about |= {"bytes": len(proof.content), "net": ", ".join(_described(member) for member in members(run))}
-    exported = Exported(run=run.name, format=form, file=str(file), card=str(card), holds=proof.holds, **about)
+    exported = Exported(
+        run=run.name, format=form, file=str(file), card=str(card), holds=proof.holds, int8=proof.int8, **about
+    )
     quality = score.quality(log_probabilities(run, len(labels)), labels)
     text = Path(__file__).with_name("card.md").read_text()
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
@@ -118,10 +141,10 @@ def export(
     return exported
 
 
-def _places(run: Run, form: Form, file: Path | None) -> tuple[Path, Path]:
+def _places(run: Run, form: Form, file: Path | None, int8: bool) -> tuple[Path, Path]:
     """Where the file and its card go. Raises BadInput."""
     suffix = SUFFIXES[form]
-    file = file or Path(run.name.replace("/", "-") + suffix)
+    file = file or Path(f"{run.name.replace('/', '-')}{'-int8' * int8}{suffix}")
     card = file.with_name(f"{file.name}.md")
     if file.suffix != suffix or not file.parent.is_dir():
         raise BadInput(f"--out {file}: must be a file in a folder that exists, with a name that ends in {suffix}")
@@ -130,12 +153,47 @@ def _places(run: Run, form: Form, file: Path | None) -> tuple[Path, Path]:
     return file, card
 
 
-def _of_net(run: Run, test: Split, form: Form) -> Proof:
-    model = Probabilities(nets(run, CPU), run.spec.average, run.spec.weights).eval()
+def _of_net(run: Run, dataset: Dataset, form: Form, int8: bool) -> Proof:
+    model, test = Probabilities(nets(run, CPU), run.spec.average, run.spec.weights).eval(), dataset.test
     content, opened = _written(run, model, form)
+    beside = None
+    if int8:
+        content, beside = _quantised(run, content, dataset)
+        opened = onnx_net(content).net
     batches = torch.arange(len(test)).split(100)
     wanted, found = (torch.cat([ask(test.inputs(i)) for i in batches]) for ask in (model, opened))
-    return Proof(content, wanted, found)
+    return Proof(content, wanted, found, exact=not int8, int8=beside)
+
+
+def _quantised(run: Run, content: bytes, dataset: Dataset) -> tuple[bytes, Int8]:
+    """An ONNX file with weights and activations of 8 bits, by onnxruntime's static quantisation, which reads the range
+    of each activation off training images, and what it is beside the file given. Raises BadInput where it cannot be."""
+    train, quantization = dataset.train, library("onnxruntime.quantization")
+    chosen = torch.linspace(0, len(train) - 1, min(len(train), CALIBRATION)).long()
+
+    class Images(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        batches = iter(chosen.split(50))
+
+        def get_next(self) -> dict[str, Any] | None:
+            index = next(self.batches, None)
+            return None if index is None else {"inputs": train.inputs(index).numpy()}
+
+    logging.disable(logging.WARNING)  # it advises a preparation that changes nothing here
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file, kinds = Path(folder, "int8.onnx"), quantization.QuantType
+            how = {"op_types_to_quantize": QUANTISED, "activation_type": kinds.QUInt8, "weight_type": kinds.QInt8}
+            quantization.quantize_static(
+                library("onnx").load_from_string(content), file, Images(), per_channel=True, **how
+            )
+            written = file.read_bytes()
+    except Exception as error:  # whatever onnxruntime raises of a net that it does not know
+        raise BadInput(f"{run.name}: its net cannot be quantised: {failure(error)}: leave out --int8") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    image, both = dataset.test.inputs(torch.tensor([0])), (written, content)
+    ms, float32_ms = (score.latency(_asking(_session(one, threads=1)), image).p50 for one in both)
+    return written, Int8(calibrated_on=len(chosen), ms=ms, float32_ms=float32_ms, float32_bytes=len(content))
 
 
 def _of_answers(run: Run, dataset: Dataset, top_k: int | None, half: bool) -> Proof:
@@ -219,17 +277,25 @@ def _traced(model: Probabilities, shape: Sequence[int], form: Form, about: dict[
     made: Any = torch.onnx.export(program, input_names=["inputs"], output_names=["probabilities"])
     made.model.metadata_props.update(about)
     content = made.model_proto.SerializeToString()
-    return content, onnx_net(content)[0]
+    return content, _asking(_session(content))
 
 
-def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int], bool]:
-    """The net in a file that `kd export` wrote, or in its content; the names of its classes; the shape [C, H, W] of its
-    images, and whether they are the middles of photographs. Raises BadInput when it is none."""
+class Opened(NamedTuple):
+    """The net in a file that `kd export` wrote, and what the file says of it."""
+
+    net: Net
+    run: str
+    classes: list[str]
+    shape: list[int]  # [C, H, W] of its images
+    middle: bool  # whether they are the middles of photographs
+
+
+def onnx_net(file: Path | bytes) -> Opened:
+    """The net in an ONNX file that `kd export` wrote, or in its content. Raises BadInput when it is none."""
     if isinstance(file, Path) and not file.is_file():
         raise BadInput(f"{file}: there is no such file")
-    runtime = library("onnxruntime")
     try:
-        session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        session = _session(file)
     except Exception:  # the runtime has a dozen kinds of its own
         raise BadInput(f"{file!s}: is not a net that kd exported as onnx: export it so, or name the run") from None
     about = session.get_modelmeta().custom_metadata_map
@@ -239,5 +305,16 @@ def onnx_net(file: Path | bytes) -> tuple[Net, list[str], list[int], bool]:
         instead = f"make it a run with `teacher: {{onnx: {file!s}}}`, kd train-teacher, and name that"
         said = "is not a net that kd exported as onnx, so its classes and images are not known"
         raise BadInput(f"{file!s}: {said}: {instead}") from None
-    middle = about.get("middle") == "True"
-    return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), classes, shape, middle
+    return Opened(_asking(session), about.get("run", ""), classes, shape, about.get("middle") == "True")
+
+
+def _session(file: Path | bytes, threads: int = 0) -> Any:
+    """onnxruntime's session of a file; 0 threads: as many as there are cores."""
+    runtime = library("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _asking(session: Any) -> Net:
+    return lambda x: torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0])

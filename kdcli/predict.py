@@ -7,15 +7,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdcli import BadInput, code, losses
 from kdcli.config import Section
+from kdcli.data import Split
 from kdcli.export import CPU, SUFFIXES, onnx_net
 from kdcli.images import open_image, to_bytes
 from kdcli.plan import there
 from kdcli.runs import Places, Run
 from kdcli.teacher import Teacher, dataset_of, live, members
 
+SAMPLE = 2_000  # training images that an image is compared with
 Asked = list[tuple[str, float, Teacher]]  # what, at which temperature, through what
 
 
@@ -34,6 +37,7 @@ class Prediction(Section):
     label: str | None = None  # of a test image
     views: list[View]
     mostly_ink: bool = False  # a grey image file more light than dark
+    nearer: float | None = None  # the share of test images that are nearer to the training images than an image file
 
 
 class Predictions(Section):
@@ -61,19 +65,21 @@ def predict(
     if Path(name).suffix.lower() in SUFFIXES.values():
         if list(temperatures) != [1]:
             raise BadInput("--T: an exported file has T = 1 built in: name the run instead")
-        net, classes, shape, middle = onnx_net(Path(name))
+        net, made_of, classes, shape, middle = onnx_net(Path(name))
         asked: Asked = [("net", 1.0, Teacher(lambda _, x: net(x)[None].log()))]
     else:
         run = places.open(name)
-        middle = run.spec.data.folder is not None
+        made_of, middle = run.name, run.spec.data.folder is not None
         classes, shape, asked = run.spec.dataset.classes, run.spec.dataset.shape, _of_run(run, temperatures, note)
-    grey, images = shape[0] == 1, []
+    grey, images = shape[0] == 1, list[Prediction]()
     if invert and not grey:
         raise BadInput(f"--invert: is for nets of grey images, and those of {name} have {shape[0]} channels")
-    for file in files:
-        inputs = read_image(file, shape, invert, middle)
+    read = [(file, read_image(file, shape, invert, middle)) for file in files]
+    nearer = _nearer(there(places.runs_dir, made_of), places.data_dir, note) if files else None
+    for file, inputs in read:
         light = grey and float(inputs.mean()) > 0.5
-        images.append(Prediction(image=str(file), views=_views(asked, inputs), mostly_ink=light))
+        share = nearer(inputs) if nearer else None
+        images.append(Prediction(image=str(file), views=_views(asked, inputs), mostly_ink=light, nearer=share))
     for i in test_images:
         if not run:
             raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
@@ -98,6 +104,32 @@ def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]
     elif parent:
         note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
     return [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
+
+
+def _nearer(run: Run | None, data_dir: Path | None, note: Callable[[str], None]) -> Callable[[Tensor], float] | None:
+    """What gives the share of a run's test images that are nearer to its training images than an image [1, C, H, W]:
+    near is what correlates most with one of them, pixel for pixel, of a sample of both. None where they are gone."""
+    try:
+        if not run:
+            raise BadInput("the run that it was exported from is not in the runs folder")
+        dataset = dataset_of(run, data_dir)
+    except BadInput as error:
+        note(f"cannot say how unlike the training images these are: {error}")
+        return None
+
+    def sampled(split: Split, most: int) -> Tensor:
+        chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most]
+        return _standardized(split.inputs(chosen))
+
+    trained = sampled(dataset.train, SAMPLE)
+    others = (sampled(dataset.test, SAMPLE // 4) @ trained.T).amax(1)
+    return lambda inputs: float((others > (_standardized(inputs) @ trained.T).amax()).float().mean())
+
+
+def _standardized(inputs: Tensor) -> Tensor:
+    """Images [N, C, H, W] as rows of mean 0 and length 1: the product of two is their correlation."""
+    rows = inputs.flatten(1)
+    return F.normalize(rows - rows.mean(1, keepdim=True))
 
 
 def _views(asked: Asked, inputs: Tensor) -> list[View]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # they need torch, which `kd runs` does without
 Parts = Iterator["Table | str"]  # what is printed, one below the other
 WIDE = 12  # of more classes than these none has a column of its own
 WORST = 3  # of the pairs that are taken for each other most are shown in the terminal
+UNLIKE = 0.99  # where so many of the test images are nearer to the training images, an image is unlike these
 PAIRS = 20  # of classes that are taken for each other, or look alike, are shown instead of a matrix
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
 INTERVALS = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
@@ -101,6 +102,10 @@ class Table(NamedTuple):
         ruler = ["---", *["---:"] * (len(self.columns) - 1)]
         lines = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in (self.columns, ruler, *self.rows)]
         return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in lines)])
+
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
+        return self.markdown()
 
     def legends(self) -> list[str]:
         return [LEGENDS[column] for column in self.columns if column in LEGENDS]
@@ -346,7 +351,17 @@ def predictions(document: "predict.Predictions", top: int) -> Parts:
         rows = [[f"{names[c]}{' *' if names[c] == image.label else ''}", *(_bar(v.p[c]) for v in views)] for c in shown]
         columns = ["class", *(f"{v.net}, T = {v.T:g}" if len(views) > 1 else "probability" for v in views)]
         label = f", the label is {image.label} (*)" if image.label is not None else ""
-        yield Table(f"{image.image}: {names[order[0]]}{label}", columns, rows)
+        yield Table(f"{image.image}: {names[order[0]]}{label}{_likeness(image.nearer)}", columns, rows)
+
+
+def _likeness(nearer: float | None) -> str:
+    """How far an image is from the training images, by the share of test images that are nearer."""
+    if nearer is None:
+        return ""
+    if nearer < UNLIKE:
+        return f" ({100 * nearer:.0f} % of test images are nearer to the training images)"
+    few = "no test image is" if nearer == 1 else f"only {100 - 100 * nearer:.1g} % of test images are"
+    return f", but it is unlike the training images: {few} so far from them"
 
 
 def _bar(p: float) -> str:

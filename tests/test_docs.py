@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
+from conftest import kd_here
 
 from kdcli.cli import app
 from kdcli.config import Experiment, Section
@@ -117,3 +119,27 @@ def test_how_it_works_names_every_module_and_no_other_function() -> None:
     for module, name in re.findall(r"`(\w+)\.(\w+)(?:\([^`]*\))?`", text):
         if module in modules:
             assert hasattr(importlib.import_module(f"kdcli.{module}"), name), f"{module}.{name}"
+
+
+def test_the_blocks_of_the_notebook_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in a folder with the runs of a small digits; the last line of a cell is what a notebook shows."""
+    monkeypatch.chdir(tmp_path)
+    short = "--set teacher.train.epochs=3 --set student.train.epochs=3 --seeds 0,1 --jobs 1"
+    text = (ROOT / "experiments" / "digits.yaml").read_text().partition("omit_classes:")[0]
+    Path("digits.yaml").write_text(text)
+    assert kd_here(tmp_path, "run", "digits.yaml", *short.split()).code == 0
+    report = next(Path("runs/digits").glob("report*"))
+    report.replace("runs/digits/report")
+    page, names = (ROOT / "docs" / "notebooks.md").read_text(), dict[str, Any]()
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)  # as a notebook would
+    errors = {row.row: row.mean for row in names["summary"].only.table}
+    assert "| teacher | " in names["final_table"](names["summary"])._repr_markdown_()
+    assert errors["baseline"] != errors["student"]
+    student, taught = names["student_logits"].double(), names["teacher_logits"].double()
+    log_q, log_p = (student / 4).log_softmax(1), (taught / 4).log_softmax(1)
+    by_hand = 16 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    assert torch.allclose(names["losses"].kd(student, taught, names["labels"], T=4), by_hand)
+    assert names["epoch"].epoch == 3
+    assert names["epoch"].t2_kl is not None
+    assert names["teacher"].logits(names["index"], torch.zeros(5, 1, 8, 8)).shape == (1, 5, 10)

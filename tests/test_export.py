@@ -1,21 +1,24 @@
 """Exported nets against torch and another runtime, the model card, and the wrong things typed."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from conftest import OWN_DATA, OWN_NETS, Shell, kd_here
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kdcli import BadInput, Failed, code, config, data, export, losses, sources
 from kdcli.runs import Places, Run, Spec, open_run
-from kdcli.teacher import nets
+from kdcli.teacher import dataset_of, nets
 from kdcli.train import train
 
 CPU = torch.device("cpu")
@@ -191,6 +194,55 @@ def test_the_card_names_the_first_of_many_classes(own: Own, tmp_path: Path) -> N
     text = Path(card).read_text()
     assert "[batch, 100], of the classes kind 0, kind 1, kind 2, … (100 in all): the softmax" in text
     assert "| net | 162-5-100, ReLU between the layers |" in text
+
+
+@pytest.mark.parametrize(
+    ("form", "images"), [("onnx", "grey"), ("onnx", "colours"), ("onnx", "pairs of channels"), ("torch", "colours")]
+)
+def test_the_lines_of_the_card_run_the_file(form: export.Form, images: str, own: Own, tmp_path: Path) -> None:
+    """Typed as they stand, in another process, they say of an image what the run says."""
+    run = own.run(f"more.py:{images.split()[0]}" if images != "colours" else "own_data.py:load")
+    test = dataset_of(run, None).test
+    card = Path(export.export(run, form, tmp_path / f"net{export.SUFFIXES[form]}", None).card).read_text()
+    lines = card.partition("```python\n")[2].partition("```")[0]
+    assert len([line for line in lines.splitlines() if line]) <= 14
+    for i in range(2):
+        inputs = test.inputs(torch.tensor([i]))
+        array = np.round(255 * inputs[0].numpy().transpose(1, 2, 0)).astype(np.uint8)
+        if images == "pairs of channels":
+            np.save(tmp_path / "INPUTS.npy", inputs.numpy())
+        else:
+            Image.fromarray(array.squeeze()).save(tmp_path / "IMAGE.png")
+        done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=True)
+        p = wanted(run, inputs)[0]
+        assert done.stdout == f"{run.spec.dataset.classes[int(p.argmax())]} {p.max():.4f}\n"
+
+
+@pytest.mark.parametrize("net", ["own_nets.py:make", None])
+def test_a_quantised_file_is_told_beside_that_of_float32(net: str | None, own: Own, tmp_path: Path) -> None:
+    run, file = own.run(net=net), tmp_path / "net.onnx"
+    done = kd_here(own.folder, "export", run.name, "--int8", "--out", str(file), "--json")
+    assert done.code == 0, done.err
+    assert set(done.err.splitlines()) <= {"a net is made"}  # which own_nets.py prints
+    told, float32 = done.json["int8"], export.export(run, "onnx", tmp_path / "float32.onnx", None)
+    assert told["calibrated_on"] == 120
+    assert told["float32_bytes"] == float32.bytes
+    assert min(told["ms"], told["float32_ms"]) > 0
+    kinds = [node.op_type for node in onnx.load(file).graph.node]
+    assert "QuantizeLinear" in kinds
+    assert kinds[-1] == onnx.load(float32.file).graph.node[-1].op_type  # nothing is rounded after the softmax
+    inputs = dataset_of(run, None).test.inputs(torch.arange(60))
+    found = torch.from_numpy(onnxruntime.InferenceSession(str(file)).run(None, {"inputs": inputs.numpy()})[0])
+    difference = (found - wanted(run, inputs)).abs().max()
+    assert done.json["max_difference"] == pytest.approx(float(difference), rel=1e-3)
+    assert 1e-5 < difference < 0.1
+    assert done.json["torch_errors"] == float32.errors
+    assert (
+        f"| beside float32 | {done.json['errors']} errors, float32 {float32.errors};" in Path(f"{file}.md").read_text()
+    )
+    assert export.onnx_net(file).classes == ["cat", "dog", "owl"]
+    with pytest.raises(BadInput, match="--int8: belongs to --format onnx: remove it"):
+        export.export(run, "torch", None, None, int8=True)
 
 
 def test_a_net_that_torch_cannot_trace_is_refused_in_one_line(

@@ -112,6 +112,36 @@ def test_dark_ink_on_a_light_ground_is_noticed(trained: Shell, tmp_path: Path) -
     assert kd_here(trained.folder, "predict", net, file, "--invert").err == ""
 
 
+def test_an_image_unlike_the_training_images_is_told_so(trained: Shell, tmp_path: Path) -> None:
+    """Against correlations by numpy; noise, inverted ink and two digits side by side are farther than every test image,
+    a training image itself is the nearest there is."""
+    files = {
+        "noise": np.random.default_rng(0).integers(0, 256, (80, 80), np.uint8),
+        "inverted": 255 - DIGIT,
+        "pair": np.hstack([DIGIT, np.rot90(DIGIT)]),
+        "digit": DIGIT,
+        "trained": np.kron(DIGITS.train.store[3, 0].numpy(), np.ones((10, 10), np.uint8)) * 15,
+    }
+    paths = [str(saved(tmp_path / f"{name}.png", Image.fromarray(image))) for name, image in files.items()]
+    run, onnx = find(trained, "student").name, str(tmp_path / "net.onnx")
+    assert kd_here(trained.folder, "export", run, "--out", onnx).code == 0
+    done = kd_here(trained.folder, "predict", run, *paths, "--json")
+    shares = {name: image["nearer"] for name, image in zip(files, done.json["images"], strict=True)}
+    assert [shares[name] for name in ("noise", "inverted", "pair")] == [1.0, 1.0, 1.0]
+    assert shares["trained"] == 0.0
+    train = DIGITS.train.store.flatten(1).double().numpy()  # fewer than are sampled of more: all
+    near = np.corrcoef(np.vstack([DIGITS.test.store[3].flatten(), train]))[0, 1:].max()
+    of_test = np.corrcoef(np.vstack([DIGITS.test.store.flatten(1).double().numpy(), train]))[:500, 500:].max(1)
+    assert shares["digit"] == pytest.approx((of_test > near).mean(), abs=0.004)  # in double precision
+    text = " ".join(kd_here(trained.folder, "predict", onnx, paths[0], paths[3]).out.split())
+    assert "noise.png" in text
+    assert "but it is unlike the training images: no test image is so far from them" in text
+    assert f"({100 * shares['digit']:.0f} % of test images are nearer to the training images)" in text
+    elsewhere = kd_here(tmp_path, "predict", onnx, paths[0])
+    assert elsewhere.code == 0
+    assert "cannot say how unlike the training images these are: the run that it was exported" in elsewhere.err
+
+
 def test_a_test_image_is_shown_with_the_teachers_view_at_each_temperature(trained: Shell) -> None:
     run = find(trained, "student")
     done = kd_here(trained.folder, "predict", run.name, "--test-image", "7", "--T", "1,4,20", "--json")
