@@ -45,7 +45,7 @@ clean:
 # PIP_EXTRA_INDEX_URL=URL make demo
 .venv/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv: torch, torchvision and what else kd takes; with a CUDA build of torch, the usual one on Linux,"
-	@echo "3 GB to download and 6 GB of disk: three to ten minutes, once"
+	@echo "3 GB to download and 6 GB of disk: three to ten minutes, once (uv, where it is installed: one)"
 ifeq ($(shell command -v uv),)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

@@ -110,6 +110,7 @@ class Call:
 
     def prepare(self) -> "Work":
         """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
+        self.load()  # what is wrong in the file is told before a second goes by with imports
         from kdcli.work import prepare
 
         places, named = self.places(), self.teacher
@@ -123,9 +124,9 @@ class Call:
         against it."""
         from kdcli.engine import obtain
         from kdcli.estimate import cheaper
-        from kdcli.plan import doubts, smoothed, unfinished
+        from kdcli.plan import cautions, doubts, unfinished
 
-        if line := smoothed(work.jobs, work.planned, work.places):
+        for line in cautions(work.jobs, work.planned, work.places):
             self.display.note(line)
         if line := cheaper([run.spec for run in unfinished(work.jobs, work.places)], work.dataset):
             self.display.note(line)
@@ -235,8 +236,10 @@ class Call:
         """Show the resolved experiment, the device, and what would be trained; write nothing."""
         import yaml
 
-        from kdcli.plan import describe, unfinished
+        from kdcli.plan import cautions, describe, unfinished
 
+        for line in cautions(work.jobs, work.planned, work.places):
+            self.display.note(line)
         experiment, missing = self.load(), [run.spec for run in unfinished(work.jobs, work.places)]
         resolved, device = experiment.model_dump(exclude_none=True), work.places.device
         runs = describe(work.jobs, work.dataset, work.places.runs_dir)

@@ -22,7 +22,7 @@ def select_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise BadInput(f"--device {name}: this machine has no usable CUDA device; use --device cpu or auto")
     if int(number or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0")
+        raise BadInput(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0")
     torch.set_float32_matmul_precision("high")  # TF32: products of 10-bit mantissas, summed in float32
     torch.backends.cudnn.deterministic = True  # else convolutions do not repeat from their seed
     return torch.device("cuda", int(number or 0))

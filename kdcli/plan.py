@@ -365,17 +365,20 @@ def held_to(result: Result, most: float | None) -> Result:
     return result.model_copy(update={"reading": reading})
 
 
-def smoothed(jobs: Sequence[Job], planned: Sequence[Job], places: Places) -> str:
-    """What to say where a student that is still to be trained learns from smoothed labels; else empty."""
-    by_name = {job.spec.name: job.spec for job in planned}
-    asked = [name for run in unfinished(jobs, places) if run.spec.distill for name in run.spec.parents]
+def cautions(jobs: Sequence[Job], planned: Sequence[Job], places: Places) -> Iterator[str]:
+    """What speaks against trainings that are still to be done: learning rates at which nothing is learned, and a
+    teacher of smoothed labels."""
+    by_name, todo = {job.spec.name: job.spec for job in planned}, [run.spec for run in unfinished(jobs, places)]
+    for lr in dict.fromkeys(spec.train.lr for spec in todo if spec.train and spec.train.lr > 10):
+        yield f"train.lr: {lr:g} is very large: rates from 0.0001 to 1 are usual"
+    asked = [name for spec in todo if spec.distill for name in spec.parents]
     for name in asked:  # the members of an ensemble follow it
         spec = by_name.get(name) or places.open(name).spec
         asked += spec.parents
         if spec.train and spec.train.label_smoothing:
             said = f"{name}: is a teacher with a label_smoothing of {spec.train.label_smoothing:g}"
-            return f"{said}, which hurts its students (arXiv:1906.02629): better teach without"
-    return ""
+            yield f"{said}, which hurts its students (arXiv:1906.02629): better teach without"
+            return
 
 
 def doubts(teachers: Iterable[Job], expect: dict[str, float], places: Places) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from kdcli import code, losses, score
+from kdcli import code, counted, losses, score
 from kdcli.config import Experiment, Kind, Omission, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
@@ -339,6 +339,6 @@ def cost(run: Run, test: Split | None = None) -> Cost | None:
         parameters=sum(p.numel() for p in weights),
         multiply_adds=sum(multiply_adds(net, run.spec.dataset.shape) for net in own),
         weight_bytes=sum(p.numel() * p.element_size() for p in weights),
-        measured_on=f"{device.type}, {torch.get_num_threads()} thread(s)",
+        measured_on=f"{device.type}, {counted(torch.get_num_threads(), 'thread')}",
         latency_ms=dict(zip(("1", "128"), times, strict=False)),
     )

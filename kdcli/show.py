@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -122,7 +122,9 @@ class Table(NamedTuple):
             widths[max(wide, key=widths.__getitem__)] -= 1
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for i, width in enumerate(widths):
-            table.add_column(Text(self.columns[i]), justify="right" if i else "left", overflow="fold", width=width)
+            wraps = width < max(map(cell_len, columns[i]))  # lines of prose begin on the left
+            side: Literal["left", "right"] = "right" if i and not wraps else "left"
+            table.add_column(Text(self.columns[i]), justify=side, overflow="fold", width=width)
         for row in self.rows:
             table.add_row(*map(Text, row[: len(columns)]))
         if self.title:

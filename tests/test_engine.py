@@ -273,6 +273,7 @@ def test_a_diverged_run_says_where_and_is_no_teacher(kd: Shell) -> None:
     assert done.code == 1
     assert "diverged at step 2 (epoch 1), at a learning rate of" in done.err
     assert "lower the lr of 1e+30" in done.err
+    assert "train.lr: 1e+30 is very large: rates from 0.0001 to 1 are usual" in done.err.splitlines()
     assert "Traceback" not in done.err
     (result,) = results(kd.folder)
     assert result["status"] == "diverged"
