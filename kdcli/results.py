@@ -300,10 +300,10 @@ def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Se
     found = [d for d in documents if d.row == row.name]
     stages: dict[str, list[Counted | Correction]] = {row.name: [d.test for d in found]} if found else {}
     stages |= {bias_row(row.name, bias): [d.bias[bias] for d in found] for bias in (found[0].bias if found else ())}
-    for name, counted in stages.items():
+    for name, per_seed in stages.items():
         more: dict[str, Any] = {}
         if omitted := [classes.index(c) for c in found[0].omitted]:
-            more["unseen"] = statistics.mean(sum(c.per_class_errors[k] for k in omitted) for c in counted)
+            more["unseen"] = statistics.mean(sum(c.per_class_errors[k] for k in omitted) for c in per_seed)
         if name == row.name:
             for key in ("nll", "ece", "balanced", "top5"):
                 of = [getattr(d.quality, key) for d in found]
@@ -312,7 +312,7 @@ def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Se
             if epochs := [d.last_epoch for d in found if d.last_epoch]:
                 more["train_errors"] = statistics.mean(e.train_errors for e in epochs)
         more |= {"expect": subject.expect.get(name), "paper": subject.paper.get(name, [])}
-        yield TableRow(row=name, kind=row.kind, **dict(spread([c.errors for c in counted])), **more)
+        yield TableRow(row=name, kind=row.kind, **dict(spread([c.errors for c in per_seed])), **more)
 
 
 def made(jobs: Sequence[Job], places: Places) -> Made:
