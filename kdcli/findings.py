@@ -63,20 +63,19 @@ class Findings:
         self.summary, self.train, self.test = summary, data.train, data.test
         documents = [d for d in summary.only.runs if isinstance(d, Document)]
 
-        # Of the first seed, the nets that there are, and the test images on which the loss of the last is greatest.
+        # Of all seeds, the nets that there are by row; of the first, also the test images on which the last is worst.
         roles: list[Sequence[Kind]] = [("teacher", "ensemble"), ("baseline",), ("student", "omission")]
-        chosen = [next((d for d in documents if d.kind in kinds), None) for kinds in roles]
-        self.nets = [Net(d, log_probabilities(places.open(d.run), len(self.test))) for d in chosen if d]
+        chosen = [next((d.row for d in documents if d.kind in kinds), None) for kinds in roles]
+        self.over_seeds = {
+            row: [Net(d, log_probabilities(places.open(d.run), len(self.test))) for d in documents if d.row == row]
+            for row in filter(None, chosen)
+        }
+        self.nets = [nets[0] for nets in self.over_seeds.values()]
         last = self.nets[-1]
         self.hardest = _most(F.nll_loss(last.log_p, self.test.labels, reduction="none")).tolist()
 
-        # Of all seeds, the same nets by row, the trainings of their rows, and the students without some classes by row.
-        rows = [net.document.row for net in self.nets]
-        every = {row: [d for d in documents if d.row == row] for row in rows}
-        self.over_seeds = {
-            row: [Net(d, log_probabilities(places.open(d.run), len(self.test))) for d in of]
-            for row, of in every.items()
-        }
+        # The trainings of their rows, and the students without some classes by row.
+        rows = self.over_seeds.keys()
         self.curves = [(d.row, epochs) for d in documents if d.row in rows and (epochs := places.open(d.run).metrics())]
         self.omissions = {d.row: [o for o in documents if o.row == d.row] for d in documents if d.kind == "omission"}
 
