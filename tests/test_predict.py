@@ -133,10 +133,12 @@ def test_an_image_unlike_the_training_images_is_told_so(trained: Shell, tmp_path
     near = np.corrcoef(np.vstack([DIGITS.test.store[3].flatten(), train]))[0, 1:].max()
     of_test = np.corrcoef(np.vstack([DIGITS.test.store.flatten(1).double().numpy(), train]))[:500, 500:].max(1)
     assert shares["digit"] == pytest.approx((of_test > near).mean(), abs=0.004)  # in double precision
-    text = " ".join(kd_here(trained.folder, "predict", onnx, paths[0], paths[3]).out.split())
-    assert "noise.png" in text
-    assert "but it is unlike the training images: no test image is so far from them" in text
-    assert f"({100 * shares['digit']:.0f} % of test images are nearer to the training images)" in text
+    said = kd_here(trained.folder, "predict", onnx, paths[0], paths[3]).out
+    for words in (
+        ", but it is unlike the training images: no test image is so far from them",
+        f" ({100 * shares['digit']:.0f} % of test images are nearer to the training images)",
+    ):
+        assert "".join(words.split()) in "".join(said.split())  # a long path may be broken
     elsewhere = kd_here(tmp_path, "predict", onnx, paths[0])
     assert elsewhere.code == 0
     assert "cannot say how unlike the training images these are: the run that it was exported" in elsewhere.err
