@@ -220,7 +220,7 @@ class Call:
         self.display.note(f"wrote {work.folder}: {', '.join(str(file.relative_to(work.folder)) for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
-        self.display.note(f"next: open {files[0]}{ship}")
+        self.display.note(f"next: open {shlex.quote(str(files[0]))}{ship}")
         return summary, files[0]
 
     def cost(self, work: "Work", specs: "Sequence[Spec]") -> "tuple[float, int]":
@@ -265,7 +265,9 @@ class Call:
     def retype(self, whole: bool = False) -> str:
         """The arguments that describe the experiment; unless `whole`, those for the same teachers alone."""
         kept = [o for o in self.overrides if whole or o.key.split(".")[0] in ("name", "data", "teacher", "ensemble")]
-        words = [self.experiment, *(word for o in kept for word in o.origin.split(" ", 1))]
+        known = ("--set ", "--seed", "--threads ")  # other flags are of some commands alone: what they set, all have
+        typed = [o.origin if o.origin.startswith(known) else f"--set {o.key}={o.value}" for o in kept]
+        words = [self.experiment, *(word for part in typed for word in part.split(" ", 1))]
         words += ["--data-dir", str(self.data_dir)] if self.data_dir is not None else []
         return shlex.join([*words, *self.where()])
 
@@ -335,19 +337,22 @@ def evaluate(
     """Evaluate the finished runs: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
     from kdcli.compare import in_rows
-    from kdcli.plan import evaluable
+    from kdcli.plan import evaluable, unfinished
     from kdcli.results import documents
 
     seeds = work.subject.seeds if call.seed is not None else None
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
+    order = [row.name for row in work.subject.rows]
     jobs = in_rows(jobs, work.planned, call.runs_dir)
+    jobs.sort(key=lambda job: order.index(job.row.name) if job.row.name in order else len(order))
     if call.dry_run:
         return call.describe(replace(work, jobs=jobs))
     found = documents(jobs, work.dataset, work.places, work.subject.expect, "timed")
     classes = work.dataset.facts.classes
     whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
     call.present(whole, *show.evaluations(found, classes, every))
-    call.display.note(f"next: kd report {call.retype()}")
+    if not unfinished(work.jobs, work.places):
+        call.display.note(f"next: kd report {call.retype()}")
 
 
 @command("run", (*DESCRIBED, *PROGRESS))
@@ -392,7 +397,8 @@ def report(
         if open_:
             import webbrowser
 
-            webbrowser.open(page.resolve().as_uri())
+            if not webbrowser.open(page.resolve().as_uri()):
+                call.display.note(f"--open: no browser was found: open {shlex.quote(str(page))}")
 
 
 @command("compare", READING)
@@ -498,7 +504,7 @@ def runs(
     if call.runs_dir != Path("runs") and not call.runs_dir.is_dir():
         raise BadInput(f"--runs-dir {call.runs_dir}: there is no such folder")
     listed.sort(key=rank)
-    call.present({"command": "runs", "runs": listed}, show.runs_table(listed))
+    call.present({"command": "runs", "runs": listed}, show.runs_table(listed) if listed else "0 runs")
 
 
 def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> None:

@@ -61,6 +61,7 @@ class Findings:
 
     def __init__(self, summary: Summary, data: Dataset, places: Places) -> None:
         self.summary, self.train, self.test = summary, data.train, data.test
+        self.names = data.files["test"]  # of the test images, where they are files
         documents = [d for d in summary.only.runs if isinstance(d, Document)]
 
         # Of all seeds, the nets that there are by row; of the first, also the test images on which the last is worst.

@@ -147,8 +147,9 @@ def list_folder(path: Path) -> Folder:
         problems += [f"{tests[0] / c}: is no class of {train}" for c in _classes(tests[0]) if c not in classes]
         notes += _of_tests(tests, classes, {i for _, i in of_test})
         problems += [] if of_test else [f"{tests[0]}: holds no image"]
-    refuse(problems)
-    return Folder(path, classes, of_train, of_test, [*notes, *_left_out(path, ignored)])
+    left = _left_out(path, ignored)
+    refuse([*problems, *left] if problems else [])
+    return Folder(path, classes, of_train, of_test, [*notes, *left])
 
 
 def list_images(path: Path) -> tuple[list[Path], list[str]]:
@@ -157,7 +158,7 @@ def list_images(path: Path) -> tuple[list[Path], list[str]]:
     if not path.is_dir():
         raise BadInput(f"there is no folder {path}")
     if not (files := _files(path, ignored, linked=True)):
-        raise BadInput(f"{path}: holds no image")
+        raise BadInput(f"{path}: holds no image", *_left_out(path, ignored))
     return files, _left_out(path, ignored)
 
 
@@ -219,10 +220,12 @@ def _files(folder: Path, ignored: Counter[str], linked: bool = False) -> list[Pa
                 to, own = link.resolve(), folder.resolve()
                 if (own.parent in (to, *to.parents) and own not in (to, *to.parents)) or to in own.parents:
                     raise BadInput(f"{link}: leads out of its class, to {to}: remove the link")
-            images = [n for n in names if n not in hidden and os.path.splitext(n)[1].lower() in FORMATS]
-            found += [Path(parent, name) for name in images]
-            ignored["hidden entries"] += len(hidden)
-            ignored["files that are no images"] += len({*names} - hidden) - len(images)
+            ignored["hidden or system files"] += len(hidden)
+            for name in {*names} - hidden:
+                if (suffix := os.path.splitext(name)[1].lower()) in FORMATS:
+                    found.append(Path(parent, name))
+                else:
+                    ignored[f"{suffix} files, which are not read as images,".lstrip()] += 1
     except OSError as error:
         raise BadInput(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
     return sorted(found)

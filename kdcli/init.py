@@ -1,6 +1,8 @@
 """`kd init` looks at a folder of images and writes the experiment file that fits it."""
 
 import json
+import re
+import unicodedata
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -60,15 +62,18 @@ class Look(NamedTuple):
 
 def experiment_file(path: Path, teacher: str, student: str, places: Places) -> str:
     """A commented experiment file for a folder of images: its nets, sizes, epochs and time. Raises BadInput."""
-    look, name = _look(path), "".join(c if c.isascii() and c.isalnum() else "-" for c in path.absolute().name)
+    look, name = _look(path), unicodedata.normalize("NFKD", path.absolute().name)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", "".join(c for c in name if not unicodedata.combining(c)))
     text = Path(__file__).with_name("init.yaml").read_text()
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     epochs, batch = min(max(round(SEEN / len(look.train)), 5), 60), 128 if len(look.train) >= 2_000 else 32
+    dumps = partial(json.dumps, ensure_ascii=False)
     render = partial(
         template.render,
         look=look,
         name=name.strip("-") or "photos",
-        path=json.dumps(str(path.absolute())),
+        path=dumps(str(path.absolute())),
+        omitted=dumps(look.folder.classes[0]),
         teacher=json.dumps(teacher),
         student=json.dumps(student),
         costs=[_cost(net, look.facts) for net in (teacher, student)],

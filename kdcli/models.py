@@ -142,6 +142,8 @@ def fits(net: nn.Module, model: Model, facts: Facts) -> None:
             found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             if found != [2, classes]:
                 raise BadInput(f"model: must give [2, {classes}] logits for 2 images {shape}, not {found}")
+            if bool((out >= 0).all()) and torch.allclose(out.sum(1), torch.ones(2, device=device)):
+                raise BadInput("model: gives probabilities, and must give logits: remove the softmax at its end")
     if not any(p.requires_grad for p in net.parameters()):
         raise BadInput("model: has no parameter that can be trained")
 

@@ -167,10 +167,13 @@ def _draw_curves(figure: Figure, found: Findings) -> None:
             std = errors.std(0, ddof=1)
             axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     axes.legend()
-    _log_scale(axes.yaxis, axes.set_yscale, (1, 2, 3, 5, 7))
+    low, high = axes.dataLim.intervaly
+    axes.locator_params(integer=True)
+    if far := high > 4 * max(low, 1):
+        _log_scale(axes.yaxis, axes.set_yscale, (1, 2, 3, 5, 7))
     axes.set(xlabel="epoch", ylabel=f"errors on {found.summary.evaluated_on}")
     over = f"mean ± one std over {n} seeds" if n > 1 else "learning curves"
-    axes.set_title(f"{found.summary.file}: {over}, log scale")
+    axes.set_title(f"{found.summary.file}: {over}{', log scale' if far else ''}")
 
 
 def _draw_omissions(figure: Figure, found: Findings) -> None:

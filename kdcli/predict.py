@@ -83,11 +83,12 @@ def predict(
     for i in test_images:
         if not run:
             raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
-        test = dataset_of(run, places.data_dir).test
+        dataset = dataset_of(run, places.data_dir)
+        test, names = dataset.test, dataset.files["test"]
         if not 0 <= i < len(test):
             raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
         views, label = _views(asked, test.inputs(torch.tensor([i]))), classes[int(test.labels[i])]
-        images.append(Prediction(image=f"test image {i}", label=label, views=views))
+        images.append(Prediction(image=f"test image {i}{f' ({names[i]})' if names else ''}", label=label, views=views))
     return Predictions(run=run.name if run else name, classes=classes, images=images)
 
 
@@ -148,7 +149,7 @@ def read_image(file: Path, shape: Sequence[int], invert: bool, middle: bool = Fa
     if channels not in (1, 3):
         raise BadInput(f"{file}: image files are read with 1 or 3 channels, and this net takes {channels}")
     if file.is_dir():
-        raise BadInput(f"{file}: is a folder: name the image files in it, such as {file}/*.png")
+        raise BadInput(f"{file}: is a folder: name the image files in it")
     image = open_image(file, min(height, width) if channels == 3 or middle else 0)
     if image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         raise BadInput(f"{file}: is wholly transparent: save it without its alpha channel, or on a ground")

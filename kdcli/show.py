@@ -1,6 +1,7 @@
 """What a person sees in the terminal and in Markdown: progress, tables, the verdict. Reads results, trains nothing."""
 
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # they need torch, which `kd runs` does without
 Parts = Iterator["Table | str"]  # what is printed, one below the other
 WIDE = 12  # of more classes than these none has a column of its own
 WORST = 3  # of the pairs that are taken for each other most are shown in the terminal
+TOGETHER = "\N{NO-BREAK SPACE}"  # in place of a space at which a cell is not broken
 UNLIKE = 0.99  # where so many of the test images are nearer to the training images, an image is unlike these
 PAIRS = 20  # of classes that are taken for each other, or look alike, are shown instead of a matrix
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
@@ -113,7 +115,7 @@ class Table(NamedTuple):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Words stay whole: columns for which there is no room follow below, beside the first once more."""
         columns = list(zip(self.columns, *self.rows, strict=True))
-        least = [max((cell_len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
+        least = [max((cell_len(word) for cell in cells for word in cell.split(" ")), default=1) for cells in columns]
         while len(columns) > 2 and sum(least[: len(columns)]) + 2 * len(columns) > options.max_width:
             columns.pop()
         widths = [max(map(cell_len, column)) for column in columns]
@@ -122,11 +124,12 @@ class Table(NamedTuple):
             widths[max(wide, key=widths.__getitem__)] -= 1
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for i, width in enumerate(widths):
-            wraps = width < max(map(cell_len, columns[i]))  # lines of prose begin on the left
+            if wraps := width < max(map(cell_len, columns[i])):  # lines of prose begin on the left
+                columns[i] = tuple(textwrap.fill(cell, width, break_long_words=False) for cell in columns[i])
             side: Literal["left", "right"] = "right" if i and not wraps else "left"
-            table.add_column(Text(self.columns[i]), justify=side, overflow="fold", width=width)
-        for row in self.rows:
-            table.add_row(*map(Text, row[: len(columns)]))
+            table.add_column(Text(columns[i][0]), justify=side, overflow="fold", width=width)
+        for row in zip(*(column[1:] for column in columns), strict=True):
+            table.add_row(*(Text(cell.replace(TOGETHER, " ")) for cell in row))
         if self.title:
             yield Text(self.title, style="bold", no_wrap=False, overflow="fold")
         yield table
@@ -266,11 +269,9 @@ def _worst(documents: Sequence["Document"], classes: Sequence[str]) -> list[str]
     errors = [sum(of) / n for of in zip(*(d.test.per_class_errors for d in documents), strict=True)]
     pairs = largest([[sum(cell) / n for cell in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)])
     first = sorted((c for c in range(len(classes)) if errors[c]), key=lambda c: -errors[c])[:WIDE]
-    by_class = ", ".join(f"{short(classes[c])}: {number(errors[c], n)}" for c in first)
-    return [
-        by_class,
-        ", ".join(f"{short(classes[i])} → {short(classes[j])}: {number(k, n)}" for i, j, k in pairs[:WORST]),
-    ]
+    said = [f"{short(classes[c])}: {number(errors[c], n)}" for c in first]
+    taken = [f"{short(classes[i])} → {short(classes[j])}: {number(k, n)}" for i, j, k in pairs[:WORST]]
+    return [", ".join(part.replace(" ", TOGETHER) for part in parts) for parts in (said, taken)]
 
 
 def planned(runs: Sequence["plan.Planned"]) -> Table:

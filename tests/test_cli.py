@@ -931,3 +931,18 @@ def test_ctrl_c_leaves_130_and_a_run_that_can_be_asked_for_again(kd: Shell) -> N
     done = kd_here(kd.folder, "distill", "tiny.yaml", "--set", "teacher.train.epochs=100000")
     assert done.code == 2
     assert "is interrupted; train it: kd train-teacher" in done.err
+
+
+def test_the_next_command_works_as_it_is_suggested(kd: Shell) -> None:
+    """Flags of one command are not passed on to another, and a report is suggested where it would succeed."""
+    for words in (
+        "train-teacher tiny.yaml --epochs 2",
+        "ensemble tiny.yaml --members 3 --average geometric --epochs 1 --jobs 1",
+    ):
+        done = kd_here(kd.folder, *words.split())
+        assert done.code == 0, done.err
+        suggested = done.err.partition("next: kd ")[2].splitlines()[0]
+        then = kd_here(kd.folder, *shlex.split(suggested), "--no-baseline")
+        assert then.code == 0, then.err
+        assert "finished before" not in then.err
+    assert "next:" not in kd_here(kd.folder, "evaluate", "tiny.yaml", "--set", "teacher.train.epochs=2").err

@@ -212,7 +212,9 @@ def test_the_lines_of_the_card_run_the_file(form: export.Form, images: str, own:
         if images == "pairs of channels":
             np.save(tmp_path / "INPUTS.npy", inputs.numpy())
         else:
-            Image.fromarray(array.squeeze()).save(tmp_path / "IMAGE.png")
+            turned, exif = Image.fromarray(array.squeeze()).rotate(90 * i, expand=True), Image.Exif()
+            exif[0x0112] = (1, 6)[i]  # the second as a phone stores it, to be shown turned back
+            turned.save(tmp_path / "IMAGE.png", exif=exif)
         done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=True)
         p = wanted(run, inputs)[0]
         assert done.stdout == f"{run.spec.dataset.classes[int(p.argmax())]} {p.max():.4f}\n"

@@ -26,6 +26,10 @@ def one_too_many(classes, channels):
     return nn.Sequential(nn.Flatten(), nn.Linear(162, classes + 1))
 
 
+def soft(classes, channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 54, classes), nn.Softmax(1))
+
+
 def pixels(classes, channels):
     return nn.Conv2d(channels, classes, 1)
 
@@ -172,6 +176,7 @@ def test_somebodys_net_is_built_with_its_arguments(nets: Path) -> None:
         ("flat_norm", "model: does not take images [3, 6, 9]: expected 2D or 3D input (got 4D input)"),
         ("one_too_many", "model: must give [2, 5] logits for 2 images [3, 6, 9], not [2, 6]"),
         ("pixels", "model: must give [2, 5] logits for 2 images [3, 6, 9], not [2, 5, 6, 9]"),
+        ("soft", "model: gives probabilities, and must give logits: remove the softmax at its end"),
         ("two", "model: must give [2, 5] logits for 2 images [3, 6, 9], not tuple"),
         ("pair", "missing 1 required positional argument: 'mask'"),
         ("own_fault", f"nets.py:{FAULT}: KeyError: 'head'"),

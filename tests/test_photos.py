@@ -1,6 +1,7 @@
 """A folder of photographs from end to end, through real processes: init, teacher, students, report, export, predict."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_copies_of_training_images_are_in_the_output_the_json_and_the_report(
 ) -> None:
     note = f"1 test image lies in the training set too, pixel for pixel: {shell.folder}/photos/test/cat/copy.jpg is {shell.folder}/photos/train/cat/0.jpg."
     assert note in document["remarks"]
-    assert f"{shell.folder}/photos: files that are no images left out: 1." in document["remarks"]
+    assert f"{shell.folder}/photos: .txt files, which are not read as images, left out: 1." in document["remarks"]
     assert "lies in the training set too" in (shell.folder / "runs/photos/report/report.html").read_text()
     assert note in (shell.folder / "runs/photos/report/report.md").read_text()
 
@@ -127,6 +128,18 @@ def test_init_writes_a_file_that_runs_as_it_stands(shell: Shell) -> None:
     planned = kd_here(shell.folder, "run", "mine.yaml", "--dry-run", "--json").json
     assert len(planned["runs"]) > 9
     assert planned["seconds"] > 0
+
+
+def test_init_keeps_names_as_they_are_read(shell: Shell, tmp_path: Path) -> None:
+    """A folder's name becomes that of an experiment, letters without their accents; classes keep theirs."""
+    folder = tmp_path / "Été 2024"
+    shutil.copytree(shell.folder / "photos", folder)
+    for part in ("train", "test"):
+        (folder / part / "cat").rename(folder / part / "Boot & chaloupe à rames")
+    done = kd_here(tmp_path, "init", str(folder))
+    assert "name: Ete-2024\n" in done.out
+    assert f'folder: "{folder}"' in done.out
+    assert 'omit: ["Boot & chaloupe à rames"]' in done.out
 
 
 def test_init_takes_nets_by_name_and_refuses_what_is_none(shell: Shell) -> None:

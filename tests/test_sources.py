@@ -127,7 +127,10 @@ def test_what_is_hidden_and_what_is_no_image_is_left_out_and_counted(tmp_path: P
     (root / "train" / "cat" / "__MACOSX").mkdir()
     found = opened(root)
     assert found.facts.classes == ["cat", "dog"]
-    assert found.notes == [f"{root}: hidden entries left out: 4.", f"{root}: files that are no images left out: 1."]
+    assert found.notes == [
+        f"{root}: hidden or system files left out: 4.",
+        f"{root}: .txt files, which are not read as images, left out: 1.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -490,7 +493,10 @@ def test_images_that_nobody_labelled_are_found_at_any_depth_beside_a_folder(tmp_
     assert found.unlabelled
     assert found.unlabelled.store[:, :, 0, 0].tolist() == [[9, 9, 100], [9, 9, 101], [9, 9, 102], *([0, 5 * n, n] for n in (1, 2, 3))]  # fmt: skip
     assert found.unlabelled.labels.tolist() == [-1] * 6
-    assert found.notes == [f"{extra}: hidden entries left out: 1.", f"{extra}: files that are no images left out: 1."]
+    assert found.notes == [
+        f"{extra}: hidden or system files left out: 1.",
+        f"{extra}: .txt files, which are not read as images, left out: 1.",
+    ]
     assert found.files["unlabelled"][:3] == ["0.png", "a/1.png", "a/b/2.png"]
     assert found.facts == plain.facts.model_copy(update={"unlabelled": found.facts.unlabelled})
     assert torch.equal(found.train.store, plain.train.store)
