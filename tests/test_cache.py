@@ -191,7 +191,7 @@ def test_too_little_room_is_told_before_anything_is_decoded(
             place = tmp_path / "cache" / "kd"
             what = f"{place}: 210 images of {photos} take 45.4 kB, and the disk has 5.0 kB left"
             where = f"decoded images go to {place}; XDG_CACHE_HOME names another folder"
-            assert done.err == f"{photos}: data.folder: {what}: {where}\n"
+            assert done.err == f"photos: data.folder: {what}: {where}\n"
             assert marks(tmp_path) == [0, 1, 2, 3, 4]
     assert len(stopped) == 110
 

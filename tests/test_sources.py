@@ -193,6 +193,15 @@ def test_test_images_that_lie_in_training_are_counted_and_named(tmp_path: Path) 
     assert f"{root}/test/cat/0.png is {root}/train/cat/0.png" in note
 
 
+def test_duplicates_are_those_of_a_comparison_of_all_with_all() -> None:
+    """Of six bits an image, so that most are there several times: each test image with the last one like it."""
+    rng = np.random.default_rng(0)
+    for n, m in ((5, 9), (40, 30), (0, 3)):
+        test, others = (rng.integers(0, 2, (k, 1, 3, 2), np.uint8) for k in (n, m))
+        alike = {j: [i for i in range(m) if (test[j] == others[i]).all()] for j in range(n)}
+        assert sources.duplicates(test, others) == [(j, same[-1]) for j, same in alike.items() if same]
+
+
 # How files are decoded.
 
 
