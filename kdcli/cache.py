@@ -182,8 +182,9 @@ def _decoded(
     It is written to, not mapped: of a page that two nodes map, one would write the rows of the other back as zeros."""
     (channels, height, width), problems = form.shape, list[str]()
     try:
-        first = np.load(file, mmap_mode="r").offset
-        with os.fdopen(os.open(file, os.O_WRONLY), "wb") as out:
+        first, row = np.load(file, mmap_mode="r").offset, math.prod(form.shape)
+        with os.fdopen(os.open(file, os.O_WRONLY), "wb", buffering=1 << 20) as out:
+            out.seek(first + start * row)
             for i, item in enumerate(items, start):
                 try:
                     one = to_bytes(image(item), (width, height) if form.size else None, channels, form.white)
@@ -192,9 +193,9 @@ def _decoded(
                         raise BadInput(f"{what}: image {i} is {is_}, the first {first_}: set data.size")
                 except BadInput as error:
                     problems += error.lines
-                    continue
-                out.seek(first + i * one.nbytes)
-                out.write(one.tobytes())
+                    out.seek(row, os.SEEK_CUR)
+                else:
+                    out.write(one.tobytes())
     except OSError as error:
         return error
     return problems

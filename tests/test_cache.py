@@ -61,7 +61,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(210):
         file = root / ("cat", "dog")[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 9, 3), np.uint8)).save(file)
+        Image.fromarray(rng.integers(0, 256, (30, 32, 3), np.uint8)).save(file)
     return root
 
 
@@ -181,15 +181,15 @@ def test_a_changed_file_makes_another_cache(photos: Path, whole: dict[str, bytes
 def test_too_little_room_is_told_before_anything_is_decoded(
     photos: Path, whole: dict[str, bytes], stopped: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """210 images of 3 x 8 x 9 bytes; what an interrupted build has written counts, and stays."""
-    for left, code in ((5_000, 2), (25_000, 0)):
+    """210 images of 3 x 30 x 32 bytes; what an interrupted build has written counts, and stays."""
+    for left, code in ((5_000, 2), (400_000, 0)):
         with monkeypatch.context() as patched:
             patched.setattr(shutil, "disk_usage", lambda _, left=left: shutil._ntuple_diskusage(0, 0, left))
             done = kd_here(photos.parent, "cache", "photos")
         assert done.code == code
         if code:
             place = tmp_path / "cache" / "kd"
-            what = f"{place}: 210 images of {photos} take 45.4 kB, and the disk has 5.0 kB left"
+            what = f"{place}: 210 images of {photos} take 604.8 kB, and the disk has 5.0 kB left"
             where = f"decoded images go to {place}; XDG_CACHE_HOME names another folder"
             assert done.err == f"photos: data.folder: {what}: {where}\n"
             assert marks(tmp_path) == [0, 1, 2, 3, 4]
