@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,12 +34,12 @@ Array = NDArray[Any]
 
 def place() -> Path:
     """The folder of the cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd").absolute()
 
 
 def free() -> str:
     """Where the cache lies, and the room there."""
-    there = next(folder for folder in (place(), *place().absolute().parents) if folder.exists())
+    there = next(folder for folder in (place(), *place().parents) if folder.exists())
     return f"in {place()}, where {decimal(shutil.disk_usage(there).free)} are free"
 
 
@@ -207,23 +208,25 @@ CLUSTER: ContextVar[Any] = ContextVar("CLUSTER", default=None)  # ray, while ima
 @contextmanager
 def on_ray(address: str) -> Iterator[None]:
     """Image files that are decoded in the body are so on the nodes of a Ray cluster, which share the folders; `ray`:
-    the one that RAY_ADDRESS names, or that runs here, or a new one. Raises BadInput where there is none."""
+    that of RAY_ADDRESS, or one of our own. Raises BadInput where there is none."""
     from kdcli.imports import library
 
-    ray = library("ray")
-    own = not ray.is_initialized()
+    ray, where = library("ray"), os.environ.get("RAY_ADDRESS") or "local" if address == "ray" else address
+    local = {"include_dashboard": False, "object_store_memory": 80_000_000} if where == "local" else {}
+    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_USAGE_STATS_ENABLED": "0"}
     try:
-        if own:
-            ray.init(None if address == "ray" else address, log_to_driver=False, logging_level="warning")
+        if where != "local":  # where nothing listens Ray would try for minutes
+            host, _, port = where.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), 5).close()
+        ray.init(where, runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="ERROR", **local)
     except (OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"--on {address}: there is no Ray cluster: {failure(error)[:200]}") from None
+        raise BadInput(f"--on {address}: no Ray cluster answers there: {failure(error)}") from None
     before = CLUSTER.set(ray)
     try:
         yield
     finally:
         CLUSTER.reset(before)
-        if own:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def on_cluster(ray: Any, work: Work[T], items: Sequence[Any], parts: Iterable[range]) -> Iterator[tuple[range, T]]:
