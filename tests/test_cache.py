@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ import numpy as np
 import pytest
 from conftest import kd_here
 from PIL import Image
+from test_sources import of_images, small_mnist
 
 from kdcli import cache, images, sources
+from kdcli.config import Data
+from kdcli.data import open_dataset
 
 SLOWLY = """
 import sys, time
@@ -126,19 +131,27 @@ def test_who_waits_for_a_kd_that_is_killed_goes_on_where_it_was(
     assert {name: (folder / name).read_bytes() for name in whole} == whole
 
 
-@pytest.fixture
-def stopped(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A build that ended at the instant before its sixth shard was marked; then, which files are decoded again."""
-    shards, fsync, again = itertools.count(), os.fsync, list[str]()
+@contextmanager
+def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[None]:
+    """Builds end once so many shards are marked, at the instant before the next one is."""
+    shards, fsync = itertools.count(), os.fsync
 
     def stop(file: Any) -> None:
-        if next(shards) == 5:
+        if next(shards) == after:
             raise KeyboardInterrupt
         fsync(file)
 
-    monkeypatch.setattr(cache, "SHARD", 20)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", stop)
+        yield
+
+
+@pytest.fixture
+def stopped(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A build that ended at the instant before its sixth shard was marked; then, which files are decoded again."""
+    again = list[str]()
+    monkeypatch.setattr(cache, "SHARD", 20)
+    with stopping(monkeypatch, 5):
         assert kd_here(photos.parent, "cache", "photos").code == 130
     assert marks(tmp_path) == [0, 1, 2, 3, 4]
     here = images.in_processes
@@ -154,6 +167,19 @@ def stopped(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
 def test_an_interrupted_build_goes_on(photos: Path, whole: dict[str, bytes], stopped: list[str]) -> None:
     assert built(photos) == whole
     assert len(stopped) == 210 - 5 * 20
+
+
+def test_labels_of_torchvision_outlive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are known only once an image is decoded: 20 training images in shards of 3, stopped before the fifth mark."""
+    small_mnist(tmp_path / "FashionMNIST" / "raw")
+    data = Data(name="torchvision:FashionMNIST")
+    monkeypatch.setattr(cache, "SHARD", 3)
+    with stopping(monkeypatch, 4), pytest.raises(KeyboardInterrupt):
+        open_dataset(data, tmp_path)
+    assert marks(tmp_path) == [0, 1, 2, 3]
+    found = open_dataset(data, tmp_path)
+    assert found.train.labels.tolist() == [i % 10 for i in range(20)]
+    np.testing.assert_array_equal(found.train.store[:, 0], of_images((28, 28), 20, 10, seed=20)[0])
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty", "unmarked"])
