@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kdcli import BadInput
-from kdcli.sources import Array, arrays_of
+from kdcli.cache import Array
+from kdcli.sources import arrays_of
 
 PARTS = {"train": "training", "test": "test", "unlabelled": "unlabelled"}
 KEYS = {"file": "_files", "index": "_index", "split": ""}  # columns of a table that are no classes, and their arrays

@@ -5,7 +5,9 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -541,6 +543,44 @@ def init(
     if not folder.is_dir():
         raise BadInput(f"{folder}: there is no such folder")
     print(experiment_file(folder, teacher, student, call.places()), end="")
+
+
+@command("cache", ("sets", "data_dir", "as_json", "dry_run", "debug"))
+def cache(
+    call: Call,
+    of: Annotated[str, NameArgument(metavar="FOLDER|EXPERIMENT", help="Of images; or whose data section names one.")],
+    size: Annotated[int | None, Option(help="Pixels of the shorter side (data.size).")] = None,
+    channels: Annotated[int | None, Option(help="1 or 3 (data.channels).")] = None,
+    test: Annotated[float | None, Option(help="Share of a folder without test images (data.test).")] = None,
+    on: Annotated[str, Option(metavar="ray|HOST:PORT", help="Decode on a Ray cluster that shares the folders.")] = "",
+) -> None:
+    """Decode image files ahead, as the first start of an experiment does: kd cache photos --size 64."""
+    if is_folder := os.path.isdir(of):
+        call.overrides.insert(0, Override("data", {"folder": os.path.abspath(of)}, of))
+    for flag, value in (("size", size), ("channels", channels), ("test", test)):
+        call.override(f"--{flag}", value, f"data.{flag}")
+    loaded = yamlfile.load("digits" if is_folder else of, call.overrides)
+    data, started = loaded.experiment.data, time.monotonic()
+    if not (data.folder or data.unlabelled):
+        raise BadInput(f"{of}: its images are no files in a folder, which alone are decoded ahead")
+    from kdcli.cache import free, on_ray
+    from kdcli.data import open_dataset
+    from kdcli.sources import ahead
+
+    document: dict[str, Any] = {"command": "cache", "dry_run": call.dry_run}
+    with loaded.located():
+        if call.dry_run:
+            document["images"], document["bytes"] = images, taken = ahead(data, call.data_dir)
+            return call.present(document, f"{counted(images, 'image')}, {decimal(taken)} decoded, {free()}")
+        with on_ray(on) if on else nullcontext():
+            dataset = open_dataset(data, call.data_dir)
+    for line in dataset.notes:
+        call.display.note(line)
+    document["folders"] = folders = [listing.parent for listing in dataset.listings if listing]
+    document["bytes"] = taken = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+    document["seconds"] = round(time.monotonic() - started, 1)
+    where = " and ".join(map(str, folders))
+    call.present(document, f"{decimal(taken)} in {where}, ready after {show.duration(time.monotonic() - started)}")
 
 
 @command("losses", ("as_json", "debug"))

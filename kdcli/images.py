@@ -1,10 +1,9 @@
 """Image files: how one becomes bytes, and what lies in a folder of them."""
 
 import os
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,8 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import DataLoader
 
 from kdcli import BadInput
@@ -80,37 +77,41 @@ class Header(NamedTuple):
 def headers(files: Sequence[Path]) -> list[Header]:
     """The headers of image files. Raises BadInput with those that cannot be read."""
 
-    def header(i: int) -> Header:
-        with _opened(files[i]) as image:
+    def header(file: Path) -> Header:
+        with _opened(file) as image:
             width, height = image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # orientation
             return Header(width, height, image.mode in GREY)
 
-    return in_processes(header, len(files), "")
-
-
-def in_processes(one: Callable[[int], T], count: int, doing: str) -> list[T]:
-    """`one` of 0, 1, … below `count`, in as many processes as there are cores; threads would wait for each other. What
-    it is `doing` is shown, unless that is empty. Raises BadInput with what `one` raised, of many the first."""
-    console = Console(stderr=True)
-    if doing and not console.is_terminal:
-        print(doing, file=sys.stderr)
-
-    def several(numbers: Sequence[int]) -> tuple[list[T], list[str]]:
-        made, problems = list[T](), list[str]()
-        for i in numbers:
-            try:
-                made.append(one(i))
-            except BadInput as error:
-                problems += error.lines
-        return made, problems
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    numbers: Any = range(count)  # forked processes take over `several`, which could not be sent to them
-    loader = DataLoader(numbers, 100, num_workers=cores, collate_fn=several, multiprocessing_context="fork")
-    hidden = not doing or not console.is_terminal
-    parts = list(track(loader, doing, console=console, transient=True, disable=hidden))
+    parts = [part for _, part in in_processes(lambda _, some: tried(header, some), files, [range(len(files))])]
     refuse([problem for _, problems in parts for problem in problems])
     return [found for made, _ in parts for found in made]
+
+
+def tried(one: Callable[[Any], T], items: Iterable[Any]) -> tuple[list[T], list[str]]:
+    """What `one` makes of each item, and what is wrong with those of which it raises BadInput."""
+    made, problems = list[T](), list[str]()
+    for item in items:
+        try:
+            made.append(one(item))
+        except BadInput as error:
+            problems += error.lines
+    return made, problems
+
+
+Work = Callable[[int, Sequence[Any]], T]  # on some items, of which the first has this number
+
+
+def in_processes(work: Work[T], items: Sequence[Any], parts: Iterable[range]) -> Iterator[tuple[range, T]]:
+    """What `work` makes of parts of the items, a hundred at a time, in order, in as many processes as there are cores;
+    threads would wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    hundreds: Any = [part[i : i + 100] for part in parts for i in range(0, len(part), 100)]
+
+    def several(part: Any) -> T:  # forked processes take it over; it could not be sent to them
+        return work(part.start, items[part.start : part.stop])
+
+    made = DataLoader(hundreds, None, num_workers=cores, collate_fn=several, multiprocessing_context="fork")
+    yield from zip(hundreds, made, strict=True)
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -1,12 +1,11 @@
 """Where images come from. Each source gives arrays of bytes (or, of a table, floats), labels and the names of
-the classes; what is slow to read is decoded once, into files that are then mapped into memory."""
+the classes."""
 
 import hashlib
 import inspect
 import json
+import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -18,13 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcli import BadInput, BadKeys, code, failure
+from kdcli.cache import Array, Form, array_in, entry, fill, keep, room, written
 from kdcli.config import Data, nearest
-from kdcli.images import TESTS, Labelled, headers, in_processes, list_folder, list_images, open_image, to_bytes
+from kdcli.images import TESTS, Folder, Labelled, headers, list_folder, list_images
 from kdcli.runs import Facts
 
 MNIST = "12176aed4628b392"  # the beginning of its fingerprint
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-Array = NDArray[Any]
 
 
 class Found(NamedTuple):
@@ -70,9 +69,8 @@ def read_unlabelled(data: Data, found: Found, facts: Facts) -> Unlabelled:
         raise BadKeys(("data.size", what))
     with _of_key("unlabelled"):
         files, notes = list_images(Path(data.unlabelled or ""))
-        seen = [(str(file), *_written(file)) for file in files]
-        key = hashlib.sha256(json.dumps([facts.fingerprint, data.unlabelled, data.size, seen]).encode()).hexdigest()
-        folder = _entry(key[:16], lambda out: _unlabelled(data, found, facts, files, out))
+        key = _seen([facts.fingerprint, data.unlabelled, data.size], files)
+        folder = entry(key[:16], lambda out: _unlabelled(data, found, facts, files, out))
         about = json.loads((folder / "facts.json").read_text())
     x = np.load(folder / "x.npy", mmap_mode="c")
     return Unlabelled(x, about["fingerprint"], [*notes, *about["notes"]], folder / "files.json")
@@ -80,24 +78,22 @@ def read_unlabelled(data: Data, found: Found, facts: Facts) -> Unlabelled:
 
 def _unlabelled(data: Data, found: Found, facts: Facts, files: Sequence[Path], out: Path) -> None:
     """Decode image files that nobody labelled, and write what they are, to a folder."""
-    root, (channels, height, width) = data.unlabelled or "", facts.shape
+    root, (_, height, width) = data.unlabelled or "", facts.shape
     sizes = [] if data.size else [(one.width, one.height) for one in headers(files)]
     if odd := [i for i, size in enumerate(sizes) if size != (width, height)]:
         one = f"{files[odd[0]]} has {' x '.join(map(str, sizes[odd[0]]))}"
         what = f"training images have {width} x {height} pixels, unlike {len(odd):,} of the unlabelled: {one}"
         raise BadKeys(("data.size", f"is missing: {what}; such as size: {min(height, width)}"))
 
-    def sample(i: int) -> tuple[Image.Image, int]:
-        return open_image(files[i], data.size or 0), -1
-
-    _fill(out / "x.npy", len(files), sample, (width, height) if data.size else None, channels, root, facts.white)
+    room(out, root, len(files), facts.shape)
+    fill(out / "x.npy", files, Form(facts.shape, data.size, facts.white), root)
     x = np.load(out / "x.npy", mmap_mode="r")
     tested = [f"{data.folder}/{name}" for name in listed([found.listing])["test"]]
     pairs = duplicates(found.x_test, x)
     notes = _of_pairs(pairs, tested, [*map(str, files)], "among the unlabelled images too, pixel for pixel")
     _list(out, Path(root), unlabelled=files)
     digest = hashlib.sha256(json.dumps([x.shape, facts.white]).encode())
-    _keep(out, {"fingerprint": _hashed(digest, x), "notes": notes})
+    keep(out, {"fingerprint": _hashed(digest, x), "notes": notes})
 
 
 def listed(listings: Iterable[Path | None]) -> dict[str, list[str]]:
@@ -137,9 +133,16 @@ def _stamp(data: Data) -> str:
             raise BadKeys((f"data.{key}", f"there is no {'folder' if key == 'folder' else 'file'} {path}"))
     if data.folder:
         folder = list_folder(Path(data.folder))
-        seen = [(str(file), *_written(file)) for file, _ in (*folder.train, *folder.test)]
-        return hashlib.sha256(json.dumps([folder.classes, folder.notes, seen]).encode()).hexdigest()
-    return str(_written(Path(data.arrays))) if data.arrays else ""
+        return _seen([folder.classes, folder.notes], [file for file, _ in (*folder.train, *folder.test)])
+    return str(written(Path(data.arrays))) if data.arrays else ""
+
+
+def _seen(about: list[Any], files: Iterable[Path]) -> str:
+    """The hash of what tells files from others, and from what they were before."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for file in files:
+        digest.update(json.dumps([str(file), *written(file)]).encode())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=2)
@@ -150,57 +153,18 @@ def _read(how: str, stamp: str, root: Path, download: bool) -> tuple[Found, Fact
     elif data.function:
         found = _arrays(code.call(data.function), data.function)
     else:
-        return _kept(hashlib.sha256(f"{how} {stamp} {root.absolute()}".encode()).hexdigest()[:16], data, root, download)
+        there = root.absolute() if data.name else ""
+        return _kept(hashlib.sha256(f"{how} {stamp} {there}".encode()).hexdigest()[:16], data, root, download)
     return found._replace(notes=_of_duplicates(found)), _facts(found)
 
 
 def _kept(key: str, data: Data, root: Path, download: bool) -> tuple[Found, Facts]:
     """What a source holds, from the files that it was decoded into."""
-    folder = _entry(key, lambda out: _decode(data, root, download, out))
+    folder = entry(key, lambda out: _decode(data, root, download, out))
     about, listing = json.loads((folder / "facts.json").read_text()), folder / "files.json"
     facts = Facts.model_validate(about["facts"])
     more = {"white": facts.white, "notes": about["notes"], "listing": listing if listing.exists() else None}
     return _mapped(folder, facts.classes)._replace(**more), facts
-
-
-def _entry(key: str, make: Callable[[Path], None]) -> Path:
-    """The folder of the cache with what a source was decoded into; the first time, or where it is damaged, it is made.
-    Raises BadInput when it cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd")
-    folder = cache / key
-    if not _is_whole(folder):
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{key}.") as made:
-                (Path(made) / key).mkdir()
-                make(Path(made) / key)
-                shutil.rmtree(folder, ignore_errors=True)
-                (Path(made) / key).replace(folder)
-        except OSError as error:
-            where = f"decoded images go to {cache}; XDG_CACHE_HOME names another folder"
-            raise BadInput(f"{error.filename or cache}: {error.strerror}: {where}") from None
-    return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a source was decoded into a folder, and its files are those that were written."""
-    try:
-        written = json.loads((folder / "facts.json").read_text())["files"]
-        return bool(written) and all(_written(folder / name) == before for name, before in written.items())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return False
-
-
-def _keep(folder: Path, about: dict[str, Any]) -> None:
-    """Write, last of all, what the decoded images in a folder are, and what tells whether its files are whole."""
-    files = {file.name: _written(file) for file in folder.iterdir()}
-    (folder / "facts.json").write_text(json.dumps(about | {"files": files}))
-
-
-def _written(file: Path) -> list[int]:
-    """The size of a file and when it was written, which tell one that has changed without reading it."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
@@ -217,16 +181,24 @@ def _decode(data: Data, root: Path, download: bool, folder: Path) -> None:
     if data.name == "mnist" and not facts.fingerprint.startswith(MNIST):
         instead = "name the folder of MNIST with --data-dir or KD_DATA, or put its four files elsewhere"
         raise BadInput(f"{root}/MNIST/raw: these files are not MNIST's, which `name: mnist` means: {instead}")
-    _keep(folder, {"facts": facts.model_dump(), "notes": found.notes})
+    keep(folder, {"facts": facts.model_dump(), "notes": found.notes})
 
 
 def _facts(found: Found) -> Facts:
     """What the images are: their fingerprint, and the mean and standard deviation of each channel."""
     shape, white, x = found.x_train.shape, found.white, found.x_train
     digest = hashlib.sha256(json.dumps([found.classes, shape, found.x_test.shape, white]).encode())
-    parts, each = np.array_split(x, len(x) // 1_000 + 1), x.size // shape[1]
-    mean = sum(part.sum((0, 2, 3), np.float64) for part in parts) / each
-    std = np.sqrt(sum(np.square(part - mean[:, None, None]).sum((0, 2, 3)) for part in parts) / each)
+    each = x.size // shape[1]
+    if x.dtype == np.uint8:  # by how often each byte is there, since squares of images take ten times as long
+        values, counts = np.arange(256), np.zeros((shape[1], 256), np.int64)
+        for part in np.array_split(x, len(x) // 100 + 1):
+            counts += [np.bincount(part[:, c].ravel(), minlength=256) for c in range(shape[1])]
+        mean = counts @ values / each
+        std = np.sqrt((counts * np.square(values - mean[:, None])).sum(1) / each)
+    else:
+        parts = np.array_split(x, len(x) // 1_000 + 1)
+        mean = sum(part.sum((0, 2, 3), np.float64) for part in parts) / each
+        std = np.sqrt(sum(np.square(part - mean[:, None, None]).sum((0, 2, 3)) for part in parts) / each)
     std[std < 1e-6 * np.abs(mean)] = white  # a channel that is the same everywhere stays as it is
     return Facts(
         fingerprint=_hashed(digest, *(getattr(found, name) for name in ARRAYS)),
@@ -249,9 +221,11 @@ def _hashed(digest: Any, *arrays: Array) -> str:
 
 def duplicates(test: Array, others: Array) -> list[tuple[int, int]]:
     """The test images that lie among others too, pixel for pixel: positions in the one and the other."""
-    where = {hash(row.tobytes()): i for i, row in enumerate(others)}
-    pairs = [(j, where.get(hash(row.tobytes()), -1)) for j, row in enumerate(test)]
-    return [(j, i) for j, i in pairs if i >= 0 and np.array_equal(test[j], others[i])]
+    tested: dict[int, list[int]] = {}
+    for j, row in enumerate(test):
+        tested.setdefault(hash(row.tobytes()), []).append(j)
+    pairs = {j: i for i, row in enumerate(others) for j in tested.get(hash(row.tobytes()), ())}
+    return [(j, i) for j, i in sorted(pairs.items()) if np.array_equal(test[j], others[i])]
 
 
 def _of_duplicates(found: Found, test: Labelled = (), train: Labelled = ()) -> list[str]:
@@ -334,8 +308,7 @@ def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:
             return make(**ways[-1], **more)
 
         dataset = _downloaded(name, root, download, get)
-        labels = _of_dataset(dataset, name, data, folder / f"x_{part}.npy")
-        np.save(folder / f"y_{part}", labels)
+        labels = _of_dataset(dataset, name, data, folder, part)
         numbers = range(int(labels.max()) + 1)
         found = numbers if data.name == "mnist" else getattr(dataset, "classes", None) or numbers
         classes = classes or [str(c[0] if isinstance(c, tuple) else c) for c in found]
@@ -343,20 +316,26 @@ def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:
     return whole._replace(notes=_of_duplicates(whole))
 
 
-def _of_dataset(dataset: Any, name: str, data: Data, file: Path) -> Array:
-    """Decode the images of a dataset of torchvision's to a file; the labels."""
+def _of_dataset(dataset: Any, name: str, data: Data, folder: Path, part: str) -> Array:
+    """Decode the images of a part of a dataset of torchvision's into a folder; the labels."""
+    labels = array_in(folder / f"y_{part}.npy", np.int64, [len(dataset)])  # which the processes share
 
-    def sample(i: int) -> tuple[Image.Image, int]:
+    def image(i: int) -> Image.Image:
         try:
             image, label = dataset[i]
         except Exception as error:
             raise BadInput(f"{name}: image {i} cannot be read: {failure(error)}") from None
         if not isinstance(image, Image.Image) or not isinstance(label, int | np.integer):
             raise BadInput(f"{name} does not give an image and the number of its class")
-        return image, int(label)
+        labels[i] = label
+        return image
 
-    channels = data.channels or (1 if sample(0)[0].mode == "L" else 3)
-    return _fill(file, len(dataset), sample, _square(data.size), channels, name)
+    first = image(0)
+    size = (data.size, data.size) if data.size else (first.height, first.width)
+    form = Form([data.channels or (1 if first.mode == "L" else 3), *size], data.size)
+    room(folder, name, len(dataset), form.shape)
+    fill(folder / f"x_{part}.npy", range(len(dataset)), form, name, image)
+    return labels
 
 
 def _mapped(folder: Path, classes: list[str]) -> Found:
@@ -366,71 +345,53 @@ def _mapped(folder: Path, classes: list[str]) -> Found:
 
 
 def _folder(data: Data, out: Path) -> Found:
-    """A folder of image files (`list_folder`); without test images of their own, a share of every class is taken."""
-    folder = list_folder(Path(data.folder or ""))
-    train, test, notes = folder.train, folder.test, folder.notes
-    if test and data.test:
-        raise BadKeys(("data.test", f"{folder.path} has test images of its own: remove the key"))
-    if not test:
-        share = data.test or 0.2
-        held = set(stratified(np.array([c for _, c in train]), round(share * len(train)), folder.classes).tolist())
-        test = [one for i, one in enumerate(train) if i in held]
-        train = [one for i, one in enumerate(train) if i not in held]
-        notes = [f"The test images are a fixed {share:.0%} of every class of {folder.path}.", *notes]
-    channels = _common(data, [file for file, _ in (*train, *test)])
-    for part, files in (("train", train), ("test", test)):
-
-        def sample(i: int, files: Labelled = files) -> tuple[Image.Image, int]:
-            return open_image(files[i][0], data.size or 0), files[i][1]
-
-        labels = _fill(out / f"x_{part}.npy", len(files), sample, _square(data.size), channels, str(folder.path))
-        np.save(out / f"y_{part}", labels)
-    _list(out, folder.path, train=[file for file, _ in train], test=[file for file, _ in test])
+    """Decode a folder of image files."""
+    folder, shape = _chosen(data)
+    what, form = str(folder.path), Form(shape, data.size)
+    room(out, what, len(folder.train) + len(folder.test), shape)
+    for part, files in (("train", folder.train), ("test", folder.test)):
+        fill(out / f"x_{part}.npy", [file for file, _ in files], form, what)
+        np.save(out / f"y_{part}", np.array([label for _, label in files], np.int64))
+    _list(out, folder.path, train=[file for file, _ in folder.train], test=[file for file, _ in folder.test])
     found = _mapped(out, folder.classes)
-    return found._replace(notes=[*notes, *_of_duplicates(found, test, train)])
+    return found._replace(notes=[*folder.notes, *_of_duplicates(found, folder.test, folder.train)])
 
 
-def _common(data: Data, files: Sequence[Path]) -> int:
-    """The channels of image files: as asked for, else 1 where all are grey. Raises BadInput where one cannot be read,
-    BadKeys where they differ in size and none is asked for."""
-    found = headers(files)
-    sizes = {(one.width, one.height) for one in found}
+def _chosen(data: Data) -> tuple[Folder, list[int]]:
+    """A folder of image files (`list_folder`), and the shape of its images; without test images of their own, a share
+    of every class is taken. Raises BadInput where one cannot be read, BadKeys where they differ in size and none is
+    asked for."""
+    folder = list_folder(Path(data.folder or ""))
+    if folder.test and data.test:
+        raise BadKeys(("data.test", f"{folder.path} has test images of its own: remove the key"))
+    if not folder.test:
+        share, files = data.test or 0.2, folder.train
+        held = set(stratified(np.array([c for _, c in files]), round(share * len(files)), folder.classes).tolist())
+        train, test = ([one for i, one in enumerate(files) if (i in held) == tested] for tested in (False, True))
+        notes = [f"The test images are a fixed {share:.0%} of every class of {folder.path}.", *folder.notes]
+        folder = folder._replace(train=train, test=test, notes=notes)
+    found = headers([file for file, _ in (*folder.train, *folder.test)])
+    sizes = {(one.height, one.width) for one in found}
     if len(sizes) > 1 and not data.size:
         least, most = min(sizes, key=min), max(sizes, key=max)
-        between = f"from {least[0]} x {least[1]} to {most[0]} x {most[1]}"
+        between = f"from {least[1]} x {least[0]} to {most[1]} x {most[0]}"
         raise BadKeys(("data.size", f"is missing: the images have {len(sizes):,} sizes, {between}; such as size: 64"))
-    return data.channels or (1 if all(one.grey for one in found) else 3)
+    channels = data.channels or (1 if all(one.grey for one in found) else 3)
+    return folder, [channels, *((data.size, data.size) if data.size else sizes.pop())]
 
 
-def _square(side: int | None) -> tuple[int, int] | None:
-    return (side, side) if side else None
-
-
-def _fill(
-    file: Path,
-    count: int,
-    sample: Callable[[int], tuple[Image.Image, int]],
-    size: tuple[int, int] | None,
-    channels: int,
-    what: str,
-    white: int = 255,
-) -> Array:
-    """Decode so many images into a file of bytes [N, C, H, W]; the labels. Raises BadInput with those that are bad."""
-    first = to_bytes(sample(0)[0], size, channels, white)
-    out = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *first.shape))  # which the processes share
-
-    def one(i: int) -> int:
-        image, label = sample(i)
-        array = to_bytes(image, size, channels, white)
-        if array.shape != first.shape:
-            sizes = [f"{width} x {height}" for _, height, width in (array.shape, first.shape)]
-            raise BadInput(f"{what}: image {i} is {sizes[0]}, the first {sizes[1]}: set data.size")
-        out[i] = array
-        return label
-
-    labels = in_processes(one, count, f"{what}: decoding {count:,} images, once")
-    out.flush()
-    return np.array(labels, np.int64)
+def ahead(data: Data, data_dir: Path | None) -> tuple[int, int]:
+    """How many image files a `data` section decodes, and the bytes that they become. Raises BadInput."""
+    count, shape = 0, list[int]()
+    if data.folder:
+        with _of_key("folder"):
+            folder, shape = _chosen(data)
+        count = len(folder.train) + len(folder.test)
+    if data.unlabelled:
+        shape = shape or read(data, data_dir, download=False)[1].shape
+        with _of_key("unlabelled"):
+            count += len(list_images(Path(data.unlabelled))[0])
+    return count, count * math.prod(shape)
 
 
 def arrays_of(file: Path, alone: str = "an array without a name") -> dict[str, Array]:

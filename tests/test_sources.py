@@ -162,7 +162,7 @@ def test_a_truncated_file_is_named_and_of_many_the_first_ten(tmp_path: Path) -> 
     assert lines[0] == f"data.folder: {root}/train/cat/0.png: is damaged or no image"
     assert len(lines) == 11
     assert lines[-1] == "data.folder: and 20 more"
-    assert not list((tmp_path / "cache" / "kd").iterdir())  # nothing half done is kept
+    assert [file.suffix for file in (tmp_path / "cache" / "kd").iterdir()] == [".lock"]  # nothing half done is kept
 
 
 def test_one_class_alone_and_no_folder_are_refused(tmp_path: Path) -> None:
@@ -194,6 +194,15 @@ def test_test_images_that_lie_in_training_are_counted_and_named(tmp_path: Path) 
     (note,) = opened(root).notes
     assert note.startswith("2 test images lie in the training set too, pixel for pixel, 1 of them with another label: ")
     assert f"{root}/test/cat/0.png is {root}/train/cat/0.png" in note
+
+
+def test_duplicates_are_those_of_a_comparison_of_all_with_all() -> None:
+    """Of six bits an image, so that most are there several times: each test image with the last one like it."""
+    rng = np.random.default_rng(0)
+    for n, m in ((5, 9), (40, 30), (0, 3)):
+        test, others = (rng.integers(0, 2, (k, 1, 3, 2), np.uint8) for k in (n, m))
+        alike = {j: [i for i in range(m) if (test[j] == others[i]).all()] for j in range(n)}
+        assert sources.duplicates(test, others) == [(j, same[-1]) for j, same in alike.items() if same]
 
 
 # How files are decoded.
@@ -266,7 +275,7 @@ def test_a_second_start_decodes_nothing_and_a_changed_file_is_noticed(
     root = photos(tmp_path / "photos")
     first = opened(root)
     with monkeypatch.context() as patched:
-        patched.setattr(sources, "_fill", lambda *_: pytest.fail("decoded again"))
+        patched.setattr(sources, "fill", lambda *_: pytest.fail("decoded again"))
         sources._read.cache_clear()
         assert opened(root).facts == first.facts
     draw(root / "train" / "cat" / "0.png", (255, 255, 255))
@@ -518,7 +527,7 @@ def test_the_fingerprint_of_unlabelled_images_is_of_their_pixels_alone(tmp_path:
 def test_unlabelled_images_are_decoded_once_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Data(folder=str(photos(tmp_path / "photos")), unlabelled=str(alien(tmp_path / "more")))
     first = open_dataset(data)
-    monkeypatch.setattr(sources, "open_image", lambda *_: pytest.fail("was decoded again"))
+    monkeypatch.setattr(sources, "fill", lambda *_: pytest.fail("was decoded again"))
     again = open_dataset(data)
     assert first.unlabelled
     assert again.unlabelled

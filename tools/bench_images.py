@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from kdcli import nets, sources
+from kdcli import cache, nets, sources
 from kdcli.config import Data, Distill, Experiment, Model, Origin, Train
 from kdcli.data import Dataset, Split, open_dataset
 from kdcli.device import place, seeded
@@ -210,7 +210,7 @@ def prepare(folder: Path, count: int) -> None:
                 array[part] = draws.integers(0, 256, (len(part), 3, 32, 32), np.uint8)
             np.save(out / f"{name.replace('x', 'y')}.npy", np.arange(n) % 10)
         facts = FACTS.model_copy(update={"fingerprint": "0" * 64})
-        sources._keep(out, {"facts": facts.model_dump(), "notes": []})
+        cache.keep(out, {"facts": facts.model_dump(), "notes": []})
 
     with mock.patch.object(sources, "_decode", filled):
         open_dataset(Data(arrays=str((folder / "big.npz").absolute())))
