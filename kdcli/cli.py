@@ -18,6 +18,7 @@ from rich.filesize import decimal
 from typer import Argument, Option
 
 from kdcli import BadInput, Failed, __version__, counted, failure, show, usage, yamlfile
+from kdcli.cluster import Cluster, address
 from kdcli.config import LOSSES, STANDARDIZE, Experiment, Section
 from kdcli.runs import COMMANDS, TEACHERS, Listed, Places, Spec, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
@@ -44,9 +45,9 @@ RunOption = partial(Option, metavar="RUN", autocompletion=_names)
 
 # Which of the options of a Call a command has, in the order of its help.
 READING = ("data_dir", "runs_dir", "as_json", "debug")
-PROGRESS = ("quiet", "verbose")
+WORKING = ("on", "quiet", "verbose")
 DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
-TRAINING = ("epochs", *DESCRIBED, *PROGRESS)
+TRAINING = ("epochs", *DESCRIBED, *WORKING)
 ENSEMBLE = ("members", "average", *TRAINING)
 OMITTING = ("T", "lambda1", "lambda2", "teacher", "with_teacher", *TRAINING)
 DISTILLING = (*OMITTING, "baseline")
@@ -74,6 +75,7 @@ class Call:
     seed: Annotated[str | None, Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
     threads: Annotated[int | None, Option(help="CPU threads; left out: all cores for a run alone, else one.")] = None
     jobs: Annotated[int | None, Option(min=1, help="Runs at once, one thread each; left out: one per core.")] = None
+    on: Annotated[str | None, Option(metavar="ray|ADDRESS", help="Train on Ray: $RAY_ADDRESS, else its own.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     data_dir: Annotated[Path | None, Option(help="Where MNIST is or goes; left out: $KD_DATA, or data.")] = None
     runs_dir: Annotated[Path, Option(help="The folder of the run directories.")] = Path("runs")
@@ -87,6 +89,7 @@ class Call:
         if self.quiet and self.verbose:
             raise BadInput("-q -v: choose one of them")
         self.display = show.Display(self.quiet, self.verbose)
+        self.address = address(self.on) if self.on is not None else ""
         self.overrides = [yamlfile.parse_set(text) for text in self.sets or []]
         for option, key in KEYS.items():
             self.override(f"--{option}", getattr(self, option), key)
@@ -122,9 +125,9 @@ class Call:
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished; first of all read what was trained elsewhere, and say what speaks
         against it."""
-        from kdcli.engine import obtain
         from kdcli.estimate import cheaper
         from kdcli.plan import cautions, doubts, unfinished
+        from kdcli.work import obtain
 
         for line in cautions(work.jobs, work.planned, work.places):
             self.display.note(line)
@@ -132,14 +135,23 @@ class Call:
             self.display.note(line)
         elsewhere = [job for job in work.jobs if job.spec.imported]
         others = [job for job in work.jobs if not job.spec.imported]
-        threads, note = self.load().threads, self.display.note
+        experiment, note = self.load(), self.display.note
+        engine = self.jobs, self.cluster(experiment, work.places.device)
         try:
             for jobs in filter(None, (elsewhere, others)):
-                obtain(jobs, work.places, threads, self.jobs, self.display.epoch, note)
+                obtain(work, jobs, experiment.threads, engine, self.display.epoch, note)
                 for line in doubts(jobs, work.subject.expect, work.places) if others and jobs is elsewhere else ():
                     note(line)
         finally:
             self.display.close()
+
+    def cluster(self, experiment: Experiment, device: str) -> Cluster | None:
+        """Where --on says, with what of it each job takes: a GPU where this machine uses one, unless the file says."""
+        if not self.address:
+            return None
+        wanted, threads = experiment.resources, experiment.threads
+        gpus = float(device != "cpu") if wanted.gpus is None or self.device == "cpu" else wanted.gpus
+        return Cluster(self.address, wanted.cpus or threads or 1, gpus)
 
     def teachers(self, work: "Work") -> "tuple[Work, list[Job]]":
         """The work with the teachers that --with-teacher trains first, and the finished ones that it uses. Raises
@@ -350,7 +362,7 @@ def evaluate(
     call.display.note(f"next: kd report {call.retype()}")
 
 
-@command("run", (*DESCRIBED, *PROGRESS))
+@command("run", (*DESCRIBED, *WORKING))
 def run(
     call: Call, check: Annotated[bool, Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False
 ) -> None:
