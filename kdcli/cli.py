@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from typer import Argument, Option
 
-from kdcli import BadInput, Failed, __version__, counted, failure, show, usage, yamlfile
+from kdcli import BadInput, Failed, __version__, counted, failure, mirror, show, usage, yamlfile
 from kdcli.cluster import Cluster, address
 from kdcli.config import LOSSES, STANDARDIZE, Experiment, Section
 from kdcli.runs import COMMANDS, TEACHERS, Listed, Places, Spec, dependents, find_folder, remove, survey
@@ -44,7 +44,7 @@ NameArgument = partial(Argument, autocompletion=_names)
 RunOption = partial(Option, metavar="RUN", autocompletion=_names)
 
 # Which of the options of a Call a command has, in the order of its help.
-READING = ("data_dir", "runs_dir", "as_json", "debug")
+READING = ("data_dir", "runs_at", "as_json", "debug")
 WORKING = ("on", "quiet", "verbose")
 DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
 TRAINING = ("epochs", *DESCRIBED, *WORKING)
@@ -78,7 +78,7 @@ class Call:
     on: Annotated[str | None, Option(metavar="ray|ADDRESS", help="Train on Ray: $RAY_ADDRESS, else its own.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     data_dir: Annotated[Path | None, Option(help="Where MNIST is or goes; left out: $KD_DATA, or data.")] = None
-    runs_dir: Annotated[Path, Option(help="The folder of the run directories.")] = Path("runs")
+    runs_at: Annotated[str, Option("--runs-dir", help="The folder of the runs, or s3://BUCKET/FOLDER.")] = "runs"
     as_json: Annotated[bool, Option("--json", help="Print one JSON document on stdout.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
     debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False
@@ -89,6 +89,10 @@ class Call:
         if self.quiet and self.verbose:
             raise BadInput("-q -v: choose one of them")
         self.display = show.Display(self.quiet, self.verbose)
+        self.runs_dir = mirror.folder(self.runs_at)
+        self.remote = self.runs_at if mirror.elsewhere(self.runs_at) else ""
+        if self.remote:
+            mirror.pull(self.remote)
         self.address = address(self.on) if self.on is not None else ""
         self.overrides = [yamlfile.parse_set(text) for text in self.sets or []]
         for option, key in KEYS.items():
@@ -109,7 +113,7 @@ class Call:
     def places(self) -> Places:
         from kdcli.device import select_device
 
-        return Places(self.runs_dir, self.data_dir, str(select_device(self.device)))
+        return Places(self.runs_dir, self.data_dir, str(select_device(self.device)), remote=self.remote)
 
     def prepare(self) -> "Work":
         """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
@@ -229,6 +233,8 @@ class Call:
         summary = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
         files = write_report(summary, work.dataset, work.places, work.folder, figures)
+        if self.remote:
+            mirror.send(self.remote, work.folder)
         self.display.note(f"wrote {work.folder}: {', '.join(str(file.relative_to(work.folder)) for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
@@ -283,7 +289,7 @@ class Call:
 
     def where(self) -> list[str]:
         """The words that name the runs folder, unless it is the usual one."""
-        return ["--runs-dir", str(self.runs_dir)] if self.runs_dir != Path("runs") else []
+        return ["--runs-dir", self.runs_at] if self.runs_at != "runs" else []
 
 
 def command(
@@ -486,7 +492,7 @@ def predict_(
             note(f"{image.image}: is read as lighter than its ground; try it with{'out' if invert else ''} --invert")
 
 
-@command("runs", ("runs_dir", "as_json", "debug"))
+@command("runs", ("runs_at", "as_json", "debug"))
 def runs(
     call: Call,
     rm: Annotated[Literal["rm"] | None, Argument(help="Remove runs, unless others were made from them.")] = None,
@@ -507,7 +513,7 @@ def runs(
         return {"name": one.run, "errors": errors, "age": one.age_s, "size": -one.bytes_}[sort]
 
     listed = [one for one in survey(call.runs_dir) if match.lower() in f"{one.run} {one.status}".lower()]
-    if call.runs_dir != Path("runs") and not call.runs_dir.is_dir():
+    if call.runs_at != "runs" and not call.runs_dir.is_dir():
         raise BadInput(f"--runs-dir {call.runs_dir}: there is no such folder")
     listed.sort(key=rank)
     call.present({"command": "runs", "runs": listed}, show.runs_table(listed))
@@ -531,6 +537,8 @@ def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> Non
     if not yes and not typer.confirm("Remove them?", err=True):
         return note("nothing was removed")
     remove(sorted(folders, key=lambda folder: folder.parent.name in TEACHERS))
+    for name in chosen if call.remote else ():
+        mirror.remove(call.remote, name)
     note(f"removed {counted(len(chosen), 'run')}")
 
 

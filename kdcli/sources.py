@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdcli import BadInput, BadKeys, code, failure
+from kdcli import BadInput, BadKeys, cache_folder, code, failure
 from kdcli.config import Data, nearest
 from kdcli.images import TESTS, Labelled, headers, in_processes, list_folder, list_images, open_image, to_bytes
 from kdcli.runs import Facts
@@ -166,7 +166,7 @@ def _kept(key: str, data: Data, root: Path, download: bool) -> tuple[Found, Fact
 def _entry(key: str, make: Callable[[Path], None]) -> Path:
     """The folder of the cache with what a source was decoded into; the first time, or where it is damaged, it is made.
     Raises BadInput when it cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd")
+    cache = cache_folder()
     folder = cache / key
     if not _is_whole(folder):
         try:

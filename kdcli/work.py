@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcli import BadInput, Failed, results, yamlfile
+from kdcli import BadInput, Failed, mirror, results, yamlfile
 from kdcli.cluster import Cluster
 from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
@@ -113,6 +113,8 @@ def obtain(work: Work, jobs: Sequence[Job], threads: int | None, engine: Engine,
         return run_all(missing, *share(missing.values(), places, threads, at_once), tell, note)
     there = places._replace(runs_dir=places.runs_dir.absolute(), device="cuda" if cluster.gpus else "cpu")
     run_all(missing, there._replace(threads=threads or cluster.cpus), at_once or len(missing), tell, note, cluster)
+    if places.remote:
+        mirror.pull(places.remote)
     if lost := unfinished(jobs, places):
         raise Failed(f"{lost[0].name}: was trained, but not in {there.runs_dir}: --runs-dir must name a shared folder")
 

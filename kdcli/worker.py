@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
-from kdcli import BadInput, failure
+from kdcli import BadInput, failure, mirror
 from kdcli.runs import Places, Run, Spec
 from kdcli.train import Note, Tell, train
 
@@ -26,7 +26,8 @@ class Ended(NamedTuple):
 def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
     """Train one run; what goes wrong is told, not raised."""
     try:
-        train(spec, places, tell, note)
+        with mirror.mirrored(spec, places, tell) as told:
+            train(spec, places, told, note)
     except BadInput as error:
         return Ended(spec.name, error.lines, bad_input=True)
     except Exception as error:  # somebody's own code may raise anything; the next run may do better
@@ -40,6 +41,8 @@ def task(spec: Spec, places: Places, messages: Any, argv: list[str], folder: str
     sys.argv = argv
     with suppress(OSError):  # a folder that this node lacks
         os.chdir(folder)
+    if places.remote:
+        places = places._replace(runs_dir=mirror.folder(places.remote))
     while again and Run(places.runs_dir, spec).status() == "running":
         time.sleep(0.5)
     return attempt(spec, places, lambda *epoch: messages.put(epoch), messages.put)

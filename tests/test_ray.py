@@ -40,7 +40,7 @@ def cluster() -> Iterator[Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     yield cluster
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
@@ -50,6 +50,22 @@ def second(cluster: Any) -> Iterator[Any]:
     yield node
     with contextlib.suppress(ValueError):
         cluster.remove_node(node)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The address of a bucket of a real S3 server on this machine, for processes that are started from here on."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(key, "test")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        pytest.importorskip("s3fs").S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
 
 
 def fast(patch: pytest.MonkeyPatch) -> None:
@@ -218,3 +234,9 @@ def test_an_extra_that_is_missing_is_named(kd: Shell, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "ray", None)
     done = kd_here(kd.folder, "train-teacher", "tiny.yaml", "--on", "ray")
     assert (done.code, done.err) == (2, "ray is not installed: pip install 'kdcli[ray]'\n")
+
+
+def test_a_runs_folder_in_a_bucket_is_one_for_nodes_that_share_nothing(
+    tmp_path: Path, cluster: Any, bucket: str, alone: dict[str, bytes]
+) -> None:
+    """Each node has a cache of its own; the first one has the driver's too. One of them is lost."""
