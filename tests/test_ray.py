@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,23 @@ class Dying(Failing):
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def bucket() -> Iterator[dict[str, str]]:
+    """The variables with which a real S3 server on this machine is reached, in which s3://bucket is."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    variables |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in variables.items():
+            patch.setenv(key, value)
+        pytest.importorskip("s3fs").S3FileSystem().mkdir("bucket")
+        yield variables
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: dict[str, str]) -> Iterator[Any]:
     """A node, to which tests add another; what is told of Ray's use goes nowhere."""
     from ray.cluster_utils import Cluster
 
@@ -50,22 +67,6 @@ def second(cluster: Any) -> Iterator[Any]:
     yield node
     with contextlib.suppress(ValueError):
         cluster.remove_node(node)
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The address of a bucket of a real S3 server on this machine, for processes that are started from here on."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(key, "test")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        pytest.importorskip("s3fs").S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
 
 
 def fast(patch: pytest.MonkeyPatch) -> None:
@@ -236,7 +237,51 @@ def test_an_extra_that_is_missing_is_named(kd: Shell, monkeypatch: pytest.Monkey
     assert (done.code, done.err) == (2, "ray is not installed: pip install 'kdcli[ray]'\n")
 
 
-def test_a_runs_folder_in_a_bucket_is_one_for_nodes_that_share_nothing(
-    tmp_path: Path, cluster: Any, bucket: str, alone: dict[str, bytes]
+def in_cache(cache: Path, variables: dict[str, str], patch: pytest.MonkeyPatch) -> None:
+    fast(patch)
+    for key, value in {**variables, "XDG_CACHE_HOME": str(cache)}.items():
+        patch.setenv(key, value)
+
+
+def test_a_bucket_is_one_runs_folder_for_nodes_that_share_none(
+    kd: Shell, bucket: dict[str, str], cluster: Any, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each node has a cache of its own; the first one has the driver's too. One of them is lost."""
+    """Each has a cache of its own, the driver too; one of them is lost."""
+    nodes = [cluster.add_node(**NODE, env_vars={"XDG_CACHE_HOME": str(kd.folder / name)}) for name in ("a", "b")]
+    there, s3 = (
+        ["--runs-dir", "s3://bucket/some/runs"],
+        pytest.importorskip("s3fs").S3FileSystem(use_listings_cache=False),
+    )
+    words, here = [*LONG, "--on", cluster.address, *there], partial(in_cache, kd.folder / "driver", bucket)
+    try:
+        with Forked(kd.folder, words, here) as process:
+            wait_until(lambda: len(s3.glob("bucket/some/runs/*/*/*/state")) == 2)
+            nodes[0].kill_raylet()
+            nodes[1].kill_raylet()
+            done = finish(process)
+    finally:
+        for node in nodes:
+            cluster.remove_node(node)
+    assert done.code == 0, done.err
+    assert ": continued after epoch " in done.err
+    assert "restarted" not in done.err
+    names = [name.rpartition("/")[0] for name in alone]
+    kept = [
+        "config.yaml",
+        "environment.json",
+        "logits.safetensors",
+        "metrics.jsonl",
+        "result.json",
+        "weights.safetensors",
+    ]
+    for name in names:
+        found = [path.rpartition("/")[2] for path in s3.find(f"bucket/some/runs/{name}")]
+        assert [file for file in found if "tfevents" not in file] == kept
+        assert s3.cat_file(f"bucket/some/runs/{name}/weights.safetensors") == alone[f"{name}/weights.safetensors"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kd.folder / "another"))
+    listed = kd_here(kd.folder, "runs", "--json", *there).json["runs"]
+    assert sorted((run["run"], run["status"]) for run in listed) == sorted((name, "completed") for name in names)
+    assert kd_here(kd.folder, "runs", "rm", "--yes", names[0], *there).code == 0
+    with Forked(kd.folder, ["runs", "--json", *there], here) as process:  # which had it
+        done = finish(process)
+    assert [run["run"] for run in done.json["runs"]] == names[1:]
