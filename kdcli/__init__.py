@@ -1,5 +1,8 @@
 """kd: knowledge distillation experiments from one YAML file (Hinton, Vinyals and Dean, arXiv:1503.02531)."""
 
+import os
+from pathlib import Path
+
 __version__ = "0.2.0"
 
 
@@ -26,6 +29,11 @@ class Failed(RuntimeError):
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+def cache_folder() -> Path:
+    """Where kd keeps what it can make or fetch anew."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd")
 
 
 def counted(n: int, what: str) -> str:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,28 +24,24 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress
 
-from kdcli import BadInput, counted, failure
+from kdcli import BadInput, cache_folder, counted
+from kdcli.cluster import Cluster
 from kdcli.images import T, Work, in_processes, open_image, refuse, to_bytes
 
 SHARD = 10_000  # images that an interrupted kd decodes anew, at most; a task on a cluster
 Array = NDArray[Any]
 
 
-def place() -> Path:
-    """The folder of the cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd").absolute()
-
-
 def free() -> str:
     """Where the cache lies, and the room there."""
-    there = next(folder for folder in (place(), *place().parents) if folder.exists())
-    return f"in {place()}, where {decimal(shutil.disk_usage(there).free)} are free"
+    there = next(folder for folder in (cache_folder(), *cache_folder().parents) if folder.exists())
+    return f"in {cache_folder()}, where {decimal(shutil.disk_usage(there).free)} are free"
 
 
 def entry(key: str, make: Callable[[Path], None]) -> Path:
     """The folder of the cache with what a source was decoded into; the first time, or where it is damaged, it is made,
     aside, where an interrupted kd left what the next one goes on with. Raises BadInput when it cannot be written."""
-    cache = place()
+    cache = cache_folder()
     folder, aside = cache / key, cache / f"{key}.part"
     if _is_whole(folder):
         return folder
@@ -207,26 +202,14 @@ CLUSTER: ContextVar[Any] = ContextVar("CLUSTER", default=None)  # ray, while ima
 
 @contextmanager
 def on_ray(address: str) -> Iterator[None]:
-    """Image files that are decoded in the body are so on the nodes of a Ray cluster, which share the folders; `ray`:
-    that of RAY_ADDRESS, or one of our own. Raises BadInput where there is none."""
-    from kdcli.imports import library
-
-    ray, where = library("ray"), os.environ.get("RAY_ADDRESS") or "local" if address == "ray" else address
-    local = {"include_dashboard": False, "object_store_memory": 80_000_000} if where == "local" else {}
-    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_USAGE_STATS_ENABLED": "0"}
-    try:
-        if where != "local":  # where nothing listens Ray would try for minutes
-            host, _, port = where.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), 5).close()
-        ray.init(where, runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="ERROR", **local)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"--on {address}: no Ray cluster answers there: {failure(error)}") from None
-    before = CLUSTER.set(ray)
-    try:
-        yield
-    finally:
-        CLUSTER.reset(before)
-        ray.shutdown()
+    """Image files that are decoded in the body are so on the nodes of a Ray cluster, which share the folders. Raises
+    BadInput where no cluster answers."""
+    with Cluster(address).connected() as (ray, _):
+        before = CLUSTER.set(ray)
+        try:
+            yield
+        finally:
+            CLUSTER.reset(before)
 
 
 def on_cluster(ray: Any, work: Work[T], items: Sequence[Any], parts: Iterable[range]) -> Iterator[tuple[range, T]]:

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from typer import Argument, Option
 
-from kdcli import BadInput, Failed, __version__, counted, failure, show, usage, yamlfile
+from kdcli import BadInput, Failed, __version__, counted, failure, mirror, show, usage, yamlfile
+from kdcli.cluster import Cluster, address
 from kdcli.config import LOSSES, STANDARDIZE, Experiment, Section
 from kdcli.runs import COMMANDS, TEACHERS, Listed, Places, Spec, dependents, find_folder, remove, survey
 from kdcli.yamlfile import Override
@@ -45,10 +46,10 @@ NameArgument = partial(Argument, autocompletion=_names)
 RunOption = partial(Option, metavar="RUN", autocompletion=_names)
 
 # Which of the options of a Call a command has, in the order of its help.
-READING = ("data_dir", "runs_dir", "as_json", "debug")
-PROGRESS = ("quiet", "verbose")
+READING = ("data_dir", "runs_at", "as_json", "debug")
+WORKING = ("on", "quiet", "verbose")
 DESCRIBED = ("experiment", "sets", "seed", "threads", "jobs", "device", "dry_run", *READING)
-TRAINING = ("epochs", *DESCRIBED, *PROGRESS)
+TRAINING = ("epochs", *DESCRIBED, *WORKING)
 ENSEMBLE = ("members", "average", *TRAINING)
 OMITTING = ("T", "lambda1", "lambda2", "teacher", "with_teacher", *TRAINING)
 DISTILLING = (*OMITTING, "baseline")
@@ -76,9 +77,10 @@ class Call:
     seed: Annotated[str | None, Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
     threads: Annotated[int | None, Option(help="CPU threads; left out: all cores for a run alone, else one.")] = None
     jobs: Annotated[int | None, Option(min=1, help="Runs at once, one thread each; left out: one per core.")] = None
+    on: Annotated[str | None, Option(metavar="ray|ADDRESS", help="Work on Ray: $RAY_ADDRESS, else its own.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     data_dir: Annotated[Path | None, Option(help="Where MNIST is or goes; left out: $KD_DATA, or data.")] = None
-    runs_dir: Annotated[Path, Option(help="The folder of the run directories.")] = Path("runs")
+    runs_at: Annotated[str, Option("--runs-dir", help="The folder of the runs, or s3://BUCKET/FOLDER.")] = "runs"
     as_json: Annotated[bool, Option("--json", help="Print one JSON document on stdout.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
     debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False
@@ -89,6 +91,11 @@ class Call:
         if self.quiet and self.verbose:
             raise BadInput("-q -v: choose one of them")
         self.display = show.Display(self.quiet, self.verbose)
+        self.runs_dir = mirror.folder(self.runs_at)
+        self.remote = self.runs_at if mirror.elsewhere(self.runs_at) else ""
+        if self.remote:
+            mirror.pull(self.remote)
+        self.address = address(self.on) if self.on is not None else ""
         self.overrides = [yamlfile.parse_set(text) for text in self.sets or []]
         for option, key in KEYS.items():
             self.override(f"--{option}", getattr(self, option), key)
@@ -108,7 +115,7 @@ class Call:
     def places(self) -> Places:
         from kdcli.device import select_device
 
-        return Places(self.runs_dir, self.data_dir, str(select_device(self.device)))
+        return Places(self.runs_dir, self.data_dir, str(select_device(self.device)), remote=self.remote)
 
     def prepare(self) -> "Work":
         """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
@@ -124,9 +131,9 @@ class Call:
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished; first of all read what was trained elsewhere, and say what speaks
         against it."""
-        from kdcli.engine import obtain
         from kdcli.estimate import cheaper
         from kdcli.plan import cautions, doubts, unfinished
+        from kdcli.work import obtain
 
         for line in cautions(work.jobs, work.planned, work.places):
             self.display.note(line)
@@ -134,14 +141,23 @@ class Call:
             self.display.note(line)
         elsewhere = [job for job in work.jobs if job.spec.imported]
         others = [job for job in work.jobs if not job.spec.imported]
-        threads, note = self.load().threads, self.display.note
+        experiment, note = self.load(), self.display.note
+        engine = self.jobs, self.cluster(experiment, work.places.device)
         try:
             for jobs in filter(None, (elsewhere, others)):
-                obtain(jobs, work.places, threads, self.jobs, self.display.epoch, note)
+                obtain(work, jobs, experiment.threads, engine, self.display.epoch, note)
                 for line in doubts(jobs, work.subject.expect, work.places) if others and jobs is elsewhere else ():
                     note(line)
         finally:
             self.display.close()
+
+    def cluster(self, experiment: Experiment, device: str) -> Cluster | None:
+        """Where --on says, with what of it each job takes: a GPU where this machine uses one, unless the file says."""
+        if not self.address:
+            return None
+        wanted, threads = experiment.resources, experiment.threads
+        gpus = float(device != "cpu") if wanted.gpus is None or self.device == "cpu" else wanted.gpus
+        return Cluster(self.address, wanted.cpus or threads or 1, gpus)
 
     def teachers(self, work: "Work") -> "tuple[Work, list[Job]]":
         """The work with the teachers that --with-teacher trains first, and the finished ones that it uses. Raises
@@ -219,6 +235,8 @@ class Call:
         summary = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
         files = write_report(summary, work.dataset, work.places, work.folder, figures)
+        if self.remote:
+            mirror.send(self.remote, work.folder)
         self.display.note(f"wrote {work.folder}: {', '.join(str(file.relative_to(work.folder)) for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
@@ -275,7 +293,7 @@ class Call:
 
     def where(self) -> list[str]:
         """The words that name the runs folder, unless it is the usual one."""
-        return ["--runs-dir", str(self.runs_dir)] if self.runs_dir != Path("runs") else []
+        return ["--runs-dir", self.runs_at] if self.runs_at != "runs" else []
 
 
 def command(
@@ -357,7 +375,7 @@ def evaluate(
         call.display.note(f"next: kd report {call.retype()}")
 
 
-@command("run", (*DESCRIBED, *PROGRESS))
+@command("run", (*DESCRIBED, *WORKING))
 def run(
     call: Call, check: Annotated[bool, Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False
 ) -> None:
@@ -482,7 +500,7 @@ def predict_(
             note(f"{image.image}: is read as lighter than its ground; try it with{'out' if invert else ''} --invert")
 
 
-@command("runs", ("runs_dir", "as_json", "debug"))
+@command("runs", ("runs_at", "as_json", "debug"))
 def runs(
     call: Call,
     rm: Annotated[Literal["rm"] | None, Argument(help="Remove runs, unless others were made from them.")] = None,
@@ -503,7 +521,7 @@ def runs(
         return {"name": one.run, "errors": errors, "age": one.age_s, "size": -one.bytes_}[sort]
 
     listed = [one for one in survey(call.runs_dir) if match.lower() in f"{one.run} {one.status}".lower()]
-    if call.runs_dir != Path("runs") and not call.runs_dir.is_dir():
+    if call.runs_at != "runs" and not call.runs_dir.is_dir():
         raise BadInput(f"--runs-dir {call.runs_dir}: there is no such folder")
     listed.sort(key=rank)
     call.present({"command": "runs", "runs": listed}, show.runs_table(listed) if listed else "0 runs")
@@ -527,6 +545,8 @@ def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> Non
     if not yes and not typer.confirm("Remove them?", err=True):
         return note("nothing was removed")
     remove(sorted(folders, key=lambda folder: folder.parent.name in TEACHERS))
+    for name in chosen if call.remote else ():
+        mirror.remove(call.remote, name)
     note(f"removed {counted(len(chosen), 'run')}")
 
 
@@ -545,14 +565,13 @@ def init(
     print(experiment_file(folder, teacher, student, call.places()), end="")
 
 
-@command("cache", ("sets", "data_dir", "as_json", "dry_run", "debug"))
+@command("cache", ("sets", "on", "data_dir", "as_json", "dry_run", "debug"))
 def cache(
     call: Call,
     of: Annotated[str, NameArgument(metavar="FOLDER|EXPERIMENT", help="Of images; or whose data section names one.")],
     size: Annotated[int | None, Option(help="Pixels of the shorter side (data.size).")] = None,
     channels: Annotated[int | None, Option(help="1 or 3 (data.channels).")] = None,
     test: Annotated[float | None, Option(help="Share of a folder without test images (data.test).")] = None,
-    on: Annotated[str, Option(metavar="ray|HOST:PORT", help="Decode on a Ray cluster that shares the folders.")] = "",
 ) -> None:
     """Decode image files ahead, as the first start of an experiment does: kd cache photos --size 64."""
     if is_folder := os.path.isdir(of):
@@ -572,7 +591,7 @@ def cache(
         if call.dry_run:
             document["images"], document["bytes"] = images, taken = ahead(data, call.data_dir)
             return call.present(document, f"{counted(images, 'image')}, {decimal(taken)} decoded, {free()}")
-        with on_ray(on) if on else nullcontext():
+        with on_ray(call.address) if call.address else nullcontext():
             dataset = open_dataset(data, call.data_dir)
     for line in dataset.notes:
         call.display.note(line)

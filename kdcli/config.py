@@ -571,12 +571,24 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[list[Seed], OneOrMore, Field(min_length=1)]
 
 
+class Resources(Section):
+    """What each training takes of a Ray cluster (`--on`); no result depends on it."""
+
+    cpus: int | None = Field(None, ge=1, le=4096, description="left out: as many as threads, or one")
+    gpus: float | None = Field(None, ge=0, le=1024, description="left out: one where kd itself would use one")
+
+    def _contradictions(self) -> Iterator[tuple[str, str]]:
+        if (self.gpus or 0) > 1 and self.gpus != int(self.gpus or 0):
+            yield "gpus", f"must be a fraction of one, or a whole number, not {self.gpus:g}"
+
+
 class Experiment(Section):
     """One experiment; `seed` may be a number or a list of different ones."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="of the runs' folder")
     seed: Seeds = [0]
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; left out: all cores")
+    resources: Resources = Resources()
     data: Data
     teacher: TeacherSection
     ensemble: Ensemble | None = None
@@ -613,7 +625,7 @@ class Experiment(Section):
             if row not in self.table:
                 yield f"{section}.{row}", f"is not a row of this experiment{nearest(row, self.table)}"
         for key in self.grid:
-            if key.split(".")[0] in ("name", "seed", "threads", "expect", "paper", "grid") or key in FIXED:
+            if key.split(".")[0] in ("name", "seed", "threads", "resources", "expect", "paper", "grid") or key in FIXED:
                 yield f"grid.{key}", "cannot vary within one experiment"
             if inside := [other for other in self.grid if other.startswith(f"{key}.")]:
                 yield f"grid.{inside[0]}", f"lies within {key}, which varies too: keep one of them"

@@ -1,4 +1,4 @@
-"""Where runs are trained: one after another in this process, or several at once in single-threaded processes.
+"""Where runs are trained: one after another in this process, several at once in single-threaded processes, or on Ray.
 
 Two single-threaded processes finish more work than one process with two threads. A worker is told specs and tells how
 they go through a pipe of its own, so that a `print` in somebody's code is no message; all else is in the run
@@ -8,53 +8,20 @@ directories.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, NamedTuple
+from multiprocessing.connection import wait
+from typing import Any
 
 from kdcli import BadInput, Failed, failure
-from kdcli.plan import Job, distinct, unfinished, usable
+from kdcli.cluster import Cluster
 from kdcli.runs import Places, Spec
-from kdcli.train import Note, Tell, train
+from kdcli.train import Note, Tell
+from kdcli.worker import Ended, attempt, task
 
-
-class Ended(NamedTuple):
-    """A run that is finished, or what went wrong: lines, which name the run unless the input was bad."""
-
-    run: str
-    problem: tuple[str, ...] = ()
-    bad_input: bool = False
-
-
-def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
-    """Train one run; what goes wrong is told, not raised."""
-    try:
-        train(spec, places, tell, note)
-    except BadInput as error:
-        return Ended(spec.name, error.lines, bad_input=True)
-    except Exception as error:  # somebody's own code may raise anything; the next run may do better
-        return Ended(spec.name, (f"{spec.name}: {failure(error)}",))
-    return Ended(spec.name)
-
-
-def obtain(
-    jobs: Sequence[Job], places: Places, threads: int | None, at_once: int | None, tell: Tell, note: Note
-) -> None:
-    """Train the jobs that are not finished; of those that are, check that they can be used, and say so.
-
-    A run alone works with `places`, several at once with a thread each, or `threads`."""
-    missing = {run.name: run.spec for run in unfinished(jobs, places)}
-    finished = [job.spec for job in distinct(jobs) if job.spec.name not in missing]
-    for spec in finished:
-        usable(places.open(spec.name), spec, "shown")
-    if finished:
-        more = f" and {len(finished) - 1} more" if len(finished) > 1 else ""
-        note(f"{finished[0].name}{more}: finished before")
-    run_all(missing, *share(missing.values(), places, threads, at_once), tell, note)
+Ready = Callable[[], Spec | None]
+Hear = Callable[[Any], None]  # a line to note, or an epoch to tell
 
 
 def share(missing: Iterable[Spec], places: Places, threads: int | None, at_once: int | None) -> tuple[Places, int]:
@@ -65,7 +32,9 @@ def share(missing: Iterable[Spec], places: Places, threads: int | None, at_once:
     return (places if at_once == 1 else places._replace(threads=threads or 1)), at_once
 
 
-def run_all(waiting: dict[str, Spec], places: Places, at_once: int, tell: Tell, note: Note) -> None:
+def run_all(
+    waiting: dict[str, Spec], places: Places, at_once: int, tell: Tell, note: Note, cluster: Cluster | None = None
+) -> None:
     """Train specs, each after those among them that it is made from, and take them out. One that fails takes no other
     down but those that need it: when all have ended, raises what went wrong, BadInput where the input was wrong for
     each, else Failed."""
@@ -76,8 +45,12 @@ def run_all(waiting: dict[str, Spec], places: Places, at_once: int, tell: Tell, 
         found = next((spec for spec in waiting.values() if unfinished.isdisjoint(spec.parents)), None)
         return waiting.pop(found.name) if found else None
 
+    def hear(message: Any) -> None:
+        note(message) if isinstance(message, str) else tell(*message)
+
     here = (attempt(spec, places, tell, note) for spec in iter(ready, None))
-    for ended in _in_processes(ready, places, at_once, tell, note) if at_once > 1 else here:
+    several = _in_processes(ready, places, at_once, hear) if at_once > 1 else here
+    for ended in _on_ray(ready, places, at_once, hear, cluster) if cluster else several:
         if ended.problem:
             problems.append(ended)  # never finished: what is made from it never gets ready
         else:
@@ -96,14 +69,11 @@ class _Worker:
     def __init__(self, places: Places) -> None:
         self.connection, theirs = Pipe()
         # -P and our own path: a file in the user's folder may be called random.py, or that folder hold another kd
-        same = f"import sys; sys.path[:] = {sys.path!r}; from kdcli.engine import main; main()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", same, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what somebody's code prints
-            process_group=0,  # a Ctrl-C is for this process, which ends them
-        )
+        same = f"import sys; sys.path[:] = {sys.path!r}; from kdcli.worker import main; main()"
+        command = [sys.executable, "-P", "-c", same, str(theirs.fileno())]
+        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2}  # 2: what somebody's code prints
+        # a group of its own: a Ctrl-C is for this process, which ends them
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], process_group=0, **quiet)
         theirs.close()
         self.connection.send((sys.argv, places))
 
@@ -113,7 +83,7 @@ class _Worker:
             self.connection.send(spec)
 
     def receive(self) -> Any:
-        """The next message: a line to note, an epoch to tell, or how the run ended, also of a process that died."""
+        """The next message, or how the run ended, also of a process that died."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
@@ -121,9 +91,7 @@ class _Worker:
             return Ended(name, (f"{name}: its process ended with exit code {self.process.wait()}",))
 
 
-def _in_processes(
-    ready: Callable[[], Spec | None], places: Places, at_once: int, tell: Tell, note: Note
-) -> Iterator[Ended]:
+def _in_processes(ready: Ready, places: Places, at_once: int, hear: Hear) -> Iterator[Ended]:
     """Train up to so many runs at once, each as soon as it is ready."""
     idle, busy = list[_Worker](), dict[Any, _Worker]()
     try:
@@ -141,10 +109,8 @@ def _in_processes(
                     del busy[connection]
                     idle += [worker] if worker.process.poll() is None else []
                     yield message
-                elif isinstance(message, str):
-                    note(message)
                 else:
-                    tell(*message)
+                    hear(message)
     finally:
         for worker in (*idle, *busy.values()):
             worker.process.terminate()
@@ -152,24 +118,31 @@ def _in_processes(
             worker.connection.close()
 
 
-def main() -> None:
-    """A worker: trains what it is told until the process that started it closes the pipe, or dies."""
-    connection, specs = Connection(int(sys.argv[1])), SimpleQueue[Spec]()
-    sys.argv, places = connection.recv()  # for the record of where a run was made
-
-    def listen() -> None:
-        while True:
-            try:
-                specs.put(connection.recv())
-            except (EOFError, OSError):
-                os._exit(1)
-
-    def send(message: Any) -> None:
+def _on_ray(ready: Ready, places: Places, at_once: int, hear: Hear, cluster: Cluster) -> Iterator[Ended]:
+    """Train up to so many runs at once as tasks of a Ray cluster; one whose node is lost goes on elsewhere."""
+    with cluster.connected() as (ray, messages):
+        ours = {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus, "max_retries": 0}  # those of code that crashes too
+        job, tasks, lost = ray.remote(task).options(**ours), dict[Any, Spec](), list[Spec]()
+        if line := cluster.lacking(ray):
+            hear(line)
         try:
-            connection.send(message)
-        except OSError:  # who started it died: its run is interrupted, it has not failed
-            os._exit(1)
-
-    Thread(target=listen, daemon=True).start()
-    while True:
-        send(attempt(specs.get(), places, lambda *epoch: send(epoch), send))
+            while True:
+                while len(tasks) < at_once and (spec := lost.pop() if (again := bool(lost)) else ready()):
+                    tasks[job.remote(spec, places, messages, sys.argv, os.getcwd(), again)] = spec
+                if not tasks:
+                    return
+                ended, _ = ray.wait(list(tasks), timeout=0.2)
+                for message in messages.get_nowait_batch(messages.qsize()):
+                    hear(message)
+                for one in ended:
+                    spec = tasks.pop(one)
+                    try:
+                        yield ray.get(one)
+                    except ray.exceptions.NodeDiedError:
+                        hear(f"{spec.name}: its node is lost: it goes on elsewhere")
+                        lost.append(spec)
+                    except ray.exceptions.RayError as error:
+                        yield Ended(spec.name, (f"{spec.name}: {failure(error)}",))
+        finally:
+            for one in tasks:
+                ray.cancel(one, force=True)

@@ -299,9 +299,9 @@ def reopened(origin: Origin, model: Model | None, facts: Facts, content: bytes |
     return imported(origin, model, facts, load=False).net
 
 
-def library(name: str) -> Any:
+def library(name: str, extra: str = "onnx") -> Any:
     """A module of an extra. Raises BadInput where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise BadInput(f"{name} is not installed: pip install 'kdcli[onnx]'") from None
+        raise BadInput(f"{name} is not installed: pip install 'kdcli[{extra}]'") from None

@@ -244,6 +244,7 @@ class Places(NamedTuple):
     device: str = "cpu"
     threads: int = 1
     save_every: float = SAVE_EVERY
+    remote: str = ""  # the address of which runs_dir is a copy
 
     def open(self, name: str, flag: str = "") -> "Run":
         return open_run(self.runs_dir, name, flag)
@@ -355,7 +356,7 @@ class Run:
             where = f"--runs-dir {self.root}: cannot be written"
             raise BadInput(f"{where}: {error.filename}: {error.strerror}") from None
         with lock:
-            if not _hold(lock.fileno()) or not os.fstat(lock.fileno()).st_nlink:  # without a link it is being removed
+            if not hold(lock.fileno()) or not os.fstat(lock.fileno()).st_nlink:  # without a link it is being removed
                 raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
             yield
 
@@ -479,7 +480,7 @@ def _checksum(result: Result) -> str:
     return hashlib.sha256(result.model_dump_json(exclude={"checksum"}, exclude_defaults=True).encode()).hexdigest()
 
 
-def _hold(descriptor: int) -> bool:
+def hold(descriptor: int) -> bool:
     """Take the lock of an open file, unless another has it. `kd runs` has it for an instant, to look, and must stand in
     nobody's way: so it is tried for half a second."""
     for _ in range(25):
@@ -619,7 +620,7 @@ def remove(folders: Sequence[Path]) -> None:
         try:
             for folder in folders:
                 lock = folder / "lock"
-                if lock.is_file() and not _hold(held.enter_context(lock.open("a")).fileno()):
+                if lock.is_file() and not hold(held.enter_context(lock.open("a")).fileno()):
                     raise BadInput(f"{folder}: is being written by a kd: stop that first; nothing was removed")
             for folder in folders:
                 with contextlib.suppress(OSError):  # first: what is half removed is not completed

@@ -93,10 +93,10 @@ def _trained(
         for epoch, fitted in _counted(epochs, how, len(images), test, before):
             run.log(epoch)
             show(epoch)
-            tell(run.name, how.epochs, epoch)
             if time.perf_counter() - saved >= places.save_every and epoch.epoch < how.epochs:
                 run.save_state(State(epoch.epoch, fitted.state()))
                 saved = time.perf_counter()
+            tell(run.name, how.epochs, epoch)
     found = _kept(run, fitted.net, dataset, device, note)
     found |= {"reading": Reading(said=read.said)} if spec.origin else {}
     found |= {"samples": len(transfer), "unlabelled": len(images) - len(transfer) or None}

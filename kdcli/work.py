@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcli import BadInput, results, yamlfile
+from kdcli import BadInput, Failed, mirror, results, yamlfile
+from kdcli.cluster import Cluster
 from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
-from kdcli.plan import Job, check, find_teacher, part, plan, usable
+from kdcli.engine import run_all, share
+from kdcli.plan import Job, check, distinct, find_teacher, part, plan, unfinished, usable
 from kdcli.runs import Places
 from kdcli.teacher import dataset_of
+from kdcli.train import Note, Tell
 from kdcli.yamlfile import Loaded, Override
 
-NO_CHANGE = ("threads", "expect", "paper", "grid")  # sections that a `--set` may set though no run changes
+Engine = tuple[int | None, Cluster | None]  # how many runs at once, if that was asked for; and on which cluster
+NO_CHANGE = ("threads", "resources", "expect", "paper", "grid")  # sections that a `--set` may set though no run changes
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def prepare(
 def _folder(subject: results.Subject, overrides: list[Override], places: Places) -> Path:
     """Of the report of an experiment: a trial's replaces no other."""
     parts = ["report"] if subject.file == subject.experiment else ["report", subject.file]
-    if changes := [o.origin for o in overrides if o.key not in ("seed", "threads")]:
+    if changes := [o.origin for o in overrides if o.key.split(".")[0] not in ("seed", "threads", "resources")]:
         parts.append(hashlib.sha256(repr(changes).encode()).hexdigest()[:6])
     return places.runs_dir / subject.experiment / "-".join(parts)
 
@@ -91,6 +95,28 @@ def prepare_run(name: str, places: Places) -> Work:
     dataset, folder = dataset_of(run, places.data_dir), places.runs_dir / run.name / "report"
     subject = subject.model_copy(update={"remarks": [*subject.remarks, *dataset.notes]})
     return Work(subject, folder, dataset, jobs, jobs, places)
+
+
+def obtain(work: Work, jobs: Sequence[Job], threads: int | None, engine: Engine, tell: Tell, note: Note) -> None:
+    """Train the jobs that are not finished; of those that are, check that they can be used, and say so.
+
+    A run alone works with `work.places`, several at once with a thread each, or `threads`; on Ray with one a CPU."""
+    at_once, cluster = engine
+    places, missing = work.places, {run.name: run.spec for run in unfinished(jobs, work.places)}
+    finished = [job.spec for job in distinct(jobs) if job.spec.name not in missing]
+    for spec in finished:
+        usable(places.open(spec.name), spec, "shown")
+    if finished:
+        more = f" and {len(finished) - 1} more" if len(finished) > 1 else ""
+        note(f"{finished[0].name}{more}: finished before")
+    if not cluster or not missing:
+        return run_all(missing, *share(missing.values(), places, threads, at_once), tell, note)
+    there = places._replace(runs_dir=places.runs_dir.absolute(), device="cuda" if cluster.gpus else "cpu")
+    run_all(missing, there._replace(threads=threads or cluster.cpus), at_once or len(missing), tell, note, cluster)
+    if places.remote:
+        mirror.pull(places.remote)
+    if lost := unfinished(jobs, places):
+        raise Failed(f"{lost[0].name}: was trained, but not in {there.runs_dir}: --runs-dir must name a shared folder")
 
 
 def _refuse_idle(override: Override, command: str, before: list[Job], after: list[Job], experiment: Experiment) -> None:

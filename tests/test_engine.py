@@ -17,9 +17,10 @@ import pytest
 from conftest import Done, Shell, kd_here
 from test_resume import Forked, nothing, the_run, wait_until
 
-from kdcli.engine import Ended, _Worker
+from kdcli.engine import _Worker
 from kdcli.runs import Places, open_run
 from kdcli.score import Latency
+from kdcli.worker import Ended
 
 # Nets of somebody's own, one that prints and one that fails in its second epoch: of 120 images, 16 a step.
 NETS = """\

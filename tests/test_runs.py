@@ -308,13 +308,13 @@ def test_who_only_looks_refuses_no_writer(tmp_path: Path) -> None:
 def test_a_folder_that_is_removed_while_its_lock_is_taken_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, hold = Run(tmp_path, SPEC), runs._hold
+    run, hold = Run(tmp_path, SPEC), runs.hold
 
     def hold_and_vanish(descriptor: int) -> bool:
         shutil.rmtree(run.path)
-        return hold(descriptor)
+        return bool(hold(descriptor))
 
-    monkeypatch.setattr(runs, "_hold", hold_and_vanish)
+    monkeypatch.setattr(runs, "hold", hold_and_vanish)
     with pytest.raises(BadInput, match="is being written by another kd"):
         finished(tmp_path)
     assert run.status() == "missing"

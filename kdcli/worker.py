@@ -1,0 +1,71 @@
+"""The other side of an engine: trains what it is told, in another process or on another machine, and tells how it
+goes."""
+
+import os
+import sys
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
+
+from kdcli import BadInput, failure, mirror
+from kdcli.runs import Places, Run, Spec
+from kdcli.train import Note, Tell, train
+
+
+class Ended(NamedTuple):
+    """A run that is finished, or what went wrong: lines, which name the run unless the input was bad."""
+
+    run: str
+    problem: tuple[str, ...] = ()
+    bad_input: bool = False
+
+
+def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
+    """Train one run; what goes wrong is told, not raised."""
+    try:
+        with mirror.mirrored(spec, places, tell) as told:
+            train(spec, places, told, note)
+    except BadInput as error:
+        return Ended(spec.name, error.lines, bad_input=True)
+    except Exception as error:  # somebody's own code may raise anything; the next run may do better
+        return Ended(spec.name, (f"{spec.name}: {failure(error)}",))
+    return Ended(spec.name)
+
+
+def task(spec: Spec, places: Places, messages: Any, argv: list[str], folder: str, again: bool) -> Ended:
+    """A task of Ray's; `messages` is its queue. `again`: after the loss of a node, whose process may outlive it for an
+    instant and hold the run so long."""
+    sys.argv = argv
+    with suppress(OSError):  # a folder that this node lacks
+        os.chdir(folder)
+    if places.remote:
+        places = places._replace(runs_dir=mirror.folder(places.remote))
+    while again and Run(places.runs_dir, spec).status() == "running":
+        time.sleep(0.5)
+    return attempt(spec, places, lambda *epoch: messages.put(epoch), messages.put)
+
+
+def main() -> None:
+    """A process: trains until the one that started it closes the pipe, or dies."""
+    connection, specs = Connection(int(sys.argv[1])), SimpleQueue[Spec]()
+    sys.argv, places = connection.recv()  # for the record of where a run was made
+
+    def listen() -> None:
+        while True:
+            try:
+                specs.put(connection.recv())
+            except (EOFError, OSError):
+                os._exit(1)
+
+    def send(message: Any) -> None:
+        try:
+            connection.send(message)
+        except OSError:  # who started it died: its run is interrupted, it has not failed
+            os._exit(1)
+
+    Thread(target=listen, daemon=True).start()
+    while True:
+        send(attempt(specs.get(), places, lambda *epoch: send(epoch), send))
