@@ -36,7 +36,7 @@ class Cluster(NamedTuple):
                 with chdir(here):  # Ray lets workers import from here: not from the user's folder, with a random.py
                     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
                     ray.init(self.address, runtime_env={"env_vars": variables}, **quiet, **local)
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # Ray has many
                 raise BadInput(f"--on {self.address}: no Ray cluster answers there: {failure(error)}") from None
             try:
                 signal.signal(signal.SIGTERM, handler)  # Ray has set its own
@@ -68,6 +68,6 @@ def address(on: str) -> str:
     """The address that `--on` names: ray is $RAY_ADDRESS or a Ray of our own. Raises BadInput for what is none."""
     found = os.environ.get("RAY_ADDRESS") or "local" if on == "ray" else on
     if found != "local" and not re.fullmatch(r"(ray://)?[^\s:/]+:\d{1,5}", found):
-        said = f"--on ray: RAY_ADDRESS is {found}" if on == "ray" else f"--on {on}"
-        raise BadInput(f"{said}: must be ray, or the address of a Ray cluster: HOST:PORT or ray://HOST:PORT")
+        said = f"--on ray: RAY_ADDRESS is {found}: must be" if on == "ray" else f"--on {on}: must be ray, or"
+        raise BadInput(f"{said} the address of a Ray cluster: HOST:PORT or ray://HOST:PORT")
     return found

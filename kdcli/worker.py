@@ -27,7 +27,8 @@ def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
     """Train one run; what goes wrong is told, not raised."""
     try:
         with mirror.mirrored(spec, places, tell) as told:
-            train(spec, places, told, note)
+            if not Run(places.runs_dir, spec).finished():  # on a node that was lost, or by another machine's kd
+                train(spec, places, told, note)
     except BadInput as error:
         return Ended(spec.name, error.lines, bad_input=True)
     except Exception as error:  # somebody's own code may raise anything; the next run may do better

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import pytest
@@ -75,6 +76,12 @@ def fast(patch: pytest.MonkeyPatch) -> None:
     without_report(patch)
 
 
+def with_variables(variables: dict[str, str], patch: pytest.MonkeyPatch) -> None:
+    fast(patch)
+    for key, value in variables.items():
+        patch.setenv(key, value)
+
+
 def under_way(folder: Path, count: int) -> list[Path]:
     """So many runs that have saved a state."""
     wait_until(lambda: len(list(folder.glob("runs/*/*/*/state"))) >= count)
@@ -107,19 +114,18 @@ def holders(folder: Path) -> dict[int, str]:
 
 
 def test_an_experiment_on_ray_is_bit_for_bit_the_local_one(
-    trained: Shell, kd: Shell, cluster: Any, second: Any
+    kd: Shell, cluster: Any, second: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the user's folder has a module called like one that workers import."""
+    without_report(monkeypatch)
+    local = kd_here(kd.folder, "run", "tiny.yaml", "--json", "--jobs", "1", "--runs-dir", "local")
     (kd.folder / "random.py").write_text("raise SystemExit('a file of the user was run')\n")
-    words = ["run", "tiny.yaml", "--json", "--on", cluster.address]
-    with Forked(kd.folder, words, fast) as process:
+    address = partial(with_variables, {"RAY_ADDRESS": cluster.address})
+    with Forked(kd.folder, ["run", "tiny.yaml", "--json", "--on", "ray"], address) as process:
         done = finish(process)
     assert done.code == 0, done.err
-    assert weights(kd.folder / "runs") == weights(trained.folder / "runs")
-    assert (
-        done.json["points"][0]["table"]
-        == Done(0, (trained.folder / "run.json").read_text(), "").json["points"][0]["table"]
-    )
+    assert weights(kd.folder / "runs") == weights(kd.folder / "local")
+    assert done.json["points"][0]["table"] == local.json["points"][0]["table"]
     assert done.err.count(": epoch 6/6, ") == 7
 
 
@@ -142,80 +148,103 @@ def test_a_lost_node_costs_nothing_but_the_epochs_since_the_last_state(
     assert "raylet" not in done.out + done.err
 
 
-def test_a_driver_that_is_killed_or_stopped_goes_on_where_it_was(
+def test_a_driver_that_is_killed_goes_on_where_it_was_beside_another(
     kd: Shell, cluster: Any, second: Any, alone: dict[str, bytes]
 ) -> None:
+    """Two of them in one folder, of which one may have to wait for the other."""
     words = [*LONG, "--on", cluster.address]
     with Forked(kd.folder, words, fast) as process:
         under_way(kd.folder, 2)
         process.kill()
         process.communicate()
         wait_until(lambda: statuses(kd.folder) == ["interrupted"] * 2)
-    with Forked(kd.folder, words, fast) as process:
-        wait_until(lambda: len(holders(kd.folder)) == 2)
+    other = Shell(kd.folder / "other").folder
+    with Forked(kd.folder, words, fast) as one, Forked(other, [*words, "--runs-dir", "../runs"], fast) as two:
+        both = [finish(one), finish(two)]
+    for done in both:
+        assert done.code == (2 if "by another kd" in done.err else 0), done.err  # it is told as without Ray
+        assert "restarted" not in done.err
+    assert sum(len(re.findall(r": continued after epoch \d+$", done.err, re.MULTILINE)) for done in both) == 2
+    assert weights(kd.folder / "runs") == alone
+
+
+def test_ctrl_c_ends_the_tasks_which_go_on_anywhere(
+    kd: Shell, cluster: Any, second: Any, alone: dict[str, bytes]
+) -> None:
+    with Forked(kd.folder, [*LONG, "--on", cluster.address], fast) as process:
+        under_way(kd.folder, 2)
         process.send_signal(signal.SIGINT)
         done = finish(process)
     assert done.code == 130, done.err
     assert "Traceback" not in done.err
-    wait_until(lambda: statuses(kd.folder) == ["interrupted"] * 2)
-    with Forked(kd.folder, words, fast) as process:
-        done = finish(process)
-    assert done.code == 0, done.err
-    assert len(re.findall(r": continued after epoch \d+$", done.err, re.MULTILINE)) == 2
-    assert weights(kd.folder / "runs") == alone
+    wait_until(lambda: not holders(kd.folder))
+    assert statuses(kd.folder) == ["interrupted"] * 2
+    goes_on_here(kd.folder, 2, alone)
 
 
 def test_a_disk_that_is_full_on_one_node_takes_no_other_down(
     kd: Shell, cluster: Any, second: Any, alone: dict[str, bytes]
 ) -> None:
     """A limit on the size of a worker's files stands in for it."""
-    words = [*LONG, "--on", cluster.address]
-    with Forked(kd.folder, words, fast) as process:
+    with Forked(kd.folder, [*LONG, "--on", cluster.address], fast) as process:
         under_way(kd.folder, 2)
         worker, run = next(iter(holders(kd.folder).items()))
         resource.prlimit(worker, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         done = finish(process)
     assert done.code == 1, done.err
-    assert re.findall("^kd: failed: (.*)", done.err, re.MULTILINE) == [
-        f"{run}: {kd.folder}/runs/{run}/state: File too large"
-    ]
+    said = f"{run}: {kd.folder}/runs/{run}/state: File too large"
+    assert re.findall("^kd: failed: (.*)", done.err, re.MULTILINE) == [said]
     assert sorted(statuses(kd.folder)) == ["completed", "failed"]
-    with Forked(kd.folder, words, fast) as process:
-        done = finish(process)
+    goes_on_here(kd.folder, 1, alone)
+
+
+def goes_on_here(folder: Path, count: int, alone: dict[str, bytes]) -> None:
+    """Without Ray so many runs go on where they were, and end as if nothing had happened."""
+    done = kd_here(folder, *LONG, "--jobs", "1")
     assert done.code == 0, done.err
-    assert f"{run}: continued after epoch " in done.err
-    assert weights(kd.folder / "runs") == alone
+    assert len(re.findall(r": continued after epoch \d+$", done.err, re.MULTILINE)) == count
+    assert weights(folder / "runs") == alone
 
 
-def test_two_drivers_in_one_folder_stand_in_nobodys_way(
-    kd: Shell, cluster: Any, second: Any, alone: dict[str, bytes]
-) -> None:
-    other = Path(kd.folder, "other")
-    other.mkdir()
-    words = [*LONG, "--on", cluster.address, "--runs-dir", str(kd.folder / "runs")]
-    (other / "tiny.yaml").write_text((kd.folder / "tiny.yaml").read_text())
-    with Forked(kd.folder, words, fast) as one, Forked(other, words, fast) as two:
-        both = [finish(one), finish(two)]
-    for done in both:
-        problems = [line for line in done.err.splitlines() if "by another kd" in line]
-        assert done.code == (2 if problems else 0), done.err
-    assert statuses(kd.folder) == ["completed"] * 2
-    assert weights(kd.folder / "runs") == alone
-    assert kd_here(kd.folder, *words).code == 0
-
-
-def test_a_net_that_fails_and_a_process_that_dies_take_no_other_down(kd: Shell, cluster: Any, second: Any) -> None:
+def test_a_net_that_fails_and_a_process_that_dies_take_no_other_down(kd: Shell) -> None:
+    """On a Ray of kd's own, which ends with it."""
     (kd.folder / "nets.py").write_text(NETS + DYING)
-    words = ["ensemble", "own.yaml", "--on", cluster.address, *models("Failing", "Dying", "Net"), "--members", "3"]
-    with Forked(kd.folder, words, nothing) as process:
+    words = ["ensemble", "own.yaml", "--on", "ray", *models("Failing", "Dying", "Net"), "--members", "3"]
+    with Forked(kd.folder, words, fast) as process:
         done = finish(process)
     assert done.code == 1, done.err
     assert "KeyError: 'head'" in done.err
     assert re.search(r"^kd: failed: own/train-teacher/1-\w+: .*died", done.err, re.MULTILINE), done.err
     assert done.err.count(": not trained: it is made from ") == 1
     assert "Traceback" not in done.err
-    assert [(result["status"]) for result in results(kd.folder)] == ["failed", "running", "completed"]
+    assert [result["status"] for result in results(kd.folder)] == ["failed", "running", "completed"]
     assert statuses(kd.folder) == ["failed", "interrupted", "completed"]
+
+
+def test_a_training_takes_what_the_file_says(kd: Shell, cluster: Any) -> None:
+    """More CPUs than a node has are waited for; a GPU that only the cluster claims to have is asked for by name."""
+    words = ["train-teacher", "tiny.yaml", "--on", cluster.address, "--set"]
+    with Forked(kd.folder, [*words, "resources.cpus=2"], nothing) as process:
+        wait_until(lambda: process.err.exists() and "waiting: " in process.err.read_text())
+        process.send_signal(signal.SIGINT)
+        done = finish(process)
+    assert done.code == 130
+    assert done.err.splitlines()[0] == "waiting: no node of the Ray cluster has 2 CPUs for a job (resources)"
+    node = cluster.add_node(**NODE, num_gpus=1)
+    with Forked(kd.folder, [*words, "resources.gpus=0.5", "--seeds", "0-1"], nothing) as process:
+        done = finish(process)
+    cluster.remove_node(node)
+    assert (done.code, done.err) == (
+        2,
+        "--device cuda: this machine has no usable CUDA device; use --device cpu or auto\n",
+    )
+    more = ["--dry-run", "--json"]
+    plain = kd_here(kd.folder, "train-teacher", "tiny.yaml", *more).json["runs"]
+    assert kd_here(kd.folder, *words, "resources={cpus: 3, gpus: 2}", *more).json["runs"] == plain
+    done = kd_here(kd.folder, *words, "resources.gpus=1.5")
+    assert (
+        done.err == "--set resources.gpus=1.5: resources.gpus: must be a fraction of one, or a whole number, not 1.5\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,25 +266,17 @@ def test_an_extra_that_is_missing_is_named(kd: Shell, monkeypatch: pytest.Monkey
     assert (done.code, done.err) == (2, "ray is not installed: pip install 'kdcli[ray]'\n")
 
 
-def in_cache(cache: Path, variables: dict[str, str], patch: pytest.MonkeyPatch) -> None:
-    fast(patch)
-    for key, value in {**variables, "XDG_CACHE_HOME": str(cache)}.items():
-        patch.setenv(key, value)
-
-
 def test_a_bucket_is_one_runs_folder_for_nodes_that_share_none(
     kd: Shell, bucket: dict[str, str], cluster: Any, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has a cache of its own, the driver too; one of them is lost."""
     nodes = [cluster.add_node(**NODE, env_vars={"XDG_CACHE_HOME": str(kd.folder / name)}) for name in ("a", "b")]
-    there, s3 = (
-        ["--runs-dir", "s3://bucket/some/runs"],
-        pytest.importorskip("s3fs").S3FileSystem(use_listings_cache=False),
-    )
-    words, here = [*LONG, "--on", cluster.address, *there], partial(in_cache, kd.folder / "driver", bucket)
+    s3, folder = pytest.importorskip("s3fs").S3FileSystem(use_listings_cache=False), f"bucket/{token_hex(8)}/runs"
+    there = ["--runs-dir", f"s3://{folder}"]
+    here = partial(with_variables, bucket | {"XDG_CACHE_HOME": str(kd.folder / "driver")})
     try:
-        with Forked(kd.folder, words, here) as process:
-            wait_until(lambda: len(s3.glob("bucket/some/runs/*/*/*/state")) == 2)
+        with Forked(kd.folder, [*LONG, "--on", cluster.address, *there], here) as process:
+            wait_until(lambda: len(s3.glob(f"{folder}/*/*/*/state")) == 2)
             nodes[0].kill_raylet()
             nodes[1].kill_raylet()
             done = finish(process)
@@ -275,9 +296,9 @@ def test_a_bucket_is_one_runs_folder_for_nodes_that_share_none(
         "weights.safetensors",
     ]
     for name in names:
-        found = [path.rpartition("/")[2] for path in s3.find(f"bucket/some/runs/{name}")]
+        found = [path.rpartition("/")[2] for path in s3.find(f"{folder}/{name}")]
         assert [file for file in found if "tfevents" not in file] == kept
-        assert s3.cat_file(f"bucket/some/runs/{name}/weights.safetensors") == alone[f"{name}/weights.safetensors"]
+        assert s3.cat_file(f"{folder}/{name}/weights.safetensors") == alone[f"{name}/weights.safetensors"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(kd.folder / "another"))
     listed = kd_here(kd.folder, "runs", "--json", *there).json["runs"]
     assert sorted((run["run"], run["status"]) for run in listed) == sorted((name, "completed") for name in names)
