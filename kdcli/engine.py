@@ -16,9 +16,9 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
-from kdcli import BadInput, Failed, failure
+from kdcli import BadInput, Failed, distributed, failure
 from kdcli.plan import Job, distinct, unfinished, usable
-from kdcli.runs import Places, Spec
+from kdcli.runs import Diverged, Places, Spec
 from kdcli.train import Note, Tell, train
 
 
@@ -34,9 +34,11 @@ def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
     """Train one run; what goes wrong is told, not raised."""
     try:
         train(spec, places, tell, note)
-    except BadInput as error:
-        return Ended(spec.name, error.lines, bad_input=True)
     except Exception as error:  # somebody's own code may raise anything; the next run may do better
+        if distributed.WORLD > 1 and not isinstance(error, Diverged):
+            raise  # the others may be waiting for this process in the middle of a step
+        if isinstance(error, BadInput):
+            return Ended(spec.name, error.lines, bad_input=True)
         return Ended(spec.name, (f"{spec.name}: {failure(error)}",))
     return Ended(spec.name)
 
@@ -60,8 +62,8 @@ def obtain(
 def share(missing: Iterable[Spec], places: Places, threads: int | None, at_once: int | None) -> tuple[Places, int]:
     """How some runs are trained: with what each, and how many at once; on a GPU one, unless more are asked for."""
     at_once = at_once or (os.cpu_count() or 1 if places.device == "cpu" else 1)
-    if sum(spec.train is not None for spec in missing) < 2:
-        at_once = 1  # to combine members is not worth a process
+    if sum(spec.train is not None for spec in missing) < 2 or distributed.WORLD > 1:
+        at_once = 1  # to combine members is not worth a process; of torchrun's processes all are at one run
     return (places if at_once == 1 else places._replace(threads=threads or 1)), at_once
 
 
