@@ -5,9 +5,11 @@ Without torchrun all that is here does nothing.
 """
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -46,16 +48,34 @@ def same(find: Callable[[], T]) -> T:
     if WORLD == 1:
         return find()
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, store=_store(), rank=RANK, world_size=WORLD)
     told: list[Any] = [find() if RANK == 0 else None]
     dist.broadcast_object_list(told)
     found: T = told[0]
     return found
 
 
+def _store() -> dist.Store:
+    """torchrun's store under a name that the first process makes up: after a restart the store still leads to processes
+    that died, and which restart it is not all of them know (pytorch issues 108158 and 135712)."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    own = name = uuid4().hex
+    if RANK == 0:
+        store.set("name", name)
+        for rank in range(1, WORLD):
+            store.set(f"{name}/{store.get(f'{name}/{rank}').decode()}", "")
+        return dist.PrefixStore(name, store)
+    while not store.check([f"{name}/{own}"]):  # until it is answered the name may be that of a process that died
+        name = store.get("name").decode()
+        store.set(f"{name}/{RANK}", own)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
 def wrapped(net: nn.Module) -> nn.Module:
     """The net, its gradients averaged over the processes; it begins with the first one's weights."""
-    return net if WORLD == 1 else DistributedDataParallel(net)
+    return net if WORLD == 1 else DistributedDataParallel(net, static_graph=True)  # some weights may be idle
 
 
 def whole(forward: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
