@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd import Function
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -56,21 +58,21 @@ def same(find: Callable[[], T]) -> T:
     return found
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     """torchrun's store under a name that the first process makes up: after a restart the store still leads to processes
     that died, and which restart it is not all of them know (pytorch issues 108158 and 135712)."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     own = name = uuid4().hex
     if RANK == 0:
         store.set("name", name)
         for rank in range(1, WORLD):
             store.set(f"{name}/{store.get(f'{name}/{rank}').decode()}", "")
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     while not store.check([f"{name}/{own}"]):  # until it is answered the name may be that of a process that died
         name = store.get("name").decode()
         store.set(f"{name}/{RANK}", own)
         time.sleep(0.01)
-    return dist.PrefixStore(name, store)
+    return PrefixStore(name, store)
 
 
 def wrapped(net: nn.Module) -> nn.Module:
