@@ -1,6 +1,7 @@
 """One spec to one finished run: a function that needs nothing but its arguments, so that any engine can call it."""
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -94,6 +95,7 @@ def together(command: Callable[[], int]) -> int:
         if not (exit_code := command()):
             distributed.same(_nothing)
         return exit_code
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to put in order
     try:
         while told := distributed.same(_nothing):
             take_part(*told)
