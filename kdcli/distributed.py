@@ -31,17 +31,9 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (
 OWN = slice(RANK, None, WORLD)  # the rows of a batch that are this process's
 Logits = Callable[[Tensor, Tensor], Tensor]  # of a teacher
 TIMEOUT = timedelta(days=1)  # a process that dies is noticed at once: its connections close
-DRAWING: set[Callable[..., Tensor]] = {
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-}
+DRAWING: set[Callable[..., Tensor]] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
+DRAWING |= {F.alpha_dropout, F.feature_alpha_dropout}
 DRAWING |= {Tensor.bernoulli_, dropped}  # torchvision's and timm's stochastic depth; the perceptron's dropout
-
-
 T = TypeVar("T")
 
 

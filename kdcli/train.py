@@ -81,6 +81,8 @@ def take_part(spec: Spec, places: Places) -> None:
     if places.device not in ("cpu", "cuda:0"):
         raise BadInput(f"--device {places.device}: torchrun's processes have a GPU each: use --device cuda")
     device = select_device("cpu" if places.device == "cpu" else f"cuda:{distributed.LOCAL_RANK}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     run = Run(places.runs_dir, spec)
     begun = _begin(run, dataset_of(run, places.data_dir), places, device, lambda _: None)
     with contextlib.suppress(Diverged):  # in all processes alike
