@@ -183,7 +183,5 @@ def batch_norm(
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
-    scale = (var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    found: Tensor = centred * scale.view(channels)
-    return (found if bias is None else found + bias.view(channels)).to(x.dtype)
+    scale = ((var + eps).rsqrt() * (1 if weight is None else weight)).view(channels)
+    return (centred * scale if bias is None else torch.addcmul(bias.view(channels), centred, scale)).to(x.dtype)

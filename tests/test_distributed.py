@@ -31,7 +31,7 @@ TINY_FILE = TINY.replace("epochs: 6", f"epochs: {EPOCHS}").replace("max_norm: 3"
 OWN_FILE = OWN.replace("epochs: 8", f"epochs: {EPOCHS}").replace(
     "optimizer: adamw, lr: 1e-2", "optimizer: adam, lr: 1e-2"
 )
-OWN_FILE = OWN_FILE.replace("optimizer: adam, lr: 1e-2", "optimizer: sgd, momentum: 0.9, lr: 0.1")
+OWN_FILE = OWN_FILE.replace("optimizer: adam, lr: 1e-2", "optimizer: sgd, momentum: 0.9, lr: 0.02")
 OWN_FILE = OWN_FILE.replace("clip: 5,", "clip: 5, flip: true, mixup: 0.2,").replace("T: 4,", "T: 4, loss: dist,")
 COMMANDS = [
     ["train-teacher", "tiny.yaml"],  # in which a process is killed
