@@ -13,6 +13,7 @@ from kdcli.data import Split
 from kdcli.device import generator, stream
 
 SHARED = -1  # a seed that no run has
+ALL = slice(None)
 AUGMENTATION = {"jitter", "flip", "crop", "cutout"}  # what a view depends on
 
 
@@ -88,8 +89,11 @@ class Views:
         device = self.images.labels.device
         return {name: draws if name == "kept" else draws.to(device) for name, draws in drawn.items()}
 
-    def view(self, index: Tensor, drawn: dict[str, Tensor]) -> Tensor:
-        """Float images [B, C, H, W] in [0, 1] of the samples at `index` [B], as the draws of each say."""
+    def view(self, index: Tensor, drawn: dict[str, Tensor], own: slice = ALL) -> Tensor:
+        """Float images [B, C, H, W] in [0, 1] of the samples at `index` [B], as the draws of each say; or of its `own`
+        rows alone."""
+        if "mixup" not in drawn:  # which blends neighbours
+            index, drawn, own = index[own], {name: draws[own] for name, draws in drawn.items()}, ALL
         x = self.images.images(index)
         if "jitter" in drawn:
             x = shift(x, drawn["jitter"], self.train.jitter)
@@ -102,7 +106,7 @@ class Views:
             x = cut_out(x, drawn["cutout"], self.train.cutout or 0)
         if "mixup" in drawn:
             x = blend(x, drawn["mixup"])
-        return x
+        return x[own]
 
 
 def _draws(train: Train, n: int, seed: int, epoch: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from kdcli import BadInput
+from kdcli import BadInput, distributed
 from kdcli.augment import Views, blend
 from kdcli.config import Distill, Train
 from kdcli.data import Split
@@ -109,16 +109,16 @@ class _Loop:
         self.rate = LambdaLR(self.optimizer, lambda i: learning_rate(train, i, steps) / train.lr, done)
         self.function = soft_loss(self.distill) if self.distill else None
         self.warmup = round(self.distill.warmup * steps) if self.distill else 0
-        self.forward = forward_of(net, views.images.labels.device)
+        self.forward = forward_of(distributed.wrapped(net), views.images.labels.device)
         self.partly = bool((views.images.labels < 0).any())  # only then does a step ask which are labelled
         self.bounded = [part for part in net.modules() if isinstance(part, MLP)] if train.max_norm else []
 
     def step(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Loss, Tensor, Tensor | int]:
         """One step on the samples at `index` [B], seen as `drawn` says: the sums of their losses, and of the labelled
         ones the errors and the number."""
-        x, y = self.views.view(index, drawn), self.views.images.labels[index]
+        x, y = self.views.view(index, drawn, distributed.OWN), self.views.images.labels[index]
         taught = self.teacher.logits(drawn.get("kept", index), x) if self.teacher else None
-        logits = self.forward(x)
+        logits = distributed.whole(self.forward, x, len(index))
         if "mixup" in drawn:
             shares = F.one_hot(y + 1, logits.shape[1] + 1)[:, 1:]  # of label -1 none
             y = blend(shares.double(), drawn["mixup"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from kdcli import BadInput, code, nets
 from kdcli.config import Model, nearest
@@ -49,17 +50,23 @@ class MLP(nn.Module):
         return logits
 
     def _drop(self, x: Tensor, p: float) -> Tensor:
-        if not self.training or p == 0:
-            return x
-        if x.is_cuda:
-            return F.dropout(x, round(256 * p) / 256)
-        return x.mul_(byte_mask(x.shape, p))  # nn.Dropout draws a number an element: 1.2 x a step (make bench)
+        return dropped(x, p) if self.training and p else x
 
     @torch.no_grad()
     def constrain(self, max_norm: float) -> None:
         """Scale down, in place, the weights into any hidden unit whose Euclidean norm is over `max_norm`."""
         for layer in self.linears()[:-1]:
             layer.weight.renorm_(2, 0, max_norm)
+
+
+def dropped(x: Tensor, p: float) -> Tensor:
+    """Dropout of a batch [N, ...], in place on a CPU."""
+    if has_torch_function_unary(x):  # several processes share the batch (kdcli.distributed)
+        shared: Tensor = handle_torch_function(dropped, (x,), x, p)
+        return shared
+    if x.is_cuda:
+        return F.dropout(x, round(256 * p) / 256)
+    return x.mul_(byte_mask(x.shape, p))  # nn.Dropout draws a number an element: 1.2 x a step (make bench)
 
 
 def byte_mask(shape: torch.Size, p: float) -> Tensor:

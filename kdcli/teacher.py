@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kdcli import BadInput, code
+from kdcli import BadInput, code, distributed
 from kdcli.augment import Fixed
 from kdcli.config import Average
 from kdcli.data import Dataset, Split, open_dataset
@@ -96,10 +96,10 @@ def unlabelled_logits(run: Run, unlabelled: Split) -> Tensor:
 def cached(run: Run, transfer: Tensor, images: int, device: torch.device, unlabelled: Split | None = None) -> Teacher:
     """A teacher asked once: right while every image is seen as it is. `transfer`: positions of the transfer set, which
     the `unlabelled` images follow."""
-    logits = kept_logits(run, "train", images)[:, transfer].to(device)
+    logits = kept_logits(run, "train", images)[:, transfer]
     if unlabelled:
-        logits = torch.cat([logits, unlabelled_logits(run, unlabelled)], 1)
-    return Teacher(lambda index, _: logits.index_select(1, index), run.spec.average, run.spec.weights)
+        logits = torch.cat([logits, unlabelled_logits(run, unlabelled).cpu()], 1)
+    return Teacher(distributed.sharded(logits, device), run.spec.average, run.spec.weights)
 
 
 def live(run: Run, device: torch.device) -> Teacher:

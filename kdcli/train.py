@@ -1,14 +1,18 @@
 """One spec to one finished run: a function that needs nothing but its arguments, so that any engine can call it."""
 
+import contextlib
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from kdcli import BadInput, code, losses, misread, score
+from kdcli import BadInput, code, distributed, failure, losses, misread, score
 from kdcli.answers import read_answers
 from kdcli.augment import Fixed
 from kdcli.config import Average, Origin, Train
@@ -65,14 +69,58 @@ def train(spec: Spec, places: Places, tell: Tell, note: Note) -> None:
         elif not spec.train:
             found = _imported(run, dataset, device, note)
         else:
+            distributed.same(lambda: (spec, places))
             found = _trained(run, dataset, places, device, tell, note)
         run.finish(Result(**about, **found))
 
 
-def _trained(
-    run: Run, dataset: Dataset, places: Places, device: torch.device, tell: Tell, note: Note
-) -> dict[str, Any]:
-    """Train a net, keep its weights and logits, and count its errors. The last epoch counts, whatever came before."""
+@code.quiet()
+def take_part(spec: Spec, places: Places) -> None:
+    """Do this process's share of a training that the first of several processes is at, and write nothing."""
+    torch.set_num_threads(places.threads)
+    if places.device not in ("cpu", "cuda:0"):
+        raise BadInput(f"--device {places.device}: torchrun's processes have a GPU each: use --device cuda")
+    device = select_device("cpu" if places.device == "cpu" else f"cuda:{distributed.LOCAL_RANK}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    run = Run(places.runs_dir, spec)
+    begun = _begin(run, dataset_of(run, places.data_dir), places, device, lambda _: None)
+    with contextlib.suppress(Diverged):  # in all processes alike
+        for _ in begun.epochs:
+            pass
+
+
+def together(command: Callable[[], int]) -> int:
+    """A command under torchrun: the first process does it, the others take part in what it trains. Where one fails
+    torchrun ends them all."""
+    if distributed.RANK == 0:
+        if not (exit_code := command()):
+            distributed.same(_nothing)
+        return exit_code
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to put in order
+    try:
+        while told := distributed.same(_nothing):
+            take_part(*told)
+    except Exception as error:
+        print(f"kd: failed: process {distributed.RANK}: {failure(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _nothing() -> tuple[Spec, Places] | None:
+    return None
+
+
+class _Begun(NamedTuple):
+    """A training: what was said of the weights it starts from, its images, with labels and without, and its epochs."""
+
+    said: list[str]
+    samples: int
+    unlabelled: int
+    epochs: Iterator[tuple[Epoch, Fitted]]
+
+
+def _begin(run: Run, dataset: Dataset, places: Places, device: torch.device, note: Note) -> _Begun:
     spec, (model, how), facts = run.spec, run.spec.trained, dataset.facts
     transfer = dataset.transfer_set(spec.omitted, spec.data.transfer)
     images, test = dataset.seen(spec).to(device), dataset.test.to(device)
@@ -84,13 +132,23 @@ def _trained(
     for line in read.said:
         note(f"{run.name}: {line}")
     net = place(read.net, device)
-    start, saved = run.load_state(note), time.perf_counter()
-    before = run.metrics()[-1].seconds if start.epochs else 0.0
+    start = distributed.same(lambda: run.load_state(note))
+    before = distributed.same(lambda: run.metrics()[-1].seconds if start.epochs else 0.0)
     if start.epochs:
         note(f"{run.name}: continued after epoch {start.epochs}")
     epochs = fit(net, images, how, stream, teacher=teacher, distill=spec.distill, start=start)
+    counted = _counted(epochs, how, len(images), test, before)
+    return _Begun(read.said, len(transfer), len(images) - len(transfer), counted)
+
+
+def _trained(
+    run: Run, dataset: Dataset, places: Places, device: torch.device, tell: Tell, note: Note
+) -> dict[str, Any]:
+    """Train a net, keep its weights and logits, and count its errors. The last epoch counts, whatever came before."""
+    begun, (_, how) = _begin(run, dataset, places, device, note), run.spec.trained
+    saved = time.perf_counter()
     with run.tensorboard() as show:
-        for epoch, fitted in _counted(epochs, how, len(images), test, before):
+        for epoch, fitted in begun.epochs:
             run.log(epoch)
             show(epoch)
             if time.perf_counter() - saved >= places.save_every and epoch.epoch < how.epochs:
@@ -98,8 +156,8 @@ def _trained(
                 saved = time.perf_counter()
             tell(run.name, how.epochs, epoch)
     found = _kept(run, fitted.net, dataset, device, note)
-    found |= {"reading": Reading(said=read.said)} if spec.origin else {}
-    found |= {"samples": len(transfer), "unlabelled": len(images) - len(transfer) or None}
+    found |= {"reading": Reading(said=begun.said)} if run.spec.origin else {}
+    found |= {"samples": begun.samples, "unlabelled": begun.unlabelled or None}
     return found | {"seconds": epoch.seconds, "last_epoch": epoch}
 
 
@@ -112,7 +170,7 @@ def _teacher(
     if not how.augmented:
         return cached(source, transfer, n, device, extra.to(device) if extra else None)
     if not (distill and distill.views):
-        return live(source, device)
+        return replace(said := live(source, device), logits=distributed.asked(said.logits))
     whole, positions = dataset.train, transfer
     if extra:
         whole, positions = whole.followed_by(extra), torch.cat([transfer, torch.arange(n, n + len(extra))])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcli import BadInput, Failed, mirror, results, yamlfile
+from kdcli import BadInput, Failed, distributed, mirror, results, yamlfile
 from kdcli.cluster import Cluster
 from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
@@ -74,7 +74,7 @@ def prepare(
             if [other.experiment for other in others] != [point.experiment for point in points]:
                 _refuse_idle(override, command, before, jobs, experiment)
     subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points], dataset)
-    places = places._replace(threads=experiment.threads or os.cpu_count() or 1)
+    places = places._replace(threads=experiment.threads or max((os.cpu_count() or 1) // distributed.LOCAL_WORLD, 1))
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
 
 

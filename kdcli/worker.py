@@ -10,8 +10,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
-from kdcli import BadInput, failure, mirror
-from kdcli.runs import Places, Run, Spec
+from kdcli import BadInput, distributed, failure, mirror
+from kdcli.runs import Diverged, Places, Run, Spec
 from kdcli.train import Note, Tell, train
 
 
@@ -29,9 +29,11 @@ def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
         with mirror.mirrored(spec, places, tell) as told:
             if not Run(places.runs_dir, spec).finished():  # on a node that was lost, or by another machine's kd
                 train(spec, places, told, note)
-    except BadInput as error:
-        return Ended(spec.name, error.lines, bad_input=True)
     except Exception as error:  # somebody's own code may raise anything; the next run may do better
+        if distributed.WORLD > 1 and not isinstance(error, Diverged):
+            raise  # the others may be waiting for this process in the middle of a step
+        if isinstance(error, BadInput):
+            return Ended(spec.name, error.lines, bad_input=True)
         return Ended(spec.name, (f"{spec.name}: {failure(error)}",))
     return Ended(spec.name)
 
