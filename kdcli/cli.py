@@ -119,16 +119,25 @@ class Call:
             self.display.note(line)
         return work
 
+    def missing(self, work: "Work") -> "list[Spec]":
+        """What is still to be trained, after a note of what speaks against it. Raises BadInput where it cannot be kept."""
+        from kdcli.plan import cautions, unfinished
+
+        runs = unfinished(work.jobs, work.places)
+        for run in runs:
+            run.check_writable()
+        for line in cautions(work.jobs, work.planned, work.places):
+            self.display.note(line)
+        return [run.spec for run in runs]
+
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished; first of all read what was trained elsewhere, and say what speaks
         against it."""
         from kdcli.engine import obtain
         from kdcli.estimate import cheaper
-        from kdcli.plan import cautions, doubts, unfinished
+        from kdcli.plan import doubts
 
-        for line in cautions(work.jobs, work.planned, work.places):
-            self.display.note(line)
-        if line := cheaper([run.spec for run in unfinished(work.jobs, work.places)], work.dataset):
+        if line := cheaper(self.missing(work), work.dataset):
             self.display.note(line)
         elsewhere = [job for job in work.jobs if job.spec.imported]
         others = [job for job in work.jobs if not job.spec.imported]
@@ -236,11 +245,9 @@ class Call:
         """Show the resolved experiment, the device, and what would be trained; write nothing."""
         import yaml
 
-        from kdcli.plan import cautions, describe, unfinished
+        from kdcli.plan import describe
 
-        for line in cautions(work.jobs, work.planned, work.places):
-            self.display.note(line)
-        experiment, missing = self.load(), [run.spec for run in unfinished(work.jobs, work.places)]
+        experiment, missing = self.load(), self.missing(work)
         resolved, device = experiment.model_dump(exclude_none=True), work.places.device
         runs = describe(work.jobs, work.dataset, work.places.runs_dir)
         spent, at_once = self.cost(work, missing)

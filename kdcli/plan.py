@@ -200,7 +200,7 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     nets |= {"student.model": student}
     nets |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
     for key, teacher in teachers.items():
-        yield from imports.problems(key, teacher, dataset.facts)
+        yield from imports.problems(key, teacher, dataset)
     for key, model in nets.items():
         if message := try_net(model, dataset.facts)[1]:
             yield f"{key}.name", message

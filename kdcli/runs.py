@@ -12,6 +12,7 @@ may name a file of somebody's own that a later command calls (docs/security.md).
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -358,6 +359,13 @@ class Run:
             if not _hold(lock.fileno()) or not os.fstat(lock.fileno()).st_nlink:  # without a link it is being removed
                 raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
             yield
+
+    def check_writable(self) -> None:
+        """Raise BadInput where the directory cannot be made or written; it is not made."""
+        folder = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            why = os.strerror(errno.EACCES if folder.is_dir() else errno.ENOTDIR)
+            raise BadInput(f"--runs-dir {self.root}: cannot be written: {folder}: {why}")
 
     def save_state(self, state: State) -> None:
         """Keep the training state, whole or not at all, and the one before it."""

@@ -110,6 +110,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "train-teacher tiny.yaml --runs-dir tiny.yaml",
         "--runs-dir tiny.yaml: cannot be written",
     ),
+    "dry run into a file": (
+        "run tiny.yaml --dry-run --runs-dir tiny.yaml/runs",
+        "--runs-dir tiny.yaml/runs: cannot be written: tiny.yaml: Not a directory",
+    ),
     "teachers not trained": (
         "distill tiny.yaml --seeds 0,5-6",
         "(seeds 5-6), are missing; train them: kd train-teacher tiny.yaml --seed 5-6, or add",
@@ -247,6 +251,14 @@ def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> Non
     *more, last = [line for line in done.err.splitlines() if not line.startswith(besides)]
     assert line in done.err
     assert all(extra.startswith("1 run, ") for extra in more), last
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_dry_run_says_that_runs_cannot_be_written(kd: Shell) -> None:
+    (kd.folder / "shut").mkdir(0o555)
+    told = [here(kd, "run", "tiny.yaml", "--runs-dir", "shut", *dry) for dry in ((), ("--dry-run",))]
+    line = "--runs-dir shut: cannot be written: shut: Permission denied\n"
+    assert [(done.code, done.out, done.err) for done in told] == [(2, "", line)] * 2
 
 
 def test_a_broken_file_is_told_with_its_line(kd: Shell) -> None:

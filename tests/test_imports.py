@@ -636,11 +636,28 @@ def test_a_file_of_logits_knows_no_other_view(tmp_path: Path) -> None:
     done = read(tmp_path, "{logits: a.npy}", "--set", "student.train.jitter=1", command="distill")
     assert done.code == 2
     assert "student.train: shows views of the images, and a file of logits has answers for none" in done.err
-    np.save(tmp_path / "a.npy", np.full((1296, 10), -1, np.float32))
-    done = read(tmp_path, "{logits: a.npy}")
-    assert done.code == 2
-    assert "train has 1,296 rows for 1,297 training images" in done.err
-    assert read(tmp_path, "{logits: a.npy}", "--dry-run").code == 0
+
+
+WRONG: dict[str, tuple[list[str], str]] = {  # rows of answers, and what is said of them
+    "a NaN": (["nan,2,3,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 0: is no finite number"),
+    "a word": (["1,2,cat,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 2: is no finite number"),
+    "a column too many": (["1,2,3,4,5,6,7,8,9,1,2"] * 1297, "row 0 has 11 fields, and the header 10"),
+    "no probabilities": ([".9,0,0,0,0,0,0,0,0,0"] * 1297, "train: its values are like probabilities, but"),
+    "a row too few": (["1,2,3,4,5,6,7,8,9,1"] * 1296, "train has 1,296 rows for 1,297 training images"),
+    "nothing": ([], "train has 0 rows for 1,297 training images"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_dry_run_says_of_a_wrong_file_of_logits_what_the_run_says(tmp_path: Path, wrong: str) -> None:
+    rows, line = WRONG[wrong]
+    (tmp_path / "a.csv").write_text("\n".join(["0,1,2,3,4,5,6,7,8,9", *rows]))
+    told = [read(tmp_path, "{logits: a.csv}", *dry) for dry in ((), ("--dry-run",))]
+    assert [(done.code, done.out) for done in told] == [(2, "")] * 2
+    assert told[0].err == told[1].err
+    assert f"teacher.logits: {tmp_path / 'a.csv'}: {line}" in told[0].err
+    assert len(told[0].err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_forest_teaches_a_perceptron_on_a_table(tmp_path: Path) -> None:
