@@ -110,6 +110,8 @@ class Call:
 
     def prepare(self) -> "Work":
         """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
+        if (own := Path(f"{self.experiment}.yaml")).is_file() and self.experiment in yamlfile.experiments():
+            self.display.note(f"{self.experiment} is kd's own experiment; for the file here type {own}")
         self.load()  # what is wrong in the file is told before a second goes by with imports
         from kdcli.work import prepare
 
@@ -120,7 +122,7 @@ class Call:
         return work
 
     def missing(self, work: "Work") -> "list[Spec]":
-        """What is still to be trained, after a note of what speaks against it. Raises BadInput where it cannot be kept."""
+        """What is still to be trained; what speaks against it is noted. Raises BadInput where it cannot be kept."""
         from kdcli.plan import cautions, unfinished
 
         runs = unfinished(work.jobs, work.places)
@@ -194,7 +196,8 @@ class Call:
         whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
         self.present(mine[0] if len(mine) == 1 else whole, *tables)
-        more = ["--set", "distill.teacher=ensemble"] if self.command == "ensemble" else []
+        apart = self.command == "ensemble" and self.load().distill.teacher != "ensemble"
+        more = ["--set", "distill.teacher=ensemble"] if apart else []
         more += ["--seeds", self.seed] if self.seed is not None else []
         following = f"distill {self.retype()} {shlex.join(more)}"
         if self.command not in TEACHERS:
@@ -211,9 +214,9 @@ class Call:
         if path.name not in COMMANDS and (file or not any(c.startswith(group) for c in COMMANDS)):
             work = self.prepare()
             if missing := unfinished(work.jobs, work.places):
-                train = f"train them: kd run {self.retype(whole=True)}"
-                runs, be = counted(len(missing), "run"), "is" if len(missing) == 1 else "are"
-                raise BadInput(f"{runs} {be} not finished, the first is {missing[0].name}; {train}")
+                first, n = missing[0].name, len(missing)
+                which = f"{n} runs are not finished, the first is {first}; train them" if n > 1 else ""
+                raise BadInput(f"{which or f'{first}: is not finished; train it'}: kd run {self.retype(whole=True)}")
             return work
         if self.overrides:
             raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")
@@ -540,7 +543,7 @@ def init(
     from kdcli.init import experiment_file
 
     if not folder.is_dir():
-        raise BadInput(f"{folder}: there is no such folder")
+        raise BadInput(f"{folder}: {'is a file, not a' if folder.exists() else 'there is no such'} folder")
     print(experiment_file(folder, teacher, student, call.places()), end="")
 
 

@@ -350,6 +350,7 @@ def refused() -> dict[str, tuple[str, bytes, str]]:
         "nan": ("net.pt", saved(nan), "holds values that are not finite, in layers.0.bias"),
         "another width": ("net.pt", saved(other), "of another shape: layers.0.weight is [31, 64], not [32, 64]"),
         "other keys": ("net.pt", saved(renamed), "4 missing: layers.0.weight, layers.0.bias"),
+        "a key alone": ("net.pt", saved({"fc.weight": torch.zeros(2)}), "1 unexpected: fc.weight"),
         "a key less": (
             "net.pt",
             saved({k: t for k, t in state().items() if k != "layers.1.bias"}),
@@ -405,7 +406,7 @@ KEYS = {
     "a class twice": ("{model: {hidden: [32]}, weights: net.pt, classes: [0, 0]}", "teacher.classes: names 0 twice"),
     "a mean without std": (
         "{model: {hidden: [32]}, weights: net.pt, input: {mean: [1]}}",
-        "teacher.input.std: must have as many",
+        "teacher.input.std: is missing: mean needs it",
     ),
     "three means for one channel": (
         "{model: {hidden: [32]}, weights: net.pt, input: {mean: [1, 1, 1], std: [1, 1, 1]}}",
@@ -708,7 +709,7 @@ def test_a_wrong_file_of_logits_is_named_without_test_images(tmp_path: Path) -> 
         assert len(refused.err.strip().splitlines()) == 1
     student = kd_here(tmp_path, "predict", "tiny/distill/0-", "--test-image", "1")
     assert student.code == 0, student.err
-    assert "has no net, but a file of logits" in student.err
+    assert "without the view of its teacher: tiny/train-teacher/" in student.err
 
 
 @pytest.mark.parametrize("channels", [1, 3])
