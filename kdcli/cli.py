@@ -119,6 +119,8 @@ class Call:
 
     def prepare(self) -> "Work":
         """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
+        if (own := Path(f"{self.experiment}.yaml")).is_file() and self.experiment in yamlfile.experiments():
+            self.display.note(f"{self.experiment} is kd's own experiment; for the file here type {own}")
         self.load()  # what is wrong in the file is told before a second goes by with imports
         from kdcli.work import prepare
 
@@ -128,16 +130,25 @@ class Call:
             self.display.note(line)
         return work
 
+    def missing(self, work: "Work") -> "list[Spec]":
+        """What is still to be trained; what speaks against it is noted. Raises BadInput where it cannot be kept."""
+        from kdcli.plan import cautions, unfinished
+
+        runs = unfinished(work.jobs, work.places)
+        for run in runs:
+            run.check_writable()
+        for line in cautions(work.jobs, work.planned, work.places):
+            self.display.note(line)
+        return [run.spec for run in runs]
+
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished; first of all read what was trained elsewhere, and say what speaks
         against it."""
         from kdcli.estimate import cheaper
-        from kdcli.plan import cautions, doubts, unfinished
+        from kdcli.plan import doubts
         from kdcli.work import obtain
 
-        for line in cautions(work.jobs, work.planned, work.places):
-            self.display.note(line)
-        if line := cheaper([run.spec for run in unfinished(work.jobs, work.places)], work.dataset):
+        if line := cheaper(self.missing(work), work.dataset):
             self.display.note(line)
         elsewhere = [job for job in work.jobs if job.spec.imported]
         others = [job for job in work.jobs if not job.spec.imported]
@@ -203,7 +214,8 @@ class Call:
         whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
         self.present(mine[0] if len(mine) == 1 else whole, *tables)
-        more = ["--set", "distill.teacher=ensemble"] if self.command == "ensemble" else []
+        apart = self.command == "ensemble" and self.load().distill.teacher != "ensemble"
+        more = ["--set", "distill.teacher=ensemble"] if apart else []
         more += ["--seeds", self.seed] if self.seed is not None else []
         following = f"distill {self.retype()} {shlex.join(more)}"
         if self.command not in TEACHERS:
@@ -220,9 +232,9 @@ class Call:
         if path.name not in COMMANDS and (file or not any(c.startswith(group) for c in COMMANDS)):
             work = self.prepare()
             if missing := unfinished(work.jobs, work.places):
-                train = f"train them: kd run {self.retype(whole=True)}"
-                runs, be = counted(len(missing), "run"), "is" if len(missing) == 1 else "are"
-                raise BadInput(f"{runs} {be} not finished, the first is {missing[0].name}; {train}")
+                first, n = missing[0].name, len(missing)
+                which = f"{n} runs are not finished, the first is {first}; train them" if n > 1 else ""
+                raise BadInput(f"{which or f'{first}: is not finished; train it'}: kd run {self.retype(whole=True)}")
             return work
         if self.overrides:
             raise BadInput(f"{name}: is a run, not an experiment: --set, --seed and --threads change nothing")
@@ -256,11 +268,9 @@ class Call:
         """Show the resolved experiment, the device, and what would be trained; write nothing."""
         import yaml
 
-        from kdcli.plan import cautions, describe, unfinished
+        from kdcli.plan import describe
 
-        for line in cautions(work.jobs, work.planned, work.places):
-            self.display.note(line)
-        experiment, missing = self.load(), [run.spec for run in unfinished(work.jobs, work.places)]
+        experiment, missing = self.load(), self.missing(work)
         resolved, device = experiment.model_dump(exclude_none=True), work.places.device
         runs = describe(work.jobs, work.dataset, work.places.runs_dir)
         spent, at_once = self.cost(work, missing)
@@ -561,7 +571,7 @@ def init(
     from kdcli.init import experiment_file
 
     if not folder.is_dir():
-        raise BadInput(f"{folder}: there is no such folder")
+        raise BadInput(f"{folder}: {'is a file, not a' if folder.exists() else 'there is no such'} folder")
     print(experiment_file(folder, teacher, student, call.places()), end="")
 
 

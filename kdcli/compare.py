@@ -17,6 +17,7 @@ from kdcli.runs import (
     TEACHERS,
     Run,
     Settings,
+    Spec,
     changes,
     data_settings,
     differences,
@@ -151,12 +152,12 @@ def _ways(run: Run) -> list[Settings]:
     found, parents = {"command": run.spec.command} | settings(run.spec), []
     for name in run.spec.parents:
         try:
-            parent = open_run(run.root, name)
-            offset = parent.spec.seed - run.spec.seed
-            seeds = f"own {offset:+d}" if offset else "own", parent.spec.seed
-            parents.append([_ways(parent)[0] | {"seed": seed} for seed in seeds])
-        except BadInput:  # it is gone
-            parents.append([{"run": name}])
+            parent = _ways(open_run(run.root, name))[0]
+        except BadInput:
+            parent = _gone(run.root, name)
+        seed = int(name.rpartition("/")[2].partition("-")[0])
+        offset = seed - run.spec.seed
+        parents.append([parent | {"seed": s} for s in (f"own {offset:+d}" if offset else "own", seed)])
     if run.spec.command != "ensemble":
         return [found | {"teacher": teacher} for teacher in parents[0]] if parents else [found]
     flat = [{key: value for key, value in _dotted(ways[0]) if key != "seed"} for ways in parents]
@@ -165,10 +166,20 @@ def _ways(run: Run) -> list[Settings]:
     return [found | {"members": {"number": len(parents)} | merged}]
 
 
+def _gone(root: Path, name: str) -> Settings:
+    """What a run was that is gone: what another of its group is, if but for its seed it has the same name."""
+    experiment, command, own = name.split("/")
+    for run in list_runs(root, experiment, [command], lambda _: None):
+        twin = run.spec.model_dump() | {"seed": int(own.partition("-")[0])}
+        if Spec.model_validate(twin, context={"reading": True}).name == name:
+            return _ways(run)[0]
+    return {"command": f"{command} (gone)"}
+
+
 def _way(run: Run) -> Settings:
     """What a run is but for its seed: students have teachers of their own seeds, or one ensemble."""
     ways = _ways(run)
-    return ways[-1 if ways[0].get("teacher", {}).get("command") == "ensemble" else 0]
+    return ways[-1 if ways[0].get("teacher", {}).get("command", "").startswith("ensemble") else 0]
 
 
 def _dotted(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:

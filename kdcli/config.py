@@ -105,8 +105,10 @@ Numbers = Annotated[list[float], Field(min_length=1, max_length=100_000)]
 
 
 def _of_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> Iterator[tuple[str, str]]:
-    if len(mean or []) != len(std or []):
-        yield ("std" if mean else "mean"), "must have as many numbers as the other of mean and std"
+    if bool(mean) != bool(std):
+        yield ("std" if mean else "mean"), f"is missing: {'mean' if mean else 'std'} needs it"
+    elif len(mean or []) != len(std or []):
+        yield "std", "must have as many numbers as mean"
     if min(std or [1]) <= 0:
         yield "std", "must be above 0"
 
@@ -238,7 +240,7 @@ class Train(Section):
         if self.schedule == "step" and (not falls or sorted(set(falls)) != falls):
             yield "milestones", "must be ascending epochs, such as [60, 80]"
         if self.warmup >= self.epochs:
-            yield "warmup", f"must be less than epochs, {self.epochs}, not {self.warmup:g}"
+            yield "warmup", f"is {self.warmup:g}, and must be less than train.epochs, {self.epochs}"
 
     def steps(self, samples: int) -> int:
         """Batches an epoch: a lone last sample joins the batch before, since BatchNorm cannot be trained on one."""

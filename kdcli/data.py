@@ -71,7 +71,7 @@ class Split:
         return images.to(torch.float32).mul_(1 / self.white) if self.white > 1 else images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """`test`: what errors are counted on; `held`: how many images of `train` omit-classes chooses its bias on."""
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcli import BadInput, BadKeys, code, hub, models
-from kdcli.answers import CLOSE, TINY
+from kdcli.answers import CLOSE, PARTS, TINY, Answers, read_answers
 from kdcli.config import Input, Model, Origin, TeacherSection
+from kdcli.data import Dataset
 from kdcli.device import seeded
 from kdcli.runs import Facts
 from kdcli.weights import classes_of, fit_weights, last_layer, read_weights, stripped
@@ -83,23 +84,27 @@ def _checksum(file: str, _: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def problems(key: str, teacher: TeacherSection, facts: Facts) -> Iterator[tuple[str, str]]:
+def problems(key: str, teacher: TeacherSection, dataset: Dataset) -> Iterator[tuple[str, str]]:
     """What keeps a teacher that was trained elsewhere from classifying the images of a dataset, by key."""
     if not teacher.origin:
         return
+    facts = dataset.facts
     if facts.table and teacher.input and (teacher.input.size or teacher.input.channels or teacher.input.range != 1):
         yield f"{key}.input", "size, channels and range belong to images, and this is a table: remove them"
     elif absent := [c for c in facts.classes if c not in (teacher.classes or facts.classes)]:
         yield f"{key}.classes", f"lacks {', '.join(absent[:5])}: name the classes of its outputs, in their order"
-    elif not teacher.logits:
+    else:
         try:
             origin, content = resolved(teacher.origin, teacher.model)
             model = teacher.model.model_dump_json() if teacher.model else None
-            _tried(origin.model_dump_json(), model, facts.model_dump_json(), content)
+            if teacher.logits:
+                _answered(origin.model_dump_json(), dataset, content)
+            else:
+                _tried(origin.model_dump_json(), model, facts.model_dump_json(), content)
         except BadKeys as error:
             yield from ((f"{key}.{name}", message) for name, message in error.problems)
         except BadInput as error:
-            at = next((name for name in ("weights", "onnx") if getattr(teacher, name)), "model.name")
+            at = next((name for name in ("weights", "onnx", "logits") if getattr(teacher, name)), "model.name")
             yield f"{key}.{at}", "\n".join(error.lines)
 
 
@@ -113,6 +118,22 @@ def _tried(origin: str, model: str | None, facts: str, _: str) -> None:
         net = imported(from_, of, seen, load=bool(from_.file)).net
         if of:
             models.fits(net, of, seen)  # of a net that is thrown away: it changes what BatchNorm keeps
+
+
+@cache
+def _answered(origin: str, dataset: Dataset, _: str) -> None:
+    """Read a file of logits, once for each content. Raises BadInput as `answers` does."""
+    answers(Origin.model_validate_json(origin, context={"reading": True}), dataset)
+
+
+def answers(origin: Origin, dataset: Dataset) -> Answers:
+    """What a file of logits says of the images of a dataset. Raises BadInput as `read_answers` does, or where students
+    see images that it leaves out."""
+    file, sizes = Path(origin.logits or ""), {part: len(getattr(dataset, part) or ()) for part in PARTS}
+    found = read_answers(file, sizes, dataset.facts.classes, origin.classes, dataset.files)
+    if dataset.unlabelled and "unlabelled" not in found.logits:
+        raise BadInput(f"{file}: has no answers for the images of data.unlabelled: add them")
+    return found
 
 
 def imported(origin: Origin, model: Model | None, facts: Facts, load: bool = True) -> Imported:

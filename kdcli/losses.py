@@ -207,6 +207,9 @@ def try_loss(distill: Distill, classes: int, unlabelled: bool = False, shares: b
         raise BadInput(f"{distill.loss}: does not depend on student_logits: nothing could be learned from it")
     with code.blaming(distill.file):
         value.backward()
+    if not value.isfinite() or (z.grad is not None and not z.grad.isfinite().all()):
+        what = f"is {value.item():g}" if not value.isfinite() else "has a gradient that is not finite"
+        raise BadInput(f"{distill.loss}: {what} for logits drawn from a normal distribution: it must be finite")
 
 
 def labelled(labels: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     nets |= {"student.model": student}
     nets |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
     for key, teacher in teachers.items():
-        yield from imports.problems(key, teacher, dataset.facts)
+        yield from imports.problems(key, teacher, dataset)
     for key, model in nets.items():
         if message := try_net(model, dataset.facts)[1]:
             yield f"{key}.name", message
@@ -346,12 +346,15 @@ def refuse_missing(teachers: Sequence[Job], places: Places, retype: str, time: s
         alike.setdefault((run.spec.command, run.status()), []).append(run)
     lines = []
     for (command, status), runs in alike.items():
-        seeds, them, name = yamlfile.spelt([run.spec.seed for run in runs]), "it", runs[0].name
-        is_ = f"teacher {name}: is {status}"
+        seeds, name = yamlfile.spelt([run.spec.seed for run in runs]), runs[0].name
+        who, is_, has, them = f"teacher {name}:", "is", "has", "it"
         if len(runs) > 1:
-            is_, them = f"{len(runs)} teachers, {name} and on (seeds {seeds}), are {status}", "them"
+            who, is_, has, them = f"{len(runs)} teachers, {name} and on (seeds {seeds}),", "are", "have", "them"
         typed = f"train {them}: kd {command} {retype} --seed {seeds}, or add --with-teacher (about {time} here)"
-        lines.append(f"{is_}; {f'wait for {them}' if status == 'running' else typed}")
+        told = f"{is_} {status}; {f'wait for {them}' if status == 'running' else typed}"
+        if status == "diverged":  # which it would do again
+            told = f"{has} diverged: lower teacher.train.lr ({runs[0].spec.trained[1].lr:g})"
+        lines.append(f"{who} {told}")
     close = sorted(dict.fromkeys(one for job in teachers for one in _close_runs(Run(places.runs_dir, job.spec), note)))
     raise BadInput(*lines, *(f"  close: {line}" for _, _, line in close[:3]))
 
@@ -412,25 +415,47 @@ def evaluable(
     planned: Sequence[Job], places: Places, names: Sequence[str], seeds: Sequence[int] | None, retype: str, note: Note
 ) -> list[Job]:
     """Every finished run of the experiment (of these seeds, if any are given), or the named ones, each with the run
-    that it is compared with, at a point of its own: they are of no one plan. Unnamed runs of other data or without
-    their parents are noted and left out. Raises BadInput when there is none."""
-    like, runs = planned[0].spec, [places.open(name, "--run") for name in dict.fromkeys(names)]
+    that it is compared with, at a point of its own: they are of no one plan. Unnamed runs of other data, damaged or
+    without their parents are noted and left out. Raises BadInput when there is none."""
+    like = planned[0].spec
+    runs = [_judged(places.open(name, "--run"), like) for name in names]
+    if twice := [run.name for run in runs if runs.count(run) > 1]:
+        raise BadInput(f"--run: names {twice[0]} twice")
+
+    @cache
+    def left_out(name: str, why: str) -> None:
+        note(f"left out: {name}: {why.removeprefix(f'{name}: ')}")
+
+    @cache
+    def teacher(name: str) -> str | None:
+        try:
+            found = there(places.runs_dir, name)
+            return usable(found, like, "evaluated").name if found else None
+        except BadInput as error:
+            left_out(name, str(error))
+            return None
+
     for run in [] if names else list_runs(places.runs_dir, like.experiment, COMMANDS, note):
-        if run.finished() and (seeds is None or run.spec.seed in seeds):
-            unlike = differences(data_settings(like), data_settings(run.spec), "data.")
-            silent = "" if run.result().test.total else "has no answers for the test images"
-            if reason := "; ".join(unlike) or orphaned(run) or silent:
-                note(f"left out: {run.name}: {reason}")
-            else:
-                runs.append(run)
+        try:
+            if (seeds is None or run.spec.seed in seeds) and run.finished():
+                runs.append(_judged(run, like))
+        except BadInput as error:
+            left_out(run.name, str(error))
     if not runs:
         of = f" of seed {', '.join(map(str, seeds))}" if seeds is not None else ""
         raise BadInput(f"{places.runs_dir / like.experiment}: no finished runs{of}; train some: kd run {retype}")
     described = {job.spec.seed: job.teacher for job in planned if job.spec.command == "baseline"}
     jobs = []
     for i, run in enumerate(runs):
-        run.counted("evaluated")
-        spec, kind = usable(run, like, "evaluated").spec, KINDS[run.spec.command]
+        spec, kind = run.spec, KINDS[run.spec.command]
         beside = spec.parents[0] if spec.distill else described.get(spec.seed) if kind == "baseline" else None
-        jobs.append(Job(Row(kind, kind), spec, i, beside))
+        jobs.append(Job(Row(kind, kind), spec, i, beside and teacher(beside)))
     return jobs
+
+
+def _judged(run: Run, like: Spec) -> Run:
+    """The run itself, if it is finished and can be evaluated. Raises BadInput."""
+    if gone := orphaned(run):
+        raise BadInput(f"{run.name}: {gone}")
+    run.counted("evaluated")
+    return usable(run, like, "evaluated")

@@ -16,7 +16,7 @@ from kdcli.export import CPU, SUFFIXES, onnx_net
 from kdcli.images import open_image, to_bytes
 from kdcli.plan import there
 from kdcli.runs import Places, Run
-from kdcli.teacher import Teacher, dataset_of, live, members
+from kdcli.teacher import Teacher, dataset_of, live
 
 SAMPLE = 2_000  # training images that an image is compared with
 Asked = list[tuple[str, float, Teacher]]  # what, at which temperature, through what
@@ -93,17 +93,17 @@ def predict(
 
 
 def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]) -> Asked:
-    """What to ask of a finished run: itself and, of a student, its teacher, unless that is gone."""
+    """What to ask of a finished run: itself and, of a student, its teacher, if that can be asked."""
     run.result("asked")
     own, parent = live(run, CPU), run.spec.parents[0] if run.spec.distill else ""
-    teacher = there(run.root, parent) if parent else None
-    if teacher and any(member.spec.origin and member.spec.origin.logits for member in members(teacher)):
-        note(f"{run.name}: without the view of its teacher: {parent} has no net, but a file of logits")
-    elif teacher:
-        of_teacher = live(teacher, CPU)
-        return [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
-    elif parent:
-        note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
+    if parent:
+        try:
+            if not (teacher := there(run.root, parent)):
+                raise BadInput(f"{parent}, or a member of it, is gone")
+            asked = live(teacher, CPU)
+            return [("student", 1.0, own), *(("teacher", T, asked) for T in dict.fromkeys(temperatures))]
+        except BadInput as error:
+            note(f"{run.name}: without the view of its teacher: {error}")
     return [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from kdcli import code, counted, losses, score
-from kdcli.config import Experiment, Kind, Omission, Row, Section, bias_row
+from kdcli.config import Experiment, Kind, Row, Section, bias_row
 from kdcli.data import Dataset, Split
 from kdcli.models import multiply_adds
 from kdcli.plan import KINDS, Job, distinct, held_to, there
@@ -245,11 +245,14 @@ def about(experiment: Experiment, title: str, points: list[dict[str, str]], data
 
 
 def about_run(run: Run) -> tuple[Subject, list[Job]]:
-    """A finished run as the subject of a summary, and the jobs to show: its teacher, a baseline of the same seed and
-    recipe if there is one, and itself. Raises BadInput when it is not finished, or its teacher is gone."""
+    """A finished run as the subject of a summary, and the jobs to show: its teacher and a baseline of the same seed
+    and recipe, where they are there, and itself. Raises BadInput when it is not finished."""
     run.counted("reported")
     spec, kind, jobs, remarks = run.spec, KINDS[run.spec.command], list[Job](), list[str]()
     taught_by = spec.parents[0] if spec.distill else None
+    if taught_by and not there(run.root, taught_by):
+        remarks = [f"Its teacher is not shown: {taught_by}, or a member of it, is gone."]
+        taught_by = None
     if taught_by:
         teacher = open_run(run.root, taught_by).spec
         jobs.append(Job(Row(KINDS[teacher.command], KINDS[teacher.command]), teacher))
@@ -261,9 +264,9 @@ def about_run(run: Run) -> tuple[Subject, list[Job]]:
         if baseline.finished():
             jobs.append(Job(Row("baseline", "baseline"), baseline.spec, teacher=taught_by))
         else:
-            remarks = ["There is no baseline of its seed and recipe to hold it against: `kd distill` trains one."]
+            remarks.append("There is no baseline of its seed and recipe to hold it against: `kd distill` trains one.")
     of_baselines = spec.command == "ensemble" and members(run)[0].spec.command == "baseline"
-    name = Omission(omit=spec.omitted).label if spec.omitted else "ensemble of baselines" if of_baselines else kind
+    name = spec.omission or ("ensemble of baselines" if of_baselines else kind)
     jobs.append(Job(Row(name, kind), spec, teacher=taught_by))
     return Subject(
         experiment=spec.experiment,

@@ -12,6 +12,7 @@ may name a file of somebody's own that a later command calls (docs/security.md).
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,7 +35,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from kdcli import BadInput, __version__, failure
-from kdcli.config import Average, Data, Distill, Input, Model, Origin, Section, Train
+from kdcli.config import Average, Data, Distill, Input, Model, Omission, Origin, Section, Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +111,13 @@ class Spec(Section):
             identity["inputs"] = [self.dataset.mean, self.dataset.std]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"{self.experiment}/{self.command}/{self.seed}-{digest[:10]}"
+
+    @property
+    def omission(self) -> str:
+        """The label of the classes missing from the transfer set or, where they are fewer, of those in it."""
+        kept = [name for name in self.dataset.classes if name not in self.omitted]
+        fewer = len(kept) < len(self.omitted)
+        return (Omission(keep=kept) if fewer else Omission(omit=self.omitted)).label if self.omitted else ""
 
     @property
     def imported(self) -> bool:
@@ -274,7 +282,7 @@ class Run:
 
     @property
     def remedy(self) -> str:
-        return f"delete {self.path} and train it again"
+        return remedy(self.path)
 
     def read(self) -> Result | Unfinished:
         """What result.json says; an absent one says that the run is missing. Raises BadInput when it is damaged."""
@@ -359,6 +367,13 @@ class Run:
             if not hold(lock.fileno()) or not os.fstat(lock.fileno()).st_nlink:  # without a link it is being removed
                 raise BadInput(f"{self.name}: is being written by another kd; wait for it, or change a setting")
             yield
+
+    def check_writable(self) -> None:
+        """Raise BadInput where the directory cannot be made or written; it is not made."""
+        folder = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            why = os.strerror(errno.EACCES if folder.is_dir() else errno.ENOTDIR)
+            raise BadInput(f"--runs-dir {self.root}: cannot be written: {folder}: {why}")
 
     def save_state(self, state: State) -> None:
         """Keep the training state, whole or not at all, and the one before it."""
@@ -530,7 +545,8 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
     path = path if os.path.isdir(path) else Path(os.path.abspath(name))
     if not os.path.isdir(path) or path.parent.name not in COMMANDS:
         group = os.path.isdir(path) and path.name in COMMANDS
-        what = "is a group of runs: name one of them" if group else "there is no such run"
+        missing = "is a file, not a run" if os.path.isfile(name) else "there is no such run"
+        what = "is a group of runs: name one of them" if group else missing
         raise BadInput(f"{said}: {what}; `kd runs` lists what there is")
     if path.parents[2] != root or path.is_symlink():
         raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {path.parents[2]}")
@@ -552,7 +568,14 @@ def _open(path: Path) -> Run:
             wrong = f"is of another kd (its runs have schema {schema}, this one's {SCHEMA})"
         elif (run := Run(path.parents[2], Spec.model_validate(config, context={"reading": True}))).path == path:
             return run
-    raise BadInput(f"{file}: {wrong}: delete {path} and train it again")
+    raise BadInput(f"{file}: {wrong}: {remedy(path)}")
+
+
+def remedy(path: Path) -> str:
+    """What to do about the damaged run in a directory."""
+    root = path.parents[2].absolute()
+    where = [] if root == Path("runs").absolute() else ["--runs-dir", str(root)]
+    return f"remove it, {shlex.join(['kd', 'runs', 'rm', '/'.join(path.parts[-3:]), *where])}, and train it again"
 
 
 def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Callable[[str], None]) -> list[Run]:
@@ -660,13 +683,15 @@ def git_commit() -> str | None:
 
 def settings(spec: Spec) -> Settings:
     """What a run is but for its names, its seed and its parents, nested: what is compared between two runs."""
-    kept = spec.model_dump(exclude_none=True, exclude={"experiment", "seed", "parents", "dataset", "data"})
+    kept = spec.model_dump(exclude_none=True, exclude={"experiment", "seed", "parents", "dataset", "data", "omitted"})
     where = spec.data.model_dump(exclude_none=True, include={"evaluate_on", "heldout", "transfer"})
     kept.get("distill", {}).pop("teacher", None)  # the parents say which
     if spec.model and spec.model.name:
         kept["model"]["name"] = Path(spec.model.name).name
     if spec.distill:
         kept["distill"]["loss"] = Path(spec.distill.loss).name
+    if spec.omitted:
+        kept["omit_classes"] = spec.omission
     if spec.content:
         kept["content"] = spec.content[:12]
     for key in kept.get("origin", {}).keys() & {"weights", "onnx", "logits"}:

@@ -410,6 +410,8 @@ def arrays_of(file: Path, alone: str = "an array without a name") -> dict[str, A
 
 def _npz(file: Path) -> Found:
     """An .npz file: x_train, y_train, x_test, y_test, or MedMNIST's train_images, train_labels, …"""
+    if file.is_file() and file.suffix.lower() != ".npz":
+        raise BadInput(f"{file}: data.arrays is an .npz file: np.savez writes one")
     content = arrays_of(file)
     names = {
         f"{part}_{what}": f"{axis}_{part}"
@@ -435,7 +437,10 @@ def _arrays(found: Any, source: str) -> Found:
     classes = [str(c) for c in (range(int(y_train.max()) + 1) if names is None else names)]
     if twice := [c for c in classes if classes.count(c) > 1]:
         raise BadInput(f"{source}: classes names {twice[0]} twice")
-    if len(classes) < 2 or np.unique(y_train).tolist() != list(range(len(classes))):
+    if len(classes) < 2:
+        has = f"one: {classes[0]}" if classes else "none"
+        raise BadInput(f"{source}: needs two or more classes, and has {has}")
+    if np.unique(y_train).tolist() != list(range(len(classes))):
         has = f"and has {np.unique(y_train)[:20].tolist()}, with {len(classes)} names"
         raise BadInput(f"{source}: y_train must hold every one of two or more classes, 0 to {len(classes) - 1}, {has}")
     if int(y_test.max()) >= len(classes):

@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from kdcli import BadInput, code, distributed, failure, losses, misread, score
-from kdcli.answers import read_answers
 from kdcli.augment import Fixed
 from kdcli.config import Average, Origin, Train
 from kdcli.data import Dataset, Split
 from kdcli.device import place, seeded, select_device
 from kdcli.fit import Fitted, fit, learning_rate
-from kdcli.imports import Imported, imported, resolved
+from kdcli.imports import Imported, answers, imported, resolved
 from kdcli.kept import kept_views
 from kdcli.models import build
 from kdcli.runs import (
@@ -229,10 +228,7 @@ def _imported(run: Run, dataset: Dataset, device: torch.device, note: Note) -> d
     spec, began, net = run.spec, time.perf_counter(), None
     origin, labels = spec.origin or Origin(), dataset.test.labels
     if origin.logits:
-        sizes = {part: len(getattr(dataset, part) or ()) for part in ("train", "test", "unlabelled")}
-        logits, said = read_answers(Path(origin.logits), sizes, dataset.facts.classes, origin.classes, dataset.files)
-        if dataset.unlabelled and "unlabelled" not in logits:
-            raise BadInput(f"{origin.logits}: has no answers for the images of data.unlabelled: add them")
+        logits, said = answers(origin, dataset)
     else:
         read = imported(origin, spec.model, dataset.facts)
         said, net = read.said, place(read.net, device).eval()

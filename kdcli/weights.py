@@ -120,11 +120,11 @@ def fit_weights(net: nn.Module, found: Weights, file: Path, fresh: str = "") -> 
 def stripped(tensors: dict[str, Tensor], wanted: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors by key without the names of wrappers, such as `module.`, that all keys begin with and the net's do not;
     and what was taken off."""
-    taken = ""
+    taken, whole = "", tensors
     while not tensors.keys() & set(wanted):
         heads = {key.partition(".")[0] for key in tensors if key != "n_averaged"}
         if len(heads) != 1 or not all("." in key for key in tensors if key != "n_averaged"):
-            return tensors, []  # it is told with the keys as they are
+            return whole, []  # it is told with the keys as they are
         taken += f"{heads.pop()}."
         tensors = {key.partition(".")[2] or key: tensor for key, tensor in tensors.items()}
     return tensors, [f"Its keys are read without {taken}"] if taken else []

@@ -71,8 +71,12 @@ def prepare(
                 others, _, before = planned([other for other in overrides if other is not override])
             except BadInput:  # the experiment cannot do without it
                 continue
-            if [other.experiment for other in others] != [point.experiment for point in points]:
-                _refuse_idle(override, command, before, jobs, experiment)
+            if [other.experiment for other in others] == [point.experiment for point in points]:
+                later = overrides[overrides.index(override) + 1 :]
+                beats = [o.origin for o in later if f"{override.key}.".startswith(f"{o.key}.")]
+                why = f"{beats[-1]} beats it" if beats else "that is its value already"
+                raise BadInput(f"{override.origin}: changes nothing: {why}")
+            _refuse_idle(override, command, before, jobs, experiment)
     subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points], dataset)
     places = places._replace(threads=experiment.threads or max((os.cpu_count() or 1) // distributed.LOCAL_WORLD, 1))
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)

@@ -80,7 +80,8 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.suffix.lower() in (".yaml", ".yml") or len(path.parts) > 1:
         if not os.path.isfile(path):  # false too of an unusable name
-            raise BadInput(f"{name}: there is no such experiment file")
+            what = "is a folder, not an" if os.path.isdir(path) else "there is no such"
+            raise BadInput(f"{name}: {what} experiment file")
         return path
     if name not in (known := experiments()):
         raise BadInput(f"{name or repr(name)}: neither an experiment's name nor a .yaml file{nearest(name, known)}")
@@ -201,8 +202,12 @@ def _read(path: Path) -> _File:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}" if mark else ""
         raise BadInput(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if values is None:
+        raise BadInput(f"{path}: is empty: `kd init FOLDER` writes an experiment file")
     if not isinstance(values, dict):
         raise BadInput(f"{path}:1: an experiment file is a mapping (name: …, data: …, teacher: …)")
     return file._replace(values=values)

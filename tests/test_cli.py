@@ -110,6 +110,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "train-teacher tiny.yaml --runs-dir tiny.yaml",
         "--runs-dir tiny.yaml: cannot be written",
     ),
+    "dry run into a file": (
+        "run tiny.yaml --dry-run --runs-dir tiny.yaml/runs",
+        "--runs-dir tiny.yaml/runs: cannot be written: tiny.yaml: Not a directory",
+    ),
     "teachers not trained": (
         "distill tiny.yaml --seeds 0,5-6",
         "(seeds 5-6), are missing; train them: kd train-teacher tiny.yaml --seed 5-6, or add",
@@ -141,6 +145,20 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "an empty name": ("run ''", "'': neither an experiment's name nor a .yaml file"),
     "nothing to check": ("run tiny.yaml --check", "--check: tiny.yaml has no expect section to check"),
     "nothing to evaluate": ("evaluate tiny.yaml --runs-dir none", "no finished runs; train some: kd run tiny.yaml"),
+    "a run twice": (
+        "evaluate tiny.yaml --run tiny/distill/STUDENT --run ti/d/STUDENT",
+        "--run: names tiny/distill/STUDENT twice",
+    ),
+    "a folder called as a file": ("run fold.yaml", "fold.yaml: is a folder, not an experiment file"),
+    "a file for a folder": ("init tiny.yaml", "tiny.yaml: is a file, not a folder"),
+    "a table for arrays": (
+        "run tiny.yaml --set data={arrays:\\ tiny.yaml}",
+        "tiny.yaml: data.arrays is an .npz file: np.savez writes one",
+    ),
+    "half a normalisation": (
+        "run tiny.yaml --set data.mean=[0.5]",
+        "data.std: is missing: mean needs it",
+    ),
     "no such run": ("evaluate tiny.yaml --run tiny/distill/0-ffffffffff", "there is no such run"),
     "one member": (
         "ensemble tiny.yaml --members 1",
@@ -181,6 +199,14 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "too few held out": (
         "run tiny.yaml --set data.heldout=9",
         "--set data.heldout=9: data.heldout: 9 of 1297 images: must leave one of each of 10 classes",
+    ),
+    "a --set of the file's own value": (
+        "distill tiny.yaml --set distill.T=4",
+        "--set distill.T=4: changes nothing: that is its value already",
+    ),
+    "a --set that a flag beats": (
+        "train-teacher tiny.yaml --set teacher.train.epochs=3 --epochs 4",
+        "--set teacher.train.epochs=3: changes nothing: --epochs 4 beats it",
     ),
     "a --set for another command": (
         "train-teacher tiny.yaml --set distill.T=3",
@@ -237,6 +263,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> Non
     words, line = MISTAKES[mistake]
     words = words.replace("TEACHER", only(kd.folder, "train-teacher").name)
     words = words.replace("STUDENT", only(kd.folder, "distill").name)
+    line = line.replace("STUDENT", only(kd.folder, "distill").name)
+    (kd.folder / "fold.yaml").mkdir()
     words = words.replace("BASELINE", only(kd.folder, "baseline").name)
     (kd.folder / "own_image.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     before = sorted(kd.folder.rglob("*"))
@@ -247,6 +275,14 @@ def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> Non
     *more, last = [line for line in done.err.splitlines() if not line.startswith(besides)]
     assert line in done.err
     assert all(extra.startswith("1 run, ") for extra in more), last
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_dry_run_says_that_runs_cannot_be_written(kd: Shell) -> None:
+    (kd.folder / "shut").mkdir(0o555)
+    told = [here(kd, "run", "tiny.yaml", "--runs-dir", "shut", *dry) for dry in ((), ("--dry-run",))]
+    line = "--runs-dir shut: cannot be written: shut: Permission denied\n"
+    assert [(done.code, done.out, done.err) for done in told] == [(2, "", line)] * 2
 
 
 def test_a_broken_file_is_told_with_its_line(kd: Shell) -> None:
@@ -299,8 +335,8 @@ def test_a_set_that_an_entry_with_a_train_of_its_own_does_not_hear_is_refused(kd
         "--set student.train.epochs=2: changes nothing that kd omit-classes does; it changes: student"
     )
     assert line.endswith("; set for nets with a train of their own: baseline.train.epochs, omit_classes.0.train.epochs")
-    words = ("omit-classes", "tiny.yaml", "--json", "--set", "omit_classes.0.train.epochs=2")
-    assert here(kd, *words).json["last_epoch"]["epoch"] == 2
+    words = ("omit-classes", "tiny.yaml", "--json")
+    assert here(kd, *words, "--set", "omit_classes.0.train.epochs=2").json["last_epoch"]["epoch"] == 2
     assert here(kd, *words, "--epochs", "3").json["last_epoch"]["epoch"] == 3
 
 
@@ -330,7 +366,8 @@ def test_a_flag_beats_set_which_beats_the_grid_and_the_file(kd: Shell) -> None:
         assert done.code == 0, done.err
         return done.json
 
-    assert resolved("distill", "tiny.yaml", "--T", "5", "--set", "distill.T=6")["resolved"]["distill"]["T"] == 5
+    section = ("--set", "distill={T: 6, lambda1: 0.5}")
+    assert resolved("distill", "tiny.yaml", "--T", "5", *section)["resolved"]["distill"]["T"] == 5
     assert resolved("distill", "tiny.yaml", "--set", "distill.T=6")["resolved"]["distill"]["T"] == 6
     students = [run for run in resolved("run", "grid.yaml")["runs"] if run["row"] == "student"]
     by_hand = resolved("run", "grid.yaml", "--set", "distill.T=3")
@@ -341,18 +378,47 @@ def test_a_flag_beats_set_which_beats_the_grid_and_the_file(kd: Shell) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-@pytest.mark.parametrize("words", ["distill tiny.yaml --T 9", "evaluate tiny.yaml"])
-def test_damaged_teachers_weights_stop_the_run(damage: str, words: str, kd: Shell) -> None:
+def test_a_damaged_teacher_stops_what_needs_it_alone(damage: str, kd: Shell) -> None:
+    name, student = (f"tiny/{c}/{only(kd.folder, c).name}" for c in ("train-teacher", "distill"))
     weights = only(kd.folder, "train-teacher") / "weights.safetensors"
     content = weights.read_bytes()
     weights.unlink()
     if damage == "truncated":
         weights.write_bytes(content[:100])
-    done = kd_here(kd.folder, *words.split())
+    done = kd_here(kd.folder, "distill", "tiny.yaml", "--T", "9")
     assert done.code == 2
-    assert len(done.err.splitlines()) == 1
-    assert f"weights.safetensors: {'cannot be read' if damage == 'missing' else 'is damaged'}" in done.err
-    assert "train it again" in done.err
+    (line,) = done.err.splitlines()
+    assert f"weights.safetensors: {'cannot be read' if damage == 'missing' else 'is damaged'}" in line
+    assert line.endswith(f": remove it, kd runs rm {name}, and train it again")
+    asked = kd_here(kd.folder, "predict", student, "--test-image", "0", "--json")
+    assert asked.err == f"{student}: without the view of its teacher: {line}\n"
+    assert [view["net"] for view in asked.json["images"][0]["views"]] == ["net"]
+    shown = here(kd, "evaluate", "tiny.yaml", "--json")
+    ensemble = f"tiny/ensemble/{only(kd.folder, 'ensemble').name}"
+    assert {f"left out: {run}: {line}" for run in (name, ensemble)} <= {*shown.err.splitlines()}
+    rows = {run["run"]: run for run in shown.json["runs"]}
+    assert len(shown.err.splitlines()) == len({*run_names(kd)} - {*rows}) + 1
+    assert rows.keys() == {run for run in run_names(kd) if run not in (name, ensemble)}
+    assert "teacher" not in rows[student]
+    alone = here(kd, "evaluate", "tiny.yaml", "--run", student, "--json")
+    assert alone.err.splitlines()[0] == f"left out: {name}: {line}"
+
+
+def test_a_student_whose_teacher_is_gone_is_reported_without_it(kd: Shell) -> None:
+    student, teacher = (f"tiny/{c}/{only(kd.folder, c).name}" for c in ("distill", "train-teacher"))
+    assert kd_here(kd.folder, "runs", "rm", "--yes", "--force", teacher).code == 0
+    done = kd_here(kd.folder, "report", student, "--json")
+    assert done.code == 0, done.err
+    assert [row["row"] for row in done.json["points"][0]["table"]] == ["baseline", "student"]
+    assert f"Its teacher is not shown: {teacher}, or a member of it, is gone." in done.json["remarks"]
+
+
+def test_the_experiment_of_a_name_is_told_from_the_file_beside_it(kd: Shell) -> None:
+    shutil.copy(kd.folder / "tiny.yaml", kd.folder / "digits.yaml")
+    note = "digits is kd's own experiment; for the file here type digits.yaml"
+    own, file = (here(kd, "distill", name, "--dry-run") for name in ("digits", "digits.yaml"))
+    assert own.err.splitlines()[0] == note
+    assert note not in file.err
 
 
 def test_a_mismatched_teacher_names_the_close_runs_and_what_to_type(kd: Shell) -> None:

@@ -115,6 +115,28 @@ def test_students_of_two_teachers_count_a_seed_once(taught: Shell) -> None:
     assert len({run for group in students for run in group["runs"]}) == 4
 
 
+def test_students_of_teachers_that_are_gone_stay_in_their_groups(taught: Shell, tmp_path: Path) -> None:
+    def groups() -> list[list[str]]:
+        return [
+            g["runs"] for g in kd_here(tmp_path, "compare", "tiny/baseline", "tiny/distill", "--json").json["groups"]
+        ]
+
+    shutil.copytree(taught.folder / "runs", tmp_path / "runs")
+    before = groups()
+    teachers = sorted((tmp_path / "runs/tiny/train-teacher").iterdir())
+    shutil.rmtree(teachers[0])
+    assert groups() == before
+    shutil.rmtree(teachers[1])
+    assert groups() == before
+    done = kd_here(tmp_path, "compare", "tiny/baseline", "tiny/distill")
+    assert "; teacher train-teacher (gone), not none" in " ".join(done.out.split())
+
+
+def test_omitted_classes_are_named_as_their_row_is(trained: Shell) -> None:
+    done = kd_here(trained.folder, "compare", "tiny/baseline", "tiny/omit-classes", "--json")
+    assert done.json["comparisons"][0]["changed"]["omit_classes"] == [None, "omit 3"]
+
+
 def test_the_name_of_a_single_run_says_its_teacher_too(trained: Shell) -> None:
     found = kd_here(trained.folder, "compare", "tiny/distill", "--json").json
     assert {group["name"].partition(" ")[2] for group in found["groups"]} == {

@@ -40,7 +40,7 @@ MISTAKES = {
     "nothing to learn": (edited("lambda1: 0.9", "lambda1: 0, lambda2: 0"), "f:11: distill.lambda1: and lambda2 are both 0: the student would learn nothing"),
     "unknown optimizer": (edited("optimizer: adam", "optimizer: adm"), "f:6: teacher.train.optimizer: must be 'sgd', 'adam' or 'adamw', not 'adm'"),
     "momentum of adam": (edited("lr: 3e-3", "lr: 3e-3, momentum: 0.5"), "f:6: teacher.train.momentum: belongs to sgd, not to adam: remove it"),
-    "warm-up too long": (edited("lr: 3e-3", "lr: 3e-3, warmup: 6"), "f:6: teacher.train.warmup: must be less than epochs, 6, not 6"),
+    "warm-up too long": (edited("lr: 3e-3", "lr: 3e-3, warmup: 6"), "f:6: teacher.train.warmup: is 6, and must be less than train.epochs, 6"),
     "both omit and keep": (edited("omit: [3]", "{omit: [3], keep: [7]}"), "f:13: omit_classes.0: needs either omit or keep, and only one of them"),
     "a class in two spellings": (edited("omit: [3]", 'omit: [3, "3"]'), "f:13: omit_classes.0.omit: names a class twice: ['3', '3']"),
     "a class that is no name": (edited("omit: [3]", "omit: [true]"), "f:13: omit_classes.0.omit.0: must be a valid string, not True"),
@@ -62,7 +62,7 @@ MISTAKES = {
     "a missing section": (edited("distill: {T: 4, lambda1: 0.9}\n", ""), "f:1: distill: is missing"),
     "broken YAML": (edited("{name: digits", "{name: [digits"), "f:3: not valid YAML: expected ',' or ']', but got '}'"),
     "not a mapping": ("- 1\n", "f:1: an experiment file is a mapping (name: …, data: …, teacher: …)"),
-    "empty": ("", "f:1: an experiment file is a mapping (name: …, data: …, teacher: …)"),
+    "empty": ("", "f: is empty: `kd init FOLDER` writes an experiment file"),
     "no images": (edited("name: digits, ", ""), "f:3: data: needs either name or folder or arrays or function, and only one of them"),
     "two sources of images": (edited("name: digits", "name: digits, function: own.py:load"), "f:3: data: needs either name or folder or arrays or function, and only one of them"),
     "a file that is not there": (edited("name: digits", "function: absent.py:load"), "f:3: data.function: there is no file "),
@@ -374,6 +374,8 @@ def test_an_unknown_experiment_names_the_known_ones(tmp_path: Path) -> None:
         yamlfile.load("quux")
     with pytest.raises(BadInput, match="there is no such experiment file"):
         yamlfile.load(str(tmp_path / "absent.yaml"))
+    with pytest.raises(BadInput, match=r"^/proc/self/mem: cannot be read: Input/output error$"):
+        yamlfile.load("/proc/self/mem")
 
 
 VALUES = st.recursive(

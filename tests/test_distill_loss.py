@@ -44,6 +44,14 @@ def constant(student_logits, teacher_logits, labels, T):
     return teacher_logits.square().mean()
 
 
+def nan(student_logits, teacher_logits, labels, T):
+    return student_logits.sum() * float("nan")
+
+
+def steep(student_logits, teacher_logits, labels, T):
+    return (student_logits - student_logits.detach()).square().sum().sqrt()
+
+
 def of_labels(student_logits, teacher_logits, labels, T):
     return F.cross_entropy(student_logits, labels) * (labels.min() >= 0) / (labels.min() >= 0)
 
@@ -213,6 +221,8 @@ BROKEN = {
     "a_sample": "mine.py:a_sample: must return a scalar tensor, not a tensor of shape [4]",
     "a_number": "mine.py:a_number: must return a scalar tensor, not float",
     "constant": "mine.py:constant: does not depend on student_logits: nothing could be learned from it",
+    "nan": "mine.py:nan: is nan for logits drawn from a normal distribution: it must be finite",
+    "steep": "mine.py:steep: has a gradient that is not finite for logits drawn from a normal distribution: it must be finite",
     "absent": "mine.py: has no function absent",
     "word": "mine.py: has no function word",
     "of_three": "mine.py:of_three: of_three() takes 3 positional arguments but 4 were given",

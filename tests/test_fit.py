@@ -437,7 +437,7 @@ def test_a_student_of_shifted_images_asks_its_teacher_live(
 
     for way in (cached, live):
         monkeypatch.setattr(kdcli.train, way.__name__, partial(told, way))
-    words = ["--no-baseline", "--set", f"student.train.jitter={jitter}", "--epochs", "1"]
+    words = ["--no-baseline", *["--set", "student.train.jitter=1"] * jitter, "--epochs", "1"]
     done = kd_here(own, "distill", "own.yaml", *words)
     assert done.code == 0, done.err
     assert asked == [("cached", "live")[jitter]]

@@ -350,6 +350,7 @@ def refused() -> dict[str, tuple[str, bytes, str]]:
         "nan": ("net.pt", saved(nan), "holds values that are not finite, in layers.0.bias"),
         "another width": ("net.pt", saved(other), "of another shape: layers.0.weight is [31, 64], not [32, 64]"),
         "other keys": ("net.pt", saved(renamed), "4 missing: layers.0.weight, layers.0.bias"),
+        "a key alone": ("net.pt", saved({"fc.weight": torch.zeros(2)}), "1 unexpected: fc.weight"),
         "a key less": (
             "net.pt",
             saved({k: t for k, t in state().items() if k != "layers.1.bias"}),
@@ -405,7 +406,7 @@ KEYS = {
     "a class twice": ("{model: {hidden: [32]}, weights: net.pt, classes: [0, 0]}", "teacher.classes: names 0 twice"),
     "a mean without std": (
         "{model: {hidden: [32]}, weights: net.pt, input: {mean: [1]}}",
-        "teacher.input.std: must have as many",
+        "teacher.input.std: is missing: mean needs it",
     ),
     "three means for one channel": (
         "{model: {hidden: [32]}, weights: net.pt, input: {mean: [1, 1, 1], std: [1, 1, 1]}}",
@@ -636,11 +637,28 @@ def test_a_file_of_logits_knows_no_other_view(tmp_path: Path) -> None:
     done = read(tmp_path, "{logits: a.npy}", "--set", "student.train.jitter=1", command="distill")
     assert done.code == 2
     assert "student.train: shows views of the images, and a file of logits has answers for none" in done.err
-    np.save(tmp_path / "a.npy", np.full((1296, 10), -1, np.float32))
-    done = read(tmp_path, "{logits: a.npy}")
-    assert done.code == 2
-    assert "train has 1,296 rows for 1,297 training images" in done.err
-    assert read(tmp_path, "{logits: a.npy}", "--dry-run").code == 0
+
+
+WRONG: dict[str, tuple[list[str], str]] = {  # rows of answers, and what is said of them
+    "a NaN": (["nan,2,3,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 0: is no finite number"),
+    "a word": (["1,2,cat,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 2: is no finite number"),
+    "a column too many": (["1,2,3,4,5,6,7,8,9,1,2"] * 1297, "row 0 has 11 fields, and the header 10"),
+    "no probabilities": ([".9,0,0,0,0,0,0,0,0,0"] * 1297, "train: its values are like probabilities, but"),
+    "a row too few": (["1,2,3,4,5,6,7,8,9,1"] * 1296, "train has 1,296 rows for 1,297 training images"),
+    "nothing": ([], "train has 0 rows for 1,297 training images"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_dry_run_says_of_a_wrong_file_of_logits_what_the_run_says(tmp_path: Path, wrong: str) -> None:
+    rows, line = WRONG[wrong]
+    (tmp_path / "a.csv").write_text("\n".join(["0,1,2,3,4,5,6,7,8,9", *rows]))
+    told = [read(tmp_path, "{logits: a.csv}", *dry) for dry in ((), ("--dry-run",))]
+    assert [(done.code, done.out) for done in told] == [(2, "")] * 2
+    assert told[0].err == told[1].err
+    assert f"teacher.logits: {tmp_path / 'a.csv'}: {line}" in told[0].err
+    assert len(told[0].err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_forest_teaches_a_perceptron_on_a_table(tmp_path: Path) -> None:
@@ -691,7 +709,7 @@ def test_a_wrong_file_of_logits_is_named_without_test_images(tmp_path: Path) -> 
         assert len(refused.err.strip().splitlines()) == 1
     student = kd_here(tmp_path, "predict", "tiny/distill/0-", "--test-image", "1")
     assert student.code == 0, student.err
-    assert "has no net, but a file of logits" in student.err
+    assert "without the view of its teacher: tiny/train-teacher/" in student.err
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -230,6 +230,7 @@ def test_a_trial_replaces_no_report_and_a_report_leaves_no_old_pictures(trained:
         (["tiny.yaml", "tiny.yaml"], "kd report tiny.yaml tiny.yaml: names something twice"),
         (["tiny.yaml", "digits", "--json"], "--json: is one document: name one experiment or run"),
         (["tiny.yaml", "--seed", "7"], "train them: kd run tiny.yaml --seeds 7"),
+        (["tiny.yaml", "--set", "omit_classes.0.omit=[4]"], ": is not finished; train it: kd run tiny.yaml --set "),
     ],
 )
 def test_what_cannot_be_reported_is_told_before_anything_is(words: list[str], line: str, trained: Shell) -> None:

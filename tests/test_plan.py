@@ -94,6 +94,9 @@ def test_what_each_run_is_told(digits: list[Job]) -> None:
     for row in ("baseline", "student", "omit 3"):
         assert (first[row].model, first[row].train) == (experiment.student.model, experiment.student.train)
     assert first["omit 3"].omitted == ["3"]
+    assert {label: first[label].omission for label in ("omit 3", "keep 7,8", "student")} == {
+        "omit 3": "omit 3", "keep 7,8": "keep 7,8", "student": "",
+    }  # fmt: skip
     assert first["keep 7,8"].omitted == ["0", "1", "2", "3", "4", "5", "6", "9"]
     assert {row for row, spec in first.items() if spec.distill} == {*first} - {"teacher", "baseline"}
     assert {row for row, spec in first.items() if spec.data.heldout} == {"omit 3", "keep 7,8"}

@@ -222,6 +222,7 @@ def test_nets_of_other_channels_are_asked_of_test_images_alone(own: Own, tmp_pat
         ),
         ("absent.onnx x.png", "absent.onnx: there is no such file"),
         ("other.onnx x.png", "other.onnx: is not a net that kd exported"),
+        ("tiny.yaml x.png", "tiny.yaml: is a file, not a run; `kd runs` lists what there is"),
         ("tiny/distill/0-0 x.png", "tiny/distill/0-0: there is no such run"),
         ("other.onnx x.png --T 4", "--T: an exported file has T = 1 built in: name the run instead"),
         ("RUN --test-image 3 --invert", "--invert: is for image files, and none is named"),

@@ -149,7 +149,7 @@ def broken_disk(patch: pytest.MonkeyPatch) -> None:
 
 
 def words(epochs: int, experiment: str) -> list[str]:
-    return ["train-teacher", experiment, "--set", "teacher.train.ema=0.9", "--epochs", str(epochs)]
+    return ["train-teacher", experiment, "--set", "teacher.train.ema=0.8", "--epochs", str(epochs)]
 
 
 def start(shell: Shell, epochs: int = EPOCHS, experiment: str = "tiny.yaml", prepare: Prepare = eager) -> Forked:
@@ -393,7 +393,7 @@ def test_a_student_continues_only_with_the_teacher_that_it_began_with(tmp_path: 
     teacher.finish(result)
     done, name = kd_here(folder, *STUDENT), student.relative_to(folder / "runs")
     assert done.code == 2
-    told = f"{name}: was begun with other weights than its teacher has now: delete runs/{name} and train it again"
+    told = f"{name}: was begun with other weights than its teacher has now: remove it, kd runs rm {name}, and train it again"
     assert [line for line in done.err.splitlines() if line.startswith(str(name))] == [told]
     assert json.loads((student / "result.json").read_text())["status"] == "interrupted"
     assert not (student / "weights.safetensors").exists()
