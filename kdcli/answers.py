@@ -122,10 +122,10 @@ def _understood(
     if not columns:
         said.append("Its columns have no names: they are taken to be the classes of the data, in their order.")
     elif more := [name for name in columns if name not in classes]:
-        said.append(f"Its columns {_some(more)} are no classes of the data and left out.")
+        said.append(f"Its columns {_some(more)} are not classes of the data and are left out.")
     for part in (part for part in PARTS if part in sizes):
         if part not in arrays:
-            said.append(f"It says nothing of the {sizes[part]:,} {PARTS[part]} images.")
+            said.append(f"It has no answers for the {sizes[part]:,} {PARTS[part]} images.")
             continue
         rows, how = _logits(part, arrays, columns, pick)
         logits[part] = torch.from_numpy(_ordered(part, rows, arrays, sizes[part], files))
@@ -165,12 +165,12 @@ def _logits(
         raise BadInput(f"{part}_classes number the classes: name these in an array classes, or in teacher.classes")
     if rows.ndim != 2 or rows.dtype.kind not in "fiu" or (numbers is None and rows.shape[1] != width):
         instead = "" if columns else "; teacher.classes names the columns where it knows more classes"
-        raise BadInput(f"{part} must be numbers [images, {width}], a column a class, not {_kind(rows)}{instead}")
+        raise BadInput(f"{part} must be numbers [images, {width}], one column per class, not {_kind(rows)}{instead}")
     with np.errstate(over="ignore"):
         rows = rows.astype(np.float32, copy=False)
     for row, column in np.argwhere(~np.isfinite(rows))[:1].tolist():
         name = columns[column] if columns and numbers is None else column
-        raise BadInput(f"{part}, row {row}, column {name}: is no finite number: every image needs its answer")
+        raise BadInput(f"{part}, row {row}, column {name}: is not a finite number: every image needs its answer")
     if numbers is not None:
         how = f"the log-probabilities of {rows.shape[1]} classes each; the others share evenly what these leave"
         return _spread(part, rows, numbers, width)[:, pick], how

@@ -85,7 +85,7 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.quiet and self.verbose:
-            raise BadInput("-q -v: choose one of them")
+            raise BadInput("-q -v: use one or the other")
         self.display = show.Display(self.quiet, self.verbose)
         self.overrides = [yamlfile.parse_set(text) for text in self.sets or []]
         for option, key in KEYS.items():
@@ -147,7 +147,7 @@ class Call:
         from kdcli.plan import made_from, refuse_missing, unfinished, usable
 
         if self.teacher and self.with_teacher:
-            raise BadInput("--teacher --with-teacher: choose one of them")
+            raise BadInput("--teacher --with-teacher: use one or the other")
         needed, teachers = made_from(work.jobs, work.planned), {name for job in work.jobs for name in job.spec.parents}
         absent = {run.name for run in unfinished(needed, work.places)}
         missing = [job for job in needed if job.spec.name in absent]
@@ -405,7 +405,7 @@ def compare_runs(
 ) -> None:
     """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
     if call.as_json and as_markdown:
-        raise BadInput("--json --md: choose one of them")
+        raise BadInput("--json --md: use one or the other")
     from kdcli.compare import compare
 
     document = compare(call.runs_dir, names, call.data_dir, call.display.note, match, by_errors=sort == "errors")

@@ -498,7 +498,7 @@ class Distill(Section):
         known, name = LOSSES.get(self.loss), self.loss.rpartition("/")[2]
         for key in ("alpha", "beta", "gamma"):
             if getattr(self, key) is not None and not (known and key in known.parameters):
-                yield key, f"is no parameter of {name}: remove it"
+                yield key, f"is not a parameter of {name}: remove it"
         if self.T is None and not (known and known.T is None):
             yield "T", f"is missing: {name} has a temperature"
         if self.T is not None and known and known.T is None:
@@ -629,7 +629,7 @@ class Experiment(Section):
             yield "distill.loss", f"{loss} needs the label of every image, and data.unlabelled has none: use another"
         for key, train in self.student_trains.items():
             if needs and train.mixup and key != "baseline":
-                yield "distill.loss", f"{loss} needs one label an image, and {key}.train.mixup blends two: use another"
+                yield "distill.loss", f"{loss} needs one label per image, and {key}.train.mixup blends two: use another"
             if key != "baseline" and self.distill.warmup >= train.epochs:
                 yield "distill.warmup", f"must be less than {key}.train.epochs, {train.epochs}"
 

@@ -36,7 +36,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadInput(f"{file}: is too large: make it smaller, {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or no image'}") from None
+        raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or not an image'}") from None
 
 
 def open_image(file: Path, least: int = 0) -> Image.Image:
@@ -222,7 +222,7 @@ def _files(folder: Path, ignored: Counter[str], linked: bool = False) -> list[Pa
             images = [n for n in names if n not in hidden and os.path.splitext(n)[1].lower() in FORMATS]
             found += [Path(parent, name) for name in images]
             ignored["hidden entries"] += len(hidden)
-            ignored["files that are no images"] += len({*names} - hidden) - len(images)
+            ignored["files that are not images"] += len({*names} - hidden) - len(images)
     except OSError as error:
         raise BadInput(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
     return sorted(found)

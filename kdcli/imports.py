@@ -245,7 +245,7 @@ def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         first, *more = session.get_inputs()
     except Exception as error:  # the runtime has a dozen kinds of its own
-        why = "is damaged, cut short, or no ONNX file"
+        why = "is damaged, cut short, or not an ONNX file"
         if "external" in str(error).lower():
             why = "has its weights in another file: save it whole, onnx.save(onnx.load(FILE), FILE)"
         raise BadInput(f"{file}: {why}") from None

@@ -82,7 +82,7 @@ def predict(
         images.append(Prediction(image=str(file), views=_views(asked, inputs), mostly_ink=light, nearer=share))
     for i in test_images:
         if not run:
-            raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
+            raise BadInput("--test-image: an exported file does not record its dataset: name the run instead")
         test = dataset_of(run, places.data_dir).test
         if not 0 <= i < len(test):
             raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
@@ -93,7 +93,7 @@ def predict(
 
 def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]) -> Asked:
     """What to ask of a finished run: itself and, of a student, its teacher, unless that is gone."""
-    run.result("asked")
+    run.result("used for prediction")
     own, parent = live(run, CPU), run.spec.parents[0] if run.spec.distill else ""
     teacher = there(run.root, parent) if parent else None
     if teacher and any(member.spec.origin and member.spec.origin.logits for member in members(teacher)):

@@ -299,7 +299,7 @@ class Run:
         remedy = f"train it first{f': {command}' if command else ''}"
         if status == "diverged":
             remedy = "lower its lr, or let it rise over a warmup"
-        raise BadInput(f"{self.name}: is {status}: cannot be {role}; {remedy}")
+        raise BadInput(f"{self.name}: {'has' if status == 'diverged' else 'is'} {status}: cannot be {role}; {remedy}")
 
     def counted(self, role: str) -> Result:
         """The result of a completed run whose errors were counted. Raises BadInput as `result` does, and of a teacher
@@ -703,8 +703,8 @@ def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[
 
 
 def differences(wanted: Settings, found: Settings, prefix: str = "") -> list[str]:
-    """`key is found, not wanted` for every setting in which two nested documents differ, by key."""
+    """`key found instead of wanted` for every setting in which two nested documents differ, by key."""
     return [
-        f"{key} is {'not set' if b is None else b}, not {'unset' if a is None else a}"
+        f"{f'no {key}' if b is None else f'{key} {b}'} instead of {'none' if a is None else a}"
         for key, (a, b) in sorted(changes(wanted, found, prefix))
     ]

@@ -49,10 +49,10 @@ def read_weights(file: Path) -> Weights:
         if _is_program(file):
             raise BadInput(f"{file}: {PROGRAM}") from None
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise BadInput(f"{file}: is damaged, or no file of weights") from None
+            raise BadInput(f"{file}: is damaged, or not a file of weights") from None
         raise BadInput(f"{file}: {_of_code(str(error))}") from None
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        why = PROGRAM if _is_program(file) else "is damaged, cut short, or no file of weights"
+        why = PROGRAM if _is_program(file) else "is damaged, cut short, or not a file of weights"
         if isinstance(error, PermissionError | FileNotFoundError):
             why = f"cannot be read: {error.strerror}"
         raise BadInput(f"{file}: {why}") from None

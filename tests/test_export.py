@@ -157,7 +157,7 @@ def test_a_convolutional_net_of_colours_is_exported(
         "| input | `inputs`, float32 [batch, 3, 6, 9]: red, green and blue, 0 to 1 |",
         "the classes cat, dog, owl",
         "| data | own_data.py:load, 120 training images |",
-        f"| cost | 339 parameters, {8 * 27 * 54 + 32 * 3:,} multiply-adds an image |",
+        f"| cost | 339 parameters, {8 * 27 * 54 + 32 * 3:,} multiply-adds per image |",
     ):
         assert row in card
 

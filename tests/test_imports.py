@@ -286,7 +286,7 @@ def test_a_teacher_is_held_against_its_published_errors(elsewhere: Fixture, tmp_
     torch.save(elsewhere.net.state_dict(), tmp_path / "net.pt")
     text = ELSEWHERE + f"expect: {{teacher: {elsewhere.errors - 1}}}\n"
     done = read(tmp_path, own("net.pt"), "--json", text=text)
-    said = f"It makes {elsewhere.errors} errors on 500 test images, and {elsewhere.errors - 1} at most are expected"
+    said = f"It makes {elsewhere.errors} errors on 500 test images, where at most {elsewhere.errors - 1} are expected"
     assert said in done.json["reading"]["warnings"][0]
     assert said in read(tmp_path, own("net.pt"), text=text, command="distill").err
     text = ELSEWHERE + f"expect: {{teacher: {elsewhere.errors}}}\n"
@@ -337,11 +337,11 @@ def refused() -> dict[str, tuple[str, bytes, str]]:
     renamed = {k.replace("layers", "blocks"): t for k, t in state().items()}
     hundred = MLP(64, [32], 100).state_dict()
     return {
-        "truncated": ("net.pt", good[: len(good) // 2], "is damaged, cut short, or no file of weights"),
-        "empty": ("net.pt", b"", "is damaged, cut short, or no file of weights"),
+        "truncated": ("net.pt", good[: len(good) // 2], "is damaged, cut short, or not a file of weights"),
+        "empty": ("net.pt", b"", "is damaged, cut short, or not a file of weights"),
         "text": ("net.pth", b"hello, this is no file of weights", "is damaged"),
-        "an empty safetensors": ("net.safetensors", b"", "is damaged, cut short, or no file of weights"),
-        "a safetensors that is none": ("net.safetensors", good, "is damaged, cut short, or no file of weights"),
+        "an empty safetensors": ("net.safetensors", b"", "is damaged, cut short, or not a file of weights"),
+        "a safetensors that is none": ("net.safetensors", good, "is damaged, cut short, or not a file of weights"),
         "code": ("net.pt", saved({"state_dict": state(), "x": Evil()}), "holds more than tensors"),
         "a pickle": ("net.pt", pickle.dumps({"a": Evil()}), "holds more than tensors"),
         "a whole module": ("net.pt", saved(MLP(64, [32], 10)), "holds more than tensors"),
@@ -412,7 +412,7 @@ KEYS = {
         "teacher.input.mean: must have 1 number, not 3",
     ),
     "an unknown key": ("{model: {hidden: [32]}, weights: net.pt, normalise: true}", "teacher.normalise: unknown key"),
-    "onnx that is none": ("{onnx: net.pt}", "is damaged, cut short, or no ONNX file"),
+    "onnx that is none": ("{onnx: net.pt}", "is damaged, cut short, or not an ONNX file"),
     "onnx of another input": ("{onnx: other.onnx}", "takes [1, 12], and cannot be given images [1, 8, 8]"),
     "onnx of other classes": ("{onnx: five.onnx}", "must give one output of floats for 10 classes"),
 }
@@ -622,7 +622,7 @@ def test_a_file_of_logits_teaches_as_its_net_does(trained: Any, tmp_path: Path) 
 
 def test_a_file_of_logits_without_test_images(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[DIGITS.train.labels])
-    assert "It says nothing of the 500 test images." in read(tmp_path, "{logits: a.npy}").err
+    assert "It has no answers for the 500 test images." in read(tmp_path, "{logits: a.npy}").err
     done = read(tmp_path, "{logits: a.npy}", "--json", command="run")
     assert done.code == 0, done.err
     assert [row["row"] for row in done.json["points"][0]["table"]][:2] == ["baseline", "student"]

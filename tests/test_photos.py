@@ -84,7 +84,7 @@ def test_copies_of_training_images_are_in_the_output_the_json_and_the_report(
 ) -> None:
     note = f"1 test image lies in the training set too, pixel for pixel: {shell.folder}/photos/test/cat/copy.jpg is {shell.folder}/photos/train/cat/0.jpg."
     assert note in document["remarks"]
-    assert f"{shell.folder}/photos: files that are no images left out: 1." in document["remarks"]
+    assert f"{shell.folder}/photos: files that are not images left out: 1." in document["remarks"]
     assert "lies in the training set too" in (shell.folder / "runs/photos/report/report.html").read_text()
     assert note in (shell.folder / "runs/photos/report/report.md").read_text()
 

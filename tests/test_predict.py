@@ -135,8 +135,8 @@ def test_an_image_unlike_the_training_images_is_told_so(trained: Shell, tmp_path
     assert shares["digit"] == pytest.approx((of_test > near).mean(), abs=0.004)  # in double precision
     said = kd_here(trained.folder, "predict", onnx, paths[0], paths[3]).out
     for words in (
-        ", but it is unlike the training images: no test image is so far from them",
-        f" ({100 * shares['digit']:.0f} % of test images are nearer to the training images)",
+        ", but it is unlike the training images: no test image is as far from them",
+        f" ({100 * shares['digit']:.0f} % of the test images lie closer to the training set)",
     ):
         assert "".join(words.split()) in "".join(said.split())  # a long path may be broken
     elsewhere = kd_here(tmp_path, "predict", onnx, paths[0])
@@ -215,7 +215,7 @@ def test_nets_of_other_channels_are_asked_of_test_images_alone(own: Own, tmp_pat
         ("RUN --test-image 1 --T 0", "--T 0: must be numbers from 0.001 to 10000"),
         ("RUN --test-image 1 --T hot", "--T hot: must be numbers from 0.001 to 10000"),
         ("RUN absent.png", "absent.png: No such file or directory"),
-        ("RUN tiny.yaml", "tiny.yaml: is damaged or no image"),
+        ("RUN tiny.yaml", "tiny.yaml: is damaged or not an image"),
         (
             "net.safetensors x.png",
             "net.safetensors: is not a net that kd exported as onnx: export it so, or name the run",

@@ -127,7 +127,7 @@ def test_what_is_hidden_and_what_is_no_image_is_left_out_and_counted(tmp_path: P
     (root / "train" / "cat" / "__MACOSX").mkdir()
     found = opened(root)
     assert found.facts.classes == ["cat", "dog"]
-    assert found.notes == [f"{root}: hidden entries left out: 4.", f"{root}: files that are no images left out: 1."]
+    assert found.notes == [f"{root}: hidden entries left out: 4.", f"{root}: files that are not images left out: 1."]
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_what_is_hidden_and_what_is_no_image_is_left_out_and_counted(tmp_path: P
         (lambda r: draw(r / "test" / "owl" / "0.png"), ["test/owl: is no class of {r}/train"]),
         (lambda r: [f.unlink() for f in (r / "test").rglob("*.png")], ["test: holds no image"]),
         (lambda r: os.rename(r / "train", r / "tran"), ["has test/<class>/… but no train/<class>/… beside it"]),
-        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b"GIF89a"), ["train/cat/0.png: is damaged or no image"]),
-        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b""), ["train/cat/0.png: is damaged or no image"]),
+        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b"GIF89a"), ["train/cat/0.png: is damaged or not an image"]),
+        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b""), ["train/cat/0.png: is damaged or not an image"]),
         (lambda r: draw(r / "train" / "cat" / "9.png", size=(9, 9)), ["data.size: is missing: the images have 2 sizes, from 8 x 6 to 9 x 9; such as size: 64"]),
     ],
 )  # fmt: skip
@@ -156,7 +156,7 @@ def test_a_truncated_file_is_named_and_of_many_the_first_ten(tmp_path: Path) -> 
         Image.effect_noise((64, 64), 90).convert("RGB").save(file)
         file.write_bytes(file.read_bytes()[:-2_000])
     lines = refused(root, size=8)
-    assert lines[0] == f"data.folder: {root}/train/cat/0.png: is damaged or no image"
+    assert lines[0] == f"data.folder: {root}/train/cat/0.png: is damaged or not an image"
     assert len(lines) == 11
     assert lines[-1] == "data.folder: and 20 more"
     assert not list((tmp_path / "cache" / "kd").iterdir())  # nothing half done is kept
@@ -490,7 +490,7 @@ def test_images_that_nobody_labelled_are_found_at_any_depth_beside_a_folder(tmp_
     assert found.unlabelled
     assert found.unlabelled.store[:, :, 0, 0].tolist() == [[9, 9, 100], [9, 9, 101], [9, 9, 102], *([0, 5 * n, n] for n in (1, 2, 3))]  # fmt: skip
     assert found.unlabelled.labels.tolist() == [-1] * 6
-    assert found.notes == [f"{extra}: hidden entries left out: 1.", f"{extra}: files that are no images left out: 1."]
+    assert found.notes == [f"{extra}: hidden entries left out: 1.", f"{extra}: files that are not images left out: 1."]
     assert found.files["unlabelled"][:3] == ["0.png", "a/1.png", "a/b/2.png"]
     assert found.facts == plain.facts.model_copy(update={"unlabelled": found.facts.unlabelled})
     assert torch.equal(found.train.store, plain.train.store)
@@ -581,7 +581,7 @@ def test_what_is_wrong_with_unlabelled_images_is_told_by_their_key(tmp_path: Pat
     assert told(tmp_path / "empty") == [f"data.unlabelled: {tmp_path}/empty: holds no image"]
     extra = alien(tmp_path / "more")
     (extra / "a" / "1.png").write_bytes(b"GIF89a")
-    assert told(extra) == [f"data.unlabelled: {extra}/a/1.png: is damaged or no image"]
+    assert told(extra) == [f"data.unlabelled: {extra}/a/1.png: is damaged or not an image"]
     (extra / "a" / "1.png").unlink()
     (extra / "a" / "1.png").symlink_to(extra / "gone.png")
     assert told(extra) == [f"data.unlabelled: {extra}/a/1.png: No such file or directory"]
