@@ -116,7 +116,7 @@ def _understood(
     """The answers in the arrays of an .npz file, for parts that all have images."""
     if "train" not in arrays:
         have = ", ".join(arrays) or "nothing"
-        raise BadInput(f"must hold train [{sizes['train']}, {len(classes)}], a row a training image, not {have}")
+        raise BadInput(f"must hold train [{sizes['train']}, {len(classes)}], one row per training image, not {have}")
     columns, logits, said = _columns(arrays.get("classes"), classes, order), dict[str, Tensor](), list[str]()
     pick = [columns.index(name) for name in classes] if columns else list(range(len(classes)))
     if not columns:
@@ -132,7 +132,7 @@ def _understood(
         said.append(f"Of the {PARTS[part]} images it holds {how}.")
     used = {"classes", *(f"{part}{of}" for part in logits for of in ("", "_classes", "_index", "_files"))}
     if others := [name for name in arrays if name not in used]:
-        said.append(f"Its {_some(others)} are left out.")
+        said.append(f"Its {_some(others)} are ignored.")
     return Answers(logits, said)
 
 
@@ -225,7 +225,7 @@ def _ordered(part: str, rows: Array, arrays: Mapping[str, Array], size: int, fil
         return np.ascontiguousarray(rows)
     if whose.shape != rows.shape[:1] or (names is None and whose.dtype.kind not in "iuf"):
         kind = f"_index must be numbers [{len(rows)}]" if names is None else f"_files must be names [{len(rows)}]"
-        raise BadInput(f"{part}{kind}, one a row, not {_kind(whose)}")
+        raise BadInput(f"{part}{kind}, one per row, not {_kind(whose)}")
     index = whose if names is None else np.array([i for _, i in _found(_words(names), {part: paths})])
     for row in (~((index >= 0) & (index < size) & (index == np.round(index)))).nonzero()[0][:1].tolist():
         raise BadInput(f"{part}, row {row}: is of image {index[row]:g}: the {PARTS[part]} images are 0 to {size - 1}")
@@ -251,7 +251,7 @@ def _found(names: Sequence[str], files: Files) -> list[tuple[str, int]]:
         if name not in places and times[name] != 1:
             some = next(iter(places))
             what = f"{times[name]} images are called {name}" if times[name] else f"there is no image {name}"
-            raise BadInput(f"row {row}: {what}: give its path below the folder of the data, such as {some}")
+            raise BadInput(f"row {row}: {what}: give its path within the data folder, such as {some}")
     return [places.get(name) or alone[name] for name in names]
 
 

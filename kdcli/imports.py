@@ -152,7 +152,7 @@ def _facts_of(origin: Origin, model: Model | None, facts: Facts) -> Facts:
     if given.mean:
         mean, std = given.mean, given.std or []
     if len(mean) not in (0, 1, shape[0]):
-        numbers = "1 number" if shape[0] == 1 else f"1 number, or {shape[0]}: one a channel"
+        numbers = "1 number" if shape[0] == 1 else f"1 number, or {shape[0]}: one per channel"
         raise BadKeys(("input.mean", f"must have {numbers}, not {len(mean)}"))
     classes = facts.classes if origin.head else origin.classes or facts.classes
     return facts.model_copy(update={"shape": shape, "mean": mean, "std": std, "classes": classes})

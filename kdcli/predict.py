@@ -97,12 +97,12 @@ def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]
     own, parent = live(run, CPU), run.spec.parents[0] if run.spec.distill else ""
     teacher = there(run.root, parent) if parent else None
     if teacher and any(member.spec.origin and member.spec.origin.logits for member in members(teacher)):
-        note(f"{run.name}: without the view of its teacher: {parent} has no net, but a file of logits")
+        note(f"{run.name}: without its teacher's predictions: {parent} has no net, but a file of logits")
     elif teacher:
         of_teacher = live(teacher, CPU)
         return [("student", 1.0, own), *(("teacher", T, of_teacher) for T in dict.fromkeys(temperatures))]
     elif parent:
-        note(f"{run.name}: without the view of its teacher: {parent}, or a member of it, is gone")
+        note(f"{run.name}: without its teacher's predictions: {parent}, or a member of it, is gone")
     return [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
 
 
@@ -151,7 +151,7 @@ def read_image(file: Path, shape: Sequence[int], invert: bool, middle: bool = Fa
         raise BadInput(f"{file}: is a folder: name the image files in it, such as {file}/*.png")
     image = open_image(file, min(height, width) if channels == 3 or middle else 0)
     if image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
-        raise BadInput(f"{file}: is wholly transparent: save it without its alpha channel, or on a ground")
+        raise BadInput(f"{file}: is entirely transparent: save it without its alpha channel, or on a background")
     if channels == 3 or middle:
         array = to_bytes(image, (width, height), channels)
     else:

@@ -326,7 +326,7 @@ class Run:
         with self._locked():
             before = self.read()
             if isinstance(before, Result):
-                raise BadInput(f"{self.name}: was finished by another kd in the meantime; ask again to see it")
+                raise BadInput(f"{self.name}: was finished by another kd in the meantime; repeat the command to see it")
             if any((self.path / name).exists() for name in STATES) and before.parents != parents:
                 raise BadInput(f"{self.name}: was begun with other weights than its teacher has now: {self.remedy}")
             begun = Unfinished(status="running", run=self.name, parents=parents)

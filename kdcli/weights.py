@@ -20,7 +20,7 @@ from kdcli import BadInput
 # What a checkpoint may call its weights, the first that is there counts: averaged ones are those that were scored.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
 PLAIN = ("state_dict", "model_state_dict", "model", "net", "module", "weights")
-PROGRAM = "is a program of torch's, not weights: save net.state_dict(), or export it as ONNX"
+PROGRAM = "is a torch program, not weights: save net.state_dict(), or export it as ONNX"
 SHOWN = 5  # keys of each kind in a message
 
 

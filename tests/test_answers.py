@@ -74,9 +74,9 @@ def test_the_parts_of_an_npz_file(tmp_path: Path) -> None:
     assert same(found.logits["train"], LOGITS)  # which float16 holds
     assert same(found.logits["test"], LOGITS[3:])
     assert same(found.logits["unlabelled"], LOGITS[:2])
-    assert found.said[-1] == "Its labels are left out."
+    assert found.said[-1] == "Its labels are ignored."
     assert read(file).logits.keys() == {"train", "test"}  # of data without unlabelled images
-    assert read(file).said[-1] == "Its unlabelled, labels are left out."
+    assert read(file).said[-1] == "Its unlabelled, labels are ignored."
 
 
 def test_probabilities_are_told_by_their_sums(tmp_path: Path) -> None:
@@ -196,11 +196,11 @@ LACKS = "1 of the 4 training images have no row: train/owl/7.png: give each one"
         ({"train": LOGITS, "train_index": [0, 2, 1, 1]}, "1 of the 4 training images have more than one row: train/cat/2.png"),
         ({"train": LOGITS, "train_index": [0, 2, 1, 4]}, "train, row 3: is of image 4: the training images are 0 to 3"),
         ({"train": LOGITS, "train_index": [0, 2, -1, 3]}, "train, row 2: is of image -1: the training images"),
-        ({"train": LOGITS, "train_index": [0, 2]}, "train_index must be numbers [4], one a row, not int64 [2]"),
+        ({"train": LOGITS, "train_index": [0, 2]}, "train_index must be numbers [4], one per row, not int64 [2]"),
         ({"train": LOGITS, "train_files": [*FILES["train"][:3], "8.png"]}, "row 3: there is no image 8.png: give its path"),
         ({"train": LOGITS, "train_files": [*FILES["train"][:3], "1.png"]}, "row 3: 2 images are called 1.png: give its path"),
         ({"train": LOGITS, "train_files": [*FILES["train"][:3], "test/cat/9.png"]}, "row 3: there is no image test/cat/9.png"),
-        ({"train": LOGITS, "train_files": FILES["train"][:3]}, "train_files must be names [4], one a row, not <U15 [3]"),
+        ({"train": LOGITS, "train_files": FILES["train"][:3]}, "train_files must be names [4], one per row, not <U15 [3]"),
         ({"train": np.where(LOGITS == 9, np.nan, LOGITS)}, "train, row 2, column 2: is not a finite number: every image"),
         ({"train": np.where(LOGITS == 9, 1e300, LOGITS.astype(float)), "classes": CLASSES}, "train, row 2, column owl: is not a finite"),
         ({"train": 0.97 * P + 0.02}, "train: its values are like probabilities, but the sums of 4 of 4 rows are not 1, at worst 1.03 in"),

@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "dry run without the images": (
         "run mnist --dry-run --data-dir nowhere",
-        "nowhere: MNIST is not there, and --dry-run downloads nothing",
+        "nowhere: MNIST is missing, and --dry-run downloads nothing",
     ),
     "a report of what is not there": (
         "report tiny.yaml --seed 7",
@@ -404,7 +404,7 @@ def test_mnist_that_is_absent_or_damaged_is_told_in_one_line(kd: Shell, monkeypa
     monkeypatch.delenv("KD_DATA", raising=False)
     done = kd_here(kd.folder, "train-teacher", "mnist", "--data-dir", "nowhere")
     assert done.code == 2
-    assert "MNIST is not there and could not be downloaded" in done.err
+    assert "MNIST is missing and could not be downloaded" in done.err
     assert "digits" in done.err
     raw = kd.folder / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)

@@ -226,7 +226,7 @@ def test_nets_of_other_channels_are_asked_of_test_images_alone(own: Own, tmp_pat
         ("other.onnx x.png --T 4", "--T: an exported file has T = 1 built in: name the run instead"),
         ("RUN --test-image 3 --invert", "--invert: is for image files, and none is named"),
         ("RUN blank.png", "blank.png: is blank"),
-        ("RUN deep.tiff", "deep.tiff: has pixels of mode F: save it with 8 or 16 bits a pixel"),
+        ("RUN deep.tiff", "deep.tiff: has pixels of mode F: save it with 8 or 16 bits per pixel"),
     ],
 )
 def test_the_wrong_thing_typed(words: str, line: str, trained: Shell, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_what_cannot_be_read_as_an_image_gets_a_sentence_of_its_own(tmp_path: Pa
     blank = saved(tmp_path / "blank.png", Image.new("L", (9, 9), 90))
     clear = saved(tmp_path / "clear.png", Image.new("RGBA", (9, 9), (200, 10, 10, 0)))
     huge = saved(tmp_path / "huge.png", Image.new("1", (10_000, 9_000)))
-    wrong = {blank: "is blank: name an image", clear: "is wholly transparent: save it", huge: "is too large: make it"}
+    wrong = {blank: "is blank: name an image", clear: "is entirely transparent: save it", huge: "is too large: make it"}
     wrong[tmp_path] = "is a folder: name the image files in it"
     for file, message in wrong.items():
         with pytest.raises(BadInput, match=message):
