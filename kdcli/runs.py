@@ -298,7 +298,7 @@ class Run:
         status, command = self.status(), self.environment().get("command_line")
         remedy = f"train it first{f': {command}' if command else ''}"
         if status == "diverged":
-            remedy = "lower its lr, or let it rise over a warmup"
+            remedy = "lower its lr, or add a warmup"
         raise BadInput(f"{self.name}: {'has' if status == 'diverged' else 'is'} {status}: cannot be {role}; {remedy}")
 
     def counted(self, role: str) -> Result:

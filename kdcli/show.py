@@ -191,7 +191,7 @@ def notes(documents: Sequence["Document"]) -> list[str]:
     more = [d for d in documents if d.unlabelled]
     seen = "The {} saw {:,} labelled images and {:,} that only its teacher labels, which no baseline sees."
     lines += dict.fromkeys(seen.format(called(d), d.samples, d.unlabelled) for d in more)
-    return [*lines, *["The unlabelled images may show classes left out."][: any(d.omitted for d in more)]]
+    return [*lines, *["The unlabelled images may include classes left out."][: any(d.omitted for d in more)]]
 
 
 def _rate(errors: float, total: int) -> str:

@@ -93,7 +93,7 @@ def _unwrapped(content: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not tensors:
         held = f"its keys are {_some([str(key) for key in content])}" if isinstance(content, dict) and content else ""
         raise BadInput(f"{file}: holds no weights{f': {held}' if held else ''}")
-    return tensors, [f"Its weights lie under {', '.join(path)}."] if path else []
+    return tensors, [f"Its weights were found under {', '.join(path)}."] if path else []
 
 
 def fit_weights(net: nn.Module, found: Weights, file: Path, fresh: str = "") -> list[str]:
@@ -112,7 +112,7 @@ def fit_weights(net: nn.Module, found: Weights, file: Path, fresh: str = "") -> 
         of_head = misshapen and not (missing or unexpected) and not fresh
         if of_head and all(key.startswith(f"{last_layer(net)}.") for key in misshapen):
             parts.append("name its classes, all of them, in teacher.classes, or replace its last layer with head: new")
-        raise BadInput(f"{file}: is not of this net: {'; '.join(parts)}")
+        raise BadInput(f"{file}: does not fit this net: {'; '.join(parts)}")
     net.load_state_dict(net.state_dict() | {key: kept[key] for key in wanted if key in kept})
     return said
 

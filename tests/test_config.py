@@ -322,7 +322,7 @@ def test_a_set_inside_a_section_that_varies_beats_the_grid(tmp_path: Path) -> No
     assert len(grid(tmp_path, only_epochs)) == 4
     with pytest.raises(BadInput) as error:
         grid(tmp_path, only_epochs, "student.train.epochs=9")
-    assert "is there twice" in str(error.value)
+    assert "is given twice" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_a_set_inside_a_section_that_varies_beats_the_grid(tmp_path: Path) -> No
     [
         ("grid: {distill.Temp: [3]}", "distill.Temp: unknown key"),
         ("grid: {distill.T: [3, -1]}", "f:14: grid: distill.T=-1: distill.T: must be greater than or equal to 0.001"),
-        ("grid: {distill.T: [1, 1.0]}", "f:14: grid: distill.T=1.0: is there twice"),
+        ("grid: {distill.T: [1, 1.0]}", "f:14: grid: distill.T=1.0: is given twice"),
         ("grid: {distill.T: []}", "f:14: grid.distill.T: must not be empty"),
         ("grid: {data.heldout: [30]}", "f:14: grid.data.heldout: cannot vary within one experiment"),
         ("grid: {data.function: [a.py:load]}", "f:14: grid.data.function: cannot vary within one experiment"),

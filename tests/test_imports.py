@@ -71,7 +71,7 @@ def own(weights: str, more: str = "") -> str:
 
 WRAPPERS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "plain": (lambda s: s, ""),
-    "state_dict": (lambda s: {"epoch": 3, "state_dict": s}, "lie under state_dict"),
+    "state_dict": (lambda s: {"epoch": 3, "state_dict": s}, "were found under state_dict"),
     "module": (lambda s: {"model": {f"module.{k}": t for k, t in s.items()}}, "are read without module."),
     "compiled": (lambda s: {f"module._orig_mod.{k}": t for k, t in s.items()}, "read without module._orig_mod."),
     "averaged": (
@@ -80,7 +80,7 @@ WRAPPERS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
             "state_dict_ema": s,
             "args": argparse.Namespace(lr=1),
         },
-        "lie under state_dict_ema (not state_dict)",
+        "were found under state_dict_ema (not state_dict)",
     ),
     "swa": (lambda s: {"n_averaged": torch.tensor(9)} | {f"module.{k}": t for k, t in s.items()}, "without module."),
     "half": (lambda s: {k: t.half() for k, t in s.items()}, "weights are float16"),
@@ -149,7 +149,7 @@ def test_a_fine_tuned_teacher_starts_from_its_weights(elsewhere: Fixture, tmp_pa
     assert tuned.json["test"]["errors"] == elsewhere.errors  # nothing learned, nothing lost
     fresh = read(tmp_path, own("net.pt", ", head: new, freeze: backbone, train: {epochs: 20, lr: 0.1}"), "--json")
     assert fresh.code == 0, fresh.err
-    assert "Its head, layers.1, starts afresh for the 10 classes" in fresh.err
+    assert "Its head, layers.1, is newly initialised for the 10 classes" in fresh.err
     from safetensors.torch import load_file
 
     kept = load_file(tmp_path / "runs" / fresh.json["run"] / "weights.safetensors")
@@ -522,7 +522,7 @@ HEAD = ", head: new, input: {size: 32}, train: {epochs: 1, lr: 0.01}}"
 
 def test_torchvision_offline_and_from_a_file_laid_where_the_hub_puts_it(hubs: Path) -> None:
     source = "{model: {name: 'torchvision:squeezenet1_1', pretrained: true}"
-    assert "has 1,000 classes, and 0 of the data is none of them" in read(hubs, source + "}").err
+    assert "has 1,000 classes, but not 0, one of the data" in read(hubs, source + "}").err
     done = read(hubs, source + HEAD)
     assert done.code == 2
     place = hubs / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"

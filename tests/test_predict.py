@@ -170,7 +170,7 @@ def test_a_student_whose_teacher_is_gone_is_asked_alone(tmp_path: Path) -> None:
         notes: list[str] = []
         (image,) = predict(own.places, student.name, [], [2], [1.0, 4.0], False, notes.append).images
         assert len(notes) == expected
-        assert all("without the view of its teacher" in line and ensemble.name in line for line in notes)
+        assert all("without its teacher's predictions" in line and ensemble.name in line for line in notes)
         return [(view.net, view.T) for view in image.views]
 
     assert views(0) == [("student", 1), ("teacher", 1), ("teacher", 4)]
