@@ -182,7 +182,7 @@ LACKS = "1 of the 4 training images have no row: train/owl/7.png: give each one"
 @pytest.mark.parametrize(
     ("arrays", "line"),
     [
-        ({"logits": LOGITS}, "must hold train [4, 3], a row a training image, not logits"),
+        ({"logits": LOGITS}, "must hold train [4, 3], one row per training image, not logits"),
         ({"train": LOGITS[0]}, "train must be numbers [images, 3], one column per class, not float32 [3]; teacher.classes names"),
         ({"train": LOGITS[:, :2]}, "train must be numbers [images, 3], one column per class, not float32 [4, 2]"),
         ({"train": LOGITS, "classes": ["cat", "dog"]}, "has columns cat, dog and none for the classes owl: name them"),

@@ -417,7 +417,7 @@ def test_emnist_needs_its_split(tmp_path: Path) -> None:
     [
         ("CIFAR11", "data.name: torchvision has no dataset CIFAR11; did you mean CIFAR10?"),
         ("FakeData", "data.name: FakeData has no parts train and test"),
-        ("MovingMNIST", "MovingMNIST is not there"),
+        ("MovingMNIST", "MovingMNIST is missing"),
     ],
 )
 def test_what_torchvision_cannot_give_is_told(name: str, said: str, tmp_path: Path) -> None:
