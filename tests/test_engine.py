@@ -279,7 +279,7 @@ def test_a_diverged_run_says_where_and_is_no_teacher(kd: Shell) -> None:
     assert result["status"] == "diverged"
     student = kd_here(kd.folder, "distill", "tiny.yaml", *wild)
     assert student.code == 2
-    assert "is diverged; train it" in student.err
+    assert "has diverged; train it" in student.err
     assert kd_here(kd.folder, "evaluate", "tiny.yaml").code == 2
 
 
