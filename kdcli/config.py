@@ -106,7 +106,7 @@ Numbers = Annotated[list[float], Field(min_length=1, max_length=100_000)]
 
 def _of_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> Iterator[tuple[str, str]]:
     if len(mean or []) != len(std or []):
-        yield ("std" if mean else "mean"), "mean and std must be given together, with as many numbers each"
+        yield ("std" if mean else "mean"), "mean and std must be given together, of the same length"
     if min(std or [1]) <= 0:
         yield "std", "must be above 0"
 

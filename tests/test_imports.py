@@ -405,7 +405,7 @@ KEYS = {
     "a class twice": ("{model: {hidden: [32]}, weights: net.pt, classes: [0, 0]}", "teacher.classes: names 0 twice"),
     "a mean without std": (
         "{model: {hidden: [32]}, weights: net.pt, input: {mean: [1]}}",
-        "teacher.input.std: must have as many",
+        "teacher.input.std: mean and std must be given together",
     ),
     "three means for one channel": (
         "{model: {hidden: [32]}, weights: net.pt, input: {mean: [1, 1, 1], std: [1, 1, 1]}}",
