@@ -117,23 +117,23 @@ def _understood(
     """The answers in the arrays of an .npz file, for parts that all have images."""
     if "train" not in arrays:
         have = ", ".join(arrays) or "nothing"
-        raise BadInput(f"must hold train [{sizes['train']}, {len(classes)}], a row a training image, not {have}")
+        raise BadInput(f"must hold train [{sizes['train']}, {len(classes)}], one row per training image, not {have}")
     columns, logits, said = _columns(arrays.get("classes"), classes, order), dict[str, Tensor](), list[str]()
     pick = [columns.index(name) for name in classes] if columns else list(range(len(classes)))
     if not columns:
         said.append("Its columns have no names: they are taken to be the classes of the data, in their order.")
     elif more := [name for name in columns if name not in classes]:
-        said.append(f"Its columns {_some(more)} are no classes of the data and left out.")
+        said.append(f"Its columns {_some(more)} are not classes of the data and are left out.")
     for part in (part for part in PARTS if part in sizes):
         if part not in arrays:
-            said.append(f"It says nothing of the {sizes[part]:,} {PARTS[part]} images.")
+            said.append(f"It has no answers for the {sizes[part]:,} {PARTS[part]} images.")
             continue
         rows, how = _logits(part, arrays, columns, pick)
         logits[part] = torch.from_numpy(_ordered(part, rows, arrays, sizes[part], files))
         said.append(f"Of the {PARTS[part]} images it holds {how}.")
     used = {"classes", *(f"{part}{of}" for part in logits for of in ("", "_classes", "_index", "_files"))}
     if others := [name for name in arrays if name not in used]:
-        said.append(f"Its {_some(others)} are left out.")
+        said.append(f"Its {_some(others)} are ignored.")
     return Answers(logits, said)
 
 
@@ -166,12 +166,12 @@ def _logits(
         raise BadInput(f"{part}_classes number the classes: name these in an array classes, or in teacher.classes")
     if rows.ndim != 2 or rows.dtype.kind not in "fiu" or (numbers is None and rows.shape[1] != width):
         instead = "" if columns else "; teacher.classes names the columns where it knows more classes"
-        raise BadInput(f"{part} must be numbers [images, {width}], a column a class, not {_kind(rows)}{instead}")
+        raise BadInput(f"{part} must be numbers [images, {width}], one column per class, not {_kind(rows)}{instead}")
     with np.errstate(over="ignore"):
         rows = rows.astype(np.float32, copy=False)
     for row, column in np.argwhere(~np.isfinite(rows))[:1].tolist():
         name = columns[column] if columns and numbers is None else column
-        raise BadInput(f"{part}, row {row}, column {name}: is no finite number: every image needs its answer")
+        raise BadInput(f"{part}, row {row}, column {name}: is not a finite number: every image needs its answer")
     if numbers is not None:
         how = f"the log-probabilities of {rows.shape[1]} classes each; the others share evenly what these leave"
         return _spread(part, rows, numbers, width)[:, pick], how
@@ -226,7 +226,7 @@ def _ordered(part: str, rows: Array, arrays: Mapping[str, Array], size: int, fil
         return np.ascontiguousarray(rows)
     if whose.shape != rows.shape[:1] or (names is None and whose.dtype.kind not in "iuf"):
         kind = f"_index must be numbers [{len(rows)}]" if names is None else f"_files must be names [{len(rows)}]"
-        raise BadInput(f"{part}{kind}, one a row, not {_kind(whose)}")
+        raise BadInput(f"{part}{kind}, one per row, not {_kind(whose)}")
     index = whose if names is None else np.array([i for _, i in _found(_words(names), {part: paths})])
     for row in (~((index >= 0) & (index < size) & (index == np.round(index)))).nonzero()[0][:1].tolist():
         raise BadInput(f"{part}, row {row}: is of image {index[row]:g}: the {PARTS[part]} images are 0 to {size - 1}")
@@ -252,7 +252,7 @@ def _found(names: Sequence[str], files: Files) -> list[tuple[str, int]]:
         if name not in places and times[name] != 1:
             some = next(iter(places))
             what = f"{times[name]} images are called {name}" if times[name] else f"there is no image {name}"
-            raise BadInput(f"row {row}: {what}: give its path below the folder of the data, such as {some}")
+            raise BadInput(f"row {row}: {what}: give its path within the data folder, such as {some}")
     return [places.get(name) or alone[name] for name in names]
 
 

@@ -66,21 +66,21 @@ class Call:
     experiment: Annotated[str, NameArgument(help="An experiment's name (mnist, digits) or its YAML file.")] = "mnist"
     T: Annotated[float | None, Option("--T", help="Temperature of the soft targets (distill.T).")] = None
     lambda1: Annotated[float | None, Option(help="Weight of the soft targets (distill.lambda1).")] = None
-    lambda2: Annotated[float | None, Option(help="Weight of the hard labels; left out: 1 - lambda1.")] = None
+    lambda2: Annotated[float | None, Option(help="Weight of the hard labels; default: 1 - lambda1.")] = None
     teacher: Annotated[str | None, RunOption(help="Learn from this run instead.")] = None
-    with_teacher: Annotated[bool, Option("--with-teacher", help="First train its teachers that are missing.")] = False
+    with_teacher: Annotated[bool, Option("--with-teacher", help="Train missing teachers first.")] = False
     baseline: Annotated[bool, Option(help="Train the baseline too: the same net on hard labels alone.")] = True
     members: Annotated[int | None, Option(help="Number of members (ensemble.members).")] = None
     average: Annotated[str | None, Option(help="arithmetic or geometric (ensemble.average).")] = None
-    epochs: Annotated[int | None, Option(help="Epochs of each training of this command.")] = None
+    epochs: Annotated[int | None, Option(help="Epochs of what this command trains itself.")] = None
     sets: Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set any key: distill.T=5.")] = None
     seed: Annotated[str | None, Option("--seed", "--seeds", help="One seed, or several: 0-4, or 0,2,5.")] = None
-    threads: Annotated[int | None, Option(help="CPU threads; left out: all cores for a run alone, else one.")] = None
-    jobs: Annotated[int | None, Option(min=1, help="Runs at once, one thread each; left out: one per core.")] = None
-    on: Annotated[str | None, Option(metavar="ray|ADDRESS", help="Work on Ray: $RAY_ADDRESS, else its own.")] = None
+    threads: Annotated[int | None, Option(help="CPU threads; default: all cores for a single run, else one.")] = None
+    jobs: Annotated[int | None, Option(min=1, help="Runs at once, one thread each; default: one per core.")] = None
+    on: Annotated[str | None, Option(metavar="ray|ADDRESS", help="Work on Ray: $RAY_ADDRESS, or its own.")] = None
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
-    data_dir: Annotated[Path | None, Option(help="Where MNIST is or goes; left out: $KD_DATA, or data.")] = None
-    runs_at: Annotated[str, Option("--runs-dir", help="The folder of the runs, or s3://BUCKET/FOLDER.")] = "runs"
+    data_dir: Annotated[Path | None, Option(help="Where datasets are read or downloaded ($KD_DATA, or data).")] = None
+    runs_at: Annotated[str, Option("--runs-dir", help="Where the run folders are, or s3://BUCKET/FOLDER.")] = "runs"
     as_json: Annotated[bool, Option("--json", help="Print one JSON document on stdout.")] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False
     debug: Annotated[bool, Option("--debug", help="Show tracebacks.")] = False
@@ -89,7 +89,7 @@ class Call:
 
     def __post_init__(self) -> None:
         if self.quiet and self.verbose:
-            raise BadInput("-q -v: choose one of them")
+            raise BadInput("-q -v: use one or the other")
         self.display = show.Display(self.quiet, self.verbose)
         self.runs_dir = mirror.folder(self.runs_at)
         self.remote = self.runs_at if mirror.elsewhere(self.runs_at) else ""
@@ -176,7 +176,7 @@ class Call:
         from kdcli.plan import made_from, refuse_missing, unfinished, usable
 
         if self.teacher and self.with_teacher:
-            raise BadInput("--teacher --with-teacher: choose one of them")
+            raise BadInput("--teacher --with-teacher: use one or the other")
         needed, teachers = made_from(work.jobs, work.planned), {name for job in work.jobs for name in job.spec.parents}
         absent = {run.name for run in unfinished(needed, work.places)}
         missing = [job for job in needed if job.spec.name in absent]
@@ -329,14 +329,14 @@ def command(
 
 command("train-teacher", TRAINING, "Train the teacher from hard labels.")(Call.train)
 command("ensemble", ENSEMBLE, "Train several teachers and average their predictions.")(Call.train)
-command("distill", DISTILLING, "Train the student on soft targets, beside the same student on hard labels.")(Call.train)
+command("distill", DISTILLING, "Train the student on soft targets, and the same net on hard labels.")(Call.train)
 
 
 @command("omit-classes", OMITTING)
 def omit_classes(
     call: Call,
     omit: Annotated[str | None, Option(metavar="CLASSES", help="Classes to leave out: 3, 3,5 or 0-4.")] = None,
-    keep: Annotated[str | None, Option(metavar="CLASSES", help="Classes to keep, alone: 7,8 or 7-9.")] = None,
+    keep: Annotated[str | None, Option(metavar="CLASSES", help="The only classes to keep: 7,8 or 7-9.")] = None,
 ) -> None:
     """Distil with classes missing from the transfer set, then correct the bias: a number added to their logits."""
     typed = {flag: text for flag, text in (("omit", omit), ("keep", keep)) if text is not None}
@@ -361,7 +361,7 @@ def omit_classes(
 @command("evaluate")
 def evaluate(
     call: Call,
-    run: Annotated[list[str] | None, RunOption(help="A run to evaluate; repeat it.")] = None,
+    run: Annotated[list[str] | None, RunOption(help="A run to evaluate; may be repeated.")] = None,
     every: Annotated[bool, Option("--all", help="Show every run, not the means over seeds.")] = False,
 ) -> None:
     """Evaluate the finished runs: errors, calibration, agreement with the teacher, cost."""
@@ -387,7 +387,7 @@ def evaluate(
 
 @command("run", (*DESCRIBED, *WORKING))
 def run(
-    call: Call, check: Annotated[bool, Option("--check", help="Exit with 3 where an `expect` row is missed.")] = False
+    call: Call, check: Annotated[bool, Option("--check", help="Exit with 3 if an `expect` row is missed.")] = False
 ) -> None:
     """Do everything the file describes, and end with one table and a report."""
     if check and not call.load().expect:
@@ -407,14 +407,16 @@ def run(
 @command("report", ("experiment", "sets", "seed", "threads", "device", *READING))
 def report(
     call: Call,
-    more: Annotated[list[str] | None, NameArgument(metavar="EXPERIMENT|RUN...", help="More, or runs.")] = None,
-    figures: Annotated[
-        Literal["pdf", "svg"] | None, Option(help="Draw the pictures for a paper too, as wide as its columns.")
+    more: Annotated[
+        list[str] | None, NameArgument(metavar="EXPERIMENT|RUN...", help="Further experiments or runs.")
     ] = None,
-    open_: Annotated[bool, Option("--open", help="Open it in the browser.")] = False,
+    figures: Annotated[
+        Literal["pdf", "svg"] | None, Option(help="Also draw the pictures for a paper, one column wide.")
+    ] = None,
+    open_: Annotated[bool, Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Write the report of an experiment whose runs are all finished, or of a run: report.html, Markdown, JSON and
-    pictures."""
+    """Write the report of an experiment whose runs are all finished, or of a single run: report.html, Markdown, JSON
+    and pictures."""
     names = [call.experiment, *(more or [])]
     if len(set(names)) < len(names):
         raise BadInput(f"kd report {shlex.join(names)}: names something twice")
@@ -434,14 +436,14 @@ def report(
 @command("compare", READING)
 def compare_runs(
     call: Call,
-    names: Annotated[list[str], NameArgument(metavar="RUN|GROUP...", help="A run, or digits/distill: all seeds.")],
+    names: Annotated[list[str], NameArgument(metavar="RUN|GROUP...", help="A run, or all seeds of digits/distill.")],
     as_markdown: Annotated[bool, Option("--md", help="Print Markdown on stdout.")] = False,
-    match: Annotated[str, Option(metavar="TEXT", help="Only others with this in a name or a setting: T=4.")] = "",
-    sort: Annotated[Literal["given", "errors"], Option(help="Order of the others.")] = "given",
+    match: Annotated[str, Option(metavar="TEXT", help="Compare only runs whose name or settings contain TEXT.")] = "",
+    sort: Annotated[Literal["given", "errors"], Option(help="Order of the groups after the first.")] = "given",
 ) -> None:
-    """Compare runs, or groups of runs that differ in seed alone: settings, errors, and a verdict against the first."""
+    """Compare runs, or groups that differ only in the seed: settings, errors, and a verdict against the first."""
     if call.as_json and as_markdown:
-        raise BadInput("--json --md: choose one of them")
+        raise BadInput("--json --md: use one or the other")
     from kdcli.compare import compare
 
     document = compare(call.runs_dir, names, call.data_dir, call.display.note, match, by_errors=sort == "errors")
@@ -456,15 +458,15 @@ def export_(
     call: Call,
     run: Annotated[str, NameArgument(metavar="RUN", help="A finished run: a student, a teacher, an ensemble.")],
     form: Annotated[
-        Literal["onnx", "torch", "safetensors", "logits"], Option("--format", help="Of the file.")
+        Literal["onnx", "torch", "safetensors", "logits"], Option("--format", help="File format.")
     ] = "onnx",
-    out: Annotated[Path | None, Option(help="The file to write; left out: named after the run.")] = None,
-    top_k: Annotated[int | None, Option(min=1, help="Of logits: only the K likeliest classes of each image.")] = None,
-    half: Annotated[bool, Option("--half", help="Of logits: in float16.")] = False,
-    int8: Annotated[bool, Option("--int8", help="Of ONNX: quantised to 8 bits, on training images.")] = False,
+    out: Annotated[Path | None, Option(help="The file to write; default: named after the run.")] = None,
+    top_k: Annotated[int | None, Option(min=1, help="Logits only: just the K likeliest classes of each image.")] = None,
+    half: Annotated[bool, Option("--half", help="Logits only: in float16.")] = False,
+    int8: Annotated[bool, Option("--int8", help="ONNX only: quantise to 8 bits.")] = False,
 ) -> None:
-    """Write a net for others to run, or its logits for others to learn from, with its model card, after proving it on
-    all test images."""
+    """Write a net for others to run, or its logits for others to learn from, with a model card; verified on all test
+    images."""
     found = Places(call.runs_dir).open(run)
     from kdcli.export import export
 
@@ -483,16 +485,18 @@ def export_(
 @command("predict", READING)
 def predict_(
     call: Call,
-    net: Annotated[str, NameArgument(metavar="RUN|MODEL.onnx", help="A finished run, or what kd export wrote.")],
+    net: Annotated[str, NameArgument(metavar="RUN|MODEL.onnx", help="A finished run, or a file that kd export wrote.")],
     images: Annotated[
         list[Path] | None, Argument(metavar="IMAGE...", help="Image files: PNG, JPEG, WebP, BMP, TIFF or GIF.")
     ] = None,
-    test_images: Annotated[list[int] | None, Option("--test-image", metavar="N", help="A number; repeat it.")] = None,
+    test_images: Annotated[
+        list[int] | None, Option("--test-image", metavar="N", help="Index of a test image; may be repeated.")
+    ] = None,
     temperatures: Annotated[str, Option("--T", help="Temperatures of the teacher's predictions: 4, or 1,4,20.")] = "1",
     top: Annotated[int, Option(min=1, help="Number of classes to show.")] = 3,
     invert: Annotated[bool, Option("--invert", help="For dark ink on a light background.")] = False,
 ) -> None:
-    """Classify images; of a student, show its teacher's view beside its own."""
+    """Classify images; for a student, also show its teacher's predictions."""
     if not images and not test_images:
         raise BadInput("kd predict: name image files, or --test-image N")
     if invert and not images:
@@ -513,10 +517,10 @@ def predict_(
 @command("runs", ("runs_at", "as_json", "debug"))
 def runs(
     call: Call,
-    rm: Annotated[Literal["rm"] | None, Argument(help="Remove runs, unless others were made from them.")] = None,
-    names: Annotated[list[str] | None, NameArgument(metavar="RUN...", help="To remove, by name or by path.")] = None,
-    match: Annotated[str, Option(metavar="TEXT", help="List only runs with this in their name or status.")] = "",
-    sort: Annotated[Literal["name", "errors", "age", "size"], Option(help="What to sort the list by.")] = "name",
+    rm: Annotated[Literal["rm"] | None, Argument(help="Remove runs unless others were made from them.")] = None,
+    names: Annotated[list[str] | None, NameArgument(metavar="RUN...", help="Runs to remove, by name or path.")] = None,
+    match: Annotated[str, Option(metavar="TEXT", help="List only runs whose name or status contains TEXT.")] = "",
+    sort: Annotated[Literal["name", "errors", "age", "size"], Option(help="Order of the list.")] = "name",
     force: Annotated[bool, Option("--force", help="Remove even if other runs were made from them.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Remove without asking.")] = False,
 ) -> None:
@@ -563,8 +567,8 @@ def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> Non
 @command("init", ("device", "debug"))
 def init(
     call: Call,
-    folder: Annotated[Path, Argument(metavar="FOLDER", help="Of images: train/CLASS/… and test/CLASS/…, or CLASS/….")],
-    teacher: Annotated[str, Option(help="The large net: a name, as in model.name.")] = "resnet20",
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="Images: train/CLASS/… and test/CLASS/…, or CLASS/….")],
+    teacher: Annotated[str, Option(help="The large net, by its model.name.")] = "resnet20",
     student: Annotated[str, Option(help="The small net.")] = "resnet8",
 ) -> None:
     """Print an experiment file for a folder of images: kd init photos > photos.yaml."""
@@ -614,7 +618,7 @@ def cache(
 
 @command("losses", ("as_json", "debug"))
 def losses(call: Call) -> None:
-    """List the losses (distill.loss): formula, source, and what their authors set."""
+    """List the losses (distill.loss): formula, source, and their authors' settings."""
     listed = (*LOSSES.items(), ("standardize", STANDARDIZE))
     document = {"command": "losses", "losses": [{"loss": name, **loss._asdict()} for name, loss in listed]}
     call.present(document, *show.losses())
@@ -622,7 +626,7 @@ def losses(call: Call) -> None:
 
 @command("schema", ("debug",))
 def schema(call: Call) -> None:
-    """Print the JSON schema of experiment files, with which editors complete and check them."""
+    """Print the JSON schema of experiment files, for editors to complete and check them."""
     print(to_json(Experiment.model_json_schema(), indent=1).decode())
 
 

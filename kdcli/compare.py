@@ -97,7 +97,7 @@ def _groups(root: Path, name: str, note: Note) -> list[Group]:
     several = command in (*TEACHERS, *STUDENTS)
     found: dict[str, tuple[Settings, list[Run]]] = {}
     for run in list_runs(root, experiment, [command], note) if several else [open_run(root, name)]:
-        if several and (why := orphaned(run) or ("" if run.finished() else f"is {run.status()}")):
+        if several and (why := orphaned(run) or ("" if run.finished() else f"status {run.status()}")):
             note(f"left out: {run.name}: {why}")
             continue
         for way in _ways(run):

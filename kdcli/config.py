@@ -118,25 +118,25 @@ class Data(Section):
 
     one_of = ("name", "folder", "arrays", "function")
     name: Annotated[str, AfterValidator(_source)] | None = Field(None, description="digits, mnist, torchvision:CLASS")
-    split: str | None = Field(None, description="of a dataset of torchvision's that has several: EMNIST's balanced")
+    split: str | None = Field(None, description="for torchvision datasets that have several: balanced for EMNIST")
     folder: Annotated[str, AfterValidator(_beside)] | None = Field(
-        None, description="train/CLASS/… and test/CLASS/… (or val, valid), or CLASS/…: image files"
+        None, description="of image files: train/CLASS/… and test/CLASS/… (or val, valid), or CLASS/…"
     )
     arrays: Annotated[str, AfterValidator(_beside)] | None = Field(
-        None, description="an .npz file of x_train, y_train, x_test, y_test, or MedMNIST's"
+        None, description="an .npz file with x_train, y_train, x_test, y_test, or MedMNIST's names"
     )
     function: Function | None = Field(None, description="FILE.py:FUNCTION that returns the images and labels")
-    size: int | None = Field(None, ge=1, le=4096, description="pixels: the shorter side is resized, the middle kept")
-    channels: Literal[1, 3] | None = Field(None, description="left out: 1 where all images are grey, else 3")
-    test: float | None = Field(None, gt=0, lt=1, description="share of a folder without test images (0.2)")
-    mean: Numbers | None = Field(None, description="of the inputs in [0, 1], a number a channel; left out: measured")
-    std: Numbers | None = Field(None, description="of the inputs; both left out, perceptrons see images in [0, 1]")
+    size: int | None = Field(None, ge=1, le=4096, description="pixels: shorter side after resizing; the centre is kept")
+    channels: Literal[1, 3] | None = Field(None, description="default: 1 if all images are grey, else 3")
+    test: float | None = Field(None, gt=0, lt=1, description="test share, for folders without a test set (0.2)")
+    mean: Numbers | None = Field(None, description="of the inputs in [0, 1], one per channel; default: measured")
+    std: Numbers | None = Field(None, description="of the inputs; without both, perceptrons get images in [0, 1]")
     unlabelled: Annotated[str, AfterValidator(_beside)] | None = Field(
-        None, description="a folder of images that only the teacher labels, for students to see too"
+        None, description="a folder of images that only the teacher labels, for students to see as well"
     )
-    heldout: int | None = Field(None, ge=1, description="images that choose the bias of omit-classes; else a tenth")
-    evaluate_on: Literal["test", "heldout"] = Field("test", description="heldout: count errors on those, untrained on")
-    transfer: int | None = Field(None, ge=1, description="students see so many training images; left out: all")
+    heldout: int | None = Field(None, ge=1, description="images to choose the bias of omit_classes; default: a tenth")
+    evaluate_on: Literal["test", "heldout"] = Field("test", description="heldout: count errors on held-out images")
+    transfer: int | None = Field(None, ge=1, description="training images that students see; default: all")
 
     @property
     def files(self) -> bool:
@@ -144,10 +144,10 @@ class Data(Section):
         return bool(self.folder) or (self.name or "").startswith("torchvision:")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
-        files, of_folder = self.files, "a folder or a dataset of torchvision's"
+        files, of_folder = self.files, "a folder or a torchvision dataset"
         belongs = {"channels": (files, of_folder), "test": (self.folder, "a folder")}
         belongs["size"] = files or self.unlabelled, of_folder
-        belongs["split"] = (self.name and files, "a dataset of torchvision's")
+        belongs["split"] = (self.name and files, "a torchvision dataset")
         for key, (there, what) in belongs.items():
             if getattr(self, key) is not None and not there:
                 yield key, f"belongs to {what}: remove it"
@@ -177,8 +177,8 @@ class Model(Section):
     name: Annotated[str, AfterValidator(_net)] | None = Field(
         None, description="resnet8, wrn-40-2, torchvision:NAME, timm:NAME or FILE.py:FUNCTION(classes, channels, …)"
     )
-    args: dict[str, Any] = Field({}, description="arguments of the function, or of the net's")
-    pretrained: bool = Field(False, description="of a teacher: with the weights that torchvision or timm has for it")
+    args: dict[str, Any] = Field({}, description="arguments for the function or the library's net")
+    pretrained: bool = Field(False, description="teachers only: use torchvision's or timm's weights")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         for key in ("dropout", "input_dropout") if self.name else ("args",):
@@ -203,22 +203,22 @@ class Train(Section):
     batch_size: int = Field(128, ge=1, le=1_000_000)
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(gt=0, le=1e38)
-    momentum: float | None = Field(None, ge=0, lt=1, description="of sgd; left out: 0.9")
+    momentum: float | None = Field(None, ge=0, lt=1, description="sgd only; default: 0.9")
     weight_decay: float = Field(0.0, ge=0, le=1e6)
-    nesterov: bool = Field(False, description="of sgd")
+    nesterov: bool = Field(False, description="sgd only")
     schedule: Literal["constant", "linear", "cosine", "step"] = Field("linear", description="linear, cosine: to zero")
-    milestones: list[Annotated[int, Field(ge=1)]] | None = Field(None, description="epochs after which step falls")
-    gamma: float | None = Field(None, gt=0, lt=1, description="by which step multiplies the rate (0.1)")
+    milestones: list[Annotated[int, Field(ge=1)]] | None = Field(None, description="of step: when the rate falls")
+    gamma: float | None = Field(None, gt=0, lt=1, description="factor by which step lowers the rate (0.1)")
     clip: float | None = Field(None, gt=0, le=1e38, description="bound on the norm of the gradient of all weights")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each hard label spread over all classes")
     warmup: float = Field(0.0, ge=0, description="epochs over which the learning rate rises from zero")
-    jitter: int = Field(0, ge=0, le=7, description="pixels by which an image shifts at most, anew every epoch")
-    flip: bool = Field(False, description="each image mirrored, left to right, half of the time")
-    crop: float | None = Field(None, gt=0, lt=1, description="a part of each image, of this share of it at least")
-    cutout: int | None = Field(None, ge=1, le=4096, description="side of a square of each image that is blotted out")
+    jitter: int = Field(0, ge=0, le=7, description="largest shift of an image in pixels, anew every epoch")
+    flip: bool = Field(False, description="each image is mirrored left to right half of the time")
+    crop: float | None = Field(None, gt=0, lt=1, description="each image is cropped to at least this share of it")
+    cutout: int | None = Field(None, ge=1, le=4096, description="side of the square blotted out of each image")
     mixup: float | None = Field(None, gt=0, le=100, description="alpha: two images are blended, by Beta(alpha, alpha)")
-    max_norm: float | None = Field(None, ge=1e-3, le=1e38, description="bound on the norm into each hidden unit")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay, at most, of the weights' exponential average")
+    max_norm: float | None = Field(None, ge=1e-3, le=1e38, description="bound on the norm of a hidden unit's weights")
+    ema: float | None = Field(None, gt=0, lt=1, description="maximal decay of the weights' exponential average")
 
     @model_validator(mode="before")
     @classmethod
@@ -262,11 +262,11 @@ class Network(Section):
 class Input(Section):
     """How a teacher that was trained elsewhere sees its images, whatever the student sees."""
 
-    size: int | None = Field(None, ge=1, le=4096, description="pixels: images are resized to so many, square")
-    channels: Literal[1, 3] | None = Field(None, description="left out: those of the data")
-    range: Literal[1, 255] = Field(1, description="255 for a net that reads bytes, before mean and std")
-    mean: Numbers | None = Field(None, description="of its inputs, a number a channel, or one")
-    std: Numbers | None = Field(None, description="of its inputs; both left out, the data's or its library's")
+    size: int | None = Field(None, ge=1, le=4096, description="pixels: images are resized to a square of this side")
+    channels: Literal[1, 3] | None = Field(None, description="default: those of the data")
+    range: Literal[1, 255] = Field(1, description="255 for a net that takes bytes, before mean and std")
+    mean: Numbers | None = Field(None, description="of its inputs: one number, or one per channel")
+    std: Numbers | None = Field(None, description="of its inputs; without both, the data's or its library's")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         yield from _of_normalisation(self.mean, self.std)
@@ -275,13 +275,13 @@ class Input(Section):
 class Origin(Section):
     """Where a teacher that was trained elsewhere comes from, and how it is read."""
 
-    weights: File | None = Field(None, description="of the model: .safetensors, or .pt, .pth, .th read without code")
+    weights: File | None = Field(None, description="checkpoint: .safetensors, or .pt, .pth, .th read without code")
     onnx: File | None = Field(None, description="an ONNX file, run by onnxruntime")
     logits: File | None = Field(None, description="its logits or probabilities: .npz, .npy, .csv or .parquet")
     head: Literal["new"] | None = Field(None, description="new: a fresh last layer for the classes of the data")
     freeze: Literal["backbone"] | None = Field(None, description="backbone: only the last layer is trained")
     input: Input | None = None
-    classes: list[ClassName] | None = Field(None, min_length=2, description="of its outputs, in their order")
+    classes: list[ClassName] | None = Field(None, min_length=2, description="names of its outputs, in order")
 
     @property
     def file(self) -> str:
@@ -294,7 +294,7 @@ class TeacherSection(Origin):
 
     one_of = ("model", "onnx", "logits")
     model: Model | None = None
-    train: Train | None = Field(None, description="left out: the net is used as it is")
+    train: Train | None = Field(None, description="default: the net is used as it is")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         library = bool(self.model and self.model.pretrained)
@@ -309,7 +309,7 @@ class TeacherSection(Origin):
             if getattr(self, key) is not None and not self.model:
                 yield key, f"belongs to a model and its weights, not to {'onnx' if self.onnx else 'logits'}: remove it"
         if not self.train and (self.head or self.freeze):
-            yield "train", f"is missing: {'a fresh head' if self.head else 'freeze'} asks for a training"
+            yield "train", f"is missing: {'a fresh head' if self.head else 'freeze'} needs training"
         if not self.train and self.model and not (self.weights or library):
             yield "train", "is missing: say how the net is trained, or name its weights"
         if self.input and self.logits:
@@ -337,7 +337,7 @@ class TeacherSection(Origin):
 class Member(TeacherSection):
     """A member of an ensemble."""
 
-    weight: float = Field(1.0, gt=0, le=1e6, description="in the average, relative to the others")
+    weight: float = Field(1.0, gt=0, le=1e6, description="weight in the average, relative to the others")
 
 
 Members = Annotated[
@@ -350,7 +350,7 @@ Members = Annotated[
 class Ensemble(Section):
     """Several teachers and the average of their predictions."""
 
-    members: Members = Field(description="how many, of the teacher's kind; or a list, each as a `teacher` section")
+    members: Members = Field(description="how many teachers; or a list of `teacher` sections")
     average: Average = "arithmetic"
     models: list[Model] | None = Field(None, min_length=1, description="member i has models[i % n]; else the teacher's")
 
@@ -382,7 +382,7 @@ class Ensemble(Section):
 class Baseline(Section):
     """The student's net on hard labels alone."""
 
-    train: Train | None = Field(None, description="replaces the student's, whole")
+    train: Train | None = Field(None, description="replaces the student's entirely")
 
 
 class LogitLoss(NamedTuple):
@@ -462,17 +462,17 @@ class Distill(Section):
 
     model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("lambda2"))
     teacher: Literal["teacher", "ensemble"] = "teacher"
-    T: float | None = Field(None, ge=1e-3, le=1e4, description="temperature; of losses that have one")
+    T: float | None = Field(None, ge=1e-3, le=1e4, description="temperature, for losses that have one")
     lambda1: float = Field(ge=0, le=1e6, description="weight of the soft targets")
-    lambda2: float = Field(ge=0, le=1e6, description="weight of the hard labels; left out: 1 - lambda1")
+    lambda2: float = Field(ge=0, le=1e6, description="weight of the hard labels; default: 1 - lambda1")
     loss: Annotated[str, AfterValidator(_loss)] = Field("kd", description=f"{', '.join(LOSSES)} or FILE.py:FUNCTION")
-    alpha: Parameter = Field(None, description="of dkd; left out, these are its authors': `kd losses`")
-    beta: Parameter = Field(None, description="of dkd and dist")
-    gamma: Parameter = Field(None, description="of dist, ttm, wttm and nkd")
-    standardize: bool = Field(False, description="of kd and dkd: the logits of each image made mean 0 and std 1 first")
+    alpha: Parameter = Field(None, description="for dkd; the default of these is their authors': `kd losses`")
+    beta: Parameter = Field(None, description="for dkd and dist")
+    gamma: Parameter = Field(None, description="for dist, ttm, wttm and nkd")
+    standardize: bool = Field(False, description="kd and dkd only: logits of each image scaled to mean 0, std 1")
     warmup: float = Field(0.0, ge=0, description="epochs over which lambda1 rises from zero")
-    t_squared: bool = Field(True, description="of kd; false: without the paper's factor T^2")
-    views: int | None = Field(None, ge=1, le=10_000, description="views of each image kept with the teacher's logits")
+    t_squared: bool = Field(True, description="kd only; false: without the paper's factor T^2")
+    views: int | None = Field(None, ge=1, le=10_000, description="fixed views per image, whose teacher logits are kept")
     half: bool = Field(False, description="keep the logits of the views in float16")
 
     @model_validator(mode="before")
@@ -500,7 +500,7 @@ class Distill(Section):
         known, name = LOSSES.get(self.loss), self.loss.rpartition("/")[2]
         for key in ("alpha", "beta", "gamma"):
             if getattr(self, key) is not None and not (known and key in known.parameters):
-                yield key, f"is no parameter of {name}: remove it"
+                yield key, f"is not a parameter of {name}: remove it"
         if self.T is None and not (known and known.T is None):
             yield "T", f"is missing: {name} has a temperature"
         if self.T is not None and known and known.T is None:
@@ -534,7 +534,7 @@ class Omission(Section):
     one_of = ("omit", "keep")
     omit: list[ClassName] | None = Field(None, min_length=1, description="these classes are missing")
     keep: list[ClassName] | None = Field(None, min_length=1, description="all classes but these are missing")
-    train: Train | None = Field(None, description="replaces the student's, whole")
+    train: Train | None = Field(None, description="replaces the student's entirely")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         if len(set(self.named)) < len(self.named):
@@ -587,9 +587,9 @@ class Resources(Section):
 class Experiment(Section):
     """One experiment; `seed` may be a number or a list of different ones."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="of the runs' folder")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="name of the runs' folder")
     seed: Seeds = [0]
-    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; left out: all cores")
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; default: all cores")
     resources: Resources = Resources()
     data: Data
     teacher: TeacherSection
@@ -598,9 +598,9 @@ class Experiment(Section):
     baseline: Baseline = Baseline()
     distill: Distill
     omit_classes: list[Omission] = []
-    expect: dict[str, Count] = Field({}, description="row of the final table: mean errors that it may have at most")
+    expect: dict[str, Count] = Field({}, description="row of the final table: the most mean errors it may have")
     paper: dict[str, Paper] = Field({}, description="row: errors, or [errors, errors on the classes never seen]")
-    grid: dict[str, Values] = Field({}, description="dotted key: its values, which kd run walks")
+    grid: dict[str, Values] = Field({}, description="dotted key: the values that kd run tries")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         if len(set(self.seed)) < len(self.seed):
@@ -643,7 +643,7 @@ class Experiment(Section):
             yield "distill.loss", f"{loss} needs the label of every image, and data.unlabelled has none: use another"
         for key, train in self.student_trains.items():
             if needs and train.mixup and key != "baseline":
-                yield "distill.loss", f"{loss} needs one label an image, and {key}.train.mixup blends two: use another"
+                yield "distill.loss", f"{loss} needs one label per image, and {key}.train.mixup blends two: use another"
             if key != "baseline" and self.distill.warmup >= train.epochs:
                 yield "distill.warmup", f"must be less than {key}.train.epochs, {train.epochs}"
 

@@ -135,7 +135,7 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     )
     given: dict[str, Any] = {"mean": data.mean, "std": data.std, "given": True} if data.mean else {}
     if data.mean and len(data.mean) not in (1, facts.shape[0]):
-        numbers = "a number" if facts.shape[0] == 1 else f"1 number, or {facts.shape[0]}: one a channel"
+        numbers = "a number" if facts.shape[0] == 1 else f"1 number, or {facts.shape[0]}: one per channel"
         raise BadKeys(("data.mean", f"must have {numbers}, not {len(data.mean)}"))
     held = data.heldout or tenth(len(train), len(facts.classes))
     if held > len(train) // 3:

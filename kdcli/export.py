@@ -115,7 +115,7 @@ def export(
         raise BadInput(f"--top-k {top_k}: must be fewer than the {len(run.spec.dataset.classes)} classes")
     for origin in (member.spec.origin for member in members(run)):
         if origin and (origin.logits or (origin.onnx and form != "logits")):
-            raise BadInput(f"{run.name}: is no net of torch's, but what {origin.file} holds: share that file")
+            raise BadInput(f"{run.name}: is not a torch net, but the content of {origin.file}: share that file")
     file, card = _places(run, form, file, int8)
     dataset = dataset_of(run, data_dir)
     labels = dataset.test.labels

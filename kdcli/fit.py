@@ -168,7 +168,7 @@ class _Loop:
             if self.average:
                 self.average.load_state_dict(part("average/"))
         except (RuntimeError, ValueError, KeyError):
-            message = "the saved training state is not one of this net and optimizer: remove the run, kd runs rm"
+            message = "the saved training state does not belong to this net and optimizer: remove the run, kd runs rm"
             raise BadInput(message) from None
 
 

@@ -33,7 +33,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadInput(f"{file}: is too large: make it smaller, {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or no image'}") from None
+        raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or not an image'}") from None
 
 
 def open_image(file: Path, least: int = 0) -> Image.Image:
@@ -46,7 +46,7 @@ def open_image(file: Path, least: int = 0) -> Image.Image:
         if image.mode.startswith("I;16"):
             return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits a pixel")
+            raise BadInput(f"{file}: has pixels of mode {image.mode}: save it with 8 or 16 bits per pixel")
         if image.has_transparency_data:
             return image.convert("RGBA")
         return image.convert("L" if image.mode in GREY else "RGB")
@@ -143,11 +143,11 @@ def list_folder(path: Path) -> Folder:
     of_train = [(file, i) for i, name in enumerate(classes) for file in _files(train / name, ignored)]
     of_test = [(file, i) for i, name in enumerate(classes) for t in tests[:1] for file in _files(t / name, ignored)]
     have, notes = {i for _, i in of_train}, list[str]()
-    problems = [f"{train / c}: holds no image" for i, c in enumerate(classes) if i not in have]
+    problems = [f"{train / c}: contains no images" for i, c in enumerate(classes) if i not in have]
     if tests:
         problems += [f"{tests[0] / c}: is no class of {train}" for c in _classes(tests[0]) if c not in classes]
         notes += _of_tests(tests, classes, {i for _, i in of_test})
-        problems += [] if of_test else [f"{tests[0]}: holds no image"]
+        problems += [] if of_test else [f"{tests[0]}: contains no images"]
     left = _left_out(path, ignored)
     refuse([*problems, *left] if problems else [])
     return Folder(path, classes, of_train, of_test, [*notes, *left])
@@ -159,7 +159,7 @@ def list_images(path: Path) -> tuple[list[Path], list[str]]:
     if not path.is_dir():
         raise BadInput(f"there is no folder {path}")
     if not (files := _files(path, ignored, linked=True)):
-        raise BadInput(f"{path}: holds no image", *_left_out(path, ignored))
+        raise BadInput(f"{path}: contains no images", *_left_out(path, ignored))
     return files, _left_out(path, ignored)
 
 
@@ -186,7 +186,7 @@ def _of_tests(tests: Sequence[Path], classes: Sequence[str], have: set[int]) -> 
         yield f"{other} is not read: the test images are those of {chosen}."
     if absent := [c for i, c in enumerate(classes) if i not in have]:
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-        yield f"{chosen} has no image of {', '.join(absent[:10])}{more}."
+        yield f"{chosen} has no images of {', '.join(absent[:10])}{more}."
 
 
 def _classes(path: Path) -> list[str]:
@@ -220,7 +220,7 @@ def _files(folder: Path, ignored: Counter[str], linked: bool = False) -> list[Pa
             for link in () if linked else links:
                 to, own = link.resolve(), folder.resolve()
                 if (own.parent in (to, *to.parents) and own not in (to, *to.parents)) or to in own.parents:
-                    raise BadInput(f"{link}: leads out of its class, to {to}: remove the link")
+                    raise BadInput(f"{link}: points outside its class folder, to {to}: remove the link")
             ignored["hidden or system files"] += len(hidden)
             for name in {*names} - hidden:
                 if (suffix := os.path.splitext(name)[1].lower()) in FORMATS:

@@ -155,7 +155,7 @@ def imported(origin: Origin, model: Model | None, facts: Facts, load: bool = Tru
     elif load:
         said = hub.load(inner, model, len(names), own.shape[0], fresh)
     if origin.head:
-        said.append(f"Its head, {fresh}, starts afresh for the {len(facts.classes)} classes of the data.")
+        said.append(f"Its head, {fresh}, is newly initialised for the {len(facts.classes)} classes of the data.")
     if origin.freeze:
         head = last_layer(inner)
         for key, weight in inner.named_parameters():
@@ -173,7 +173,7 @@ def _facts_of(origin: Origin, model: Model | None, facts: Facts) -> Facts:
     if given.mean:
         mean, std = given.mean, given.std or []
     if len(mean) not in (0, 1, shape[0]):
-        numbers = "1 number" if shape[0] == 1 else f"1 number, or {shape[0]}: one a channel"
+        numbers = "1 number" if shape[0] == 1 else f"1 number, or {shape[0]}: one per channel"
         raise BadKeys(("input.mean", f"must have {numbers}, not {len(mean)}"))
     classes = facts.classes if origin.head else origin.classes or facts.classes
     return facts.model_copy(update={"shape": shape, "mean": mean, "std": std, "classes": classes})
@@ -198,7 +198,7 @@ def _loaded(
             own = own.model_copy(update={"mean": mean, "std": std})
             said.append("Its own mean and std are in the file.")
     elif own.mean and not given:
-        said = ["Its inputs are normalised with the mean and std of the data: teacher.input names others."]
+        said = ["Its inputs are normalised with the mean and std of the data: set teacher.input to change that."]
     said = [*found.said, *fit_weights(inner, found, file, fresh), *said]
     written = classes_of(found.about)
     if not origin.classes and not fresh and set(written) == set(names) and written != names:
@@ -211,7 +211,7 @@ def _picked(names: list[str], facts: Facts, said: list[str]) -> list[int]:
     """Which of a net's outputs are the dataset's classes, in their order."""
     if absent := [name for name in facts.classes if name not in names]:
         raise BadInput(
-            f"has {len(names):,} classes, and {absent[0]} of the data is none of them: name them in teacher.classes, "
+            f"has {len(names):,} classes, but not {absent[0]}, one of the data: name them in teacher.classes, "
             "in the order of its outputs, or replace its last layer with head: new"
         )
     if len(names) > len(facts.classes):
@@ -266,7 +266,7 @@ def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         first, *more = session.get_inputs()
     except Exception as error:  # the runtime has a dozen kinds of its own
-        why = "is damaged, cut short, or no ONNX file"
+        why = "is damaged, cut short, or not an ONNX file"
         if "external" in str(error).lower():
             why = "has its weights in another file: save it whole, onnx.save(onnx.load(FILE), FILE)"
         raise BadInput(f"{file}: {why}") from None
@@ -289,7 +289,7 @@ def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
         said.append("All its outputs lie between 0 and 1, and do not sum to 1: are they logits?")
     if not own.mean and not _reads_bytes(origin):
         within = "" if facts.table else "in [0, 1], "
-        said.append(f"Its inputs are {within}not normalised: teacher.input may say otherwise.")
+        said.append(f"Its inputs are {within}not normalised: set teacher.input to change that.")
     return Imported(Seen(net, own, _reads_bytes(origin), _picked(names, facts, said)), said)
 
 

@@ -114,4 +114,4 @@ def _cost(name: str, facts: Facts) -> str:
         raise BadInput(f"{name}: {error.errors()[0]['msg']}") from None
     fits(net := build(model, facts), model, facts)
     parameters = sum(p.numel() for p in net.parameters())
-    return f"{parameters / 1e6:.2g} M parameters, {multiply_adds(net, facts.shape) / 1e6:.3g} M multiply-adds an image"
+    return f"{parameters / 1e6:.2g} M parameters, {multiply_adds(net, facts.shape) / 1e6:.3g} M multiply-adds per image"

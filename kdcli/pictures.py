@@ -220,7 +220,7 @@ def _draw_cost(figure: Figure, found: Findings) -> None:
             axes.errorbar(r.multiply_adds, r.mean, r.std or 0, fmt="o", color=COLOURS.get(r.row, BLUE), label=r.row)
     _log_scale(axes.xaxis, axes.set_xscale)
     axes.legend()
-    axes.set(xlabel="multiply-adds an image, logarithmic scale", ylabel=f"errors on {found.summary.evaluated_on}")
+    axes.set(xlabel="multiply-adds per image, logarithmic scale", ylabel=f"errors on {found.summary.evaluated_on}")
 
 
 def _draw_knowledge(figure: Figure, found: Findings) -> None:

@@ -260,7 +260,7 @@ def _of_sizes(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     except BadInput as error:
         yield key, str(error)
     if e.data.transfer and e.data.transfer > len(dataset.train):
-        yield "data.transfer", f"must be at most {len(dataset.train)}; left out it is all images"
+        yield "data.transfer", f"must be at most {len(dataset.train)}; the default is all images"
 
 
 class Planned(Section):
@@ -356,14 +356,14 @@ def refuse_missing(teachers: Sequence[Job], places: Places, retype: str, time: s
             told = f"{has} diverged: lower teacher.train.lr ({runs[0].spec.trained[1].lr:g})"
         lines.append(f"{who} {told}")
     close = sorted(dict.fromkeys(one for job in teachers for one in _close_runs(Run(places.runs_dir, job.spec), note)))
-    raise BadInput(*lines, *(f"  close: {line}" for _, _, line in close[:3]))
+    raise BadInput(*lines, *(f"  similar run: {line}" for _, _, line in close[:3]))
 
 
 def held_to(result: Result, most: float | None) -> Result:
     """The result of a teacher that was trained elsewhere, with a warning where it makes more errors than expected."""
     if not result.reading or most is None or result.test.errors <= most:
         return result
-    line = f"It makes {result.test.errors:,} errors on {result.on}, and {most:g} at most are expected: is it misread?"
+    line = f"It makes {result.test.errors:,} errors on {result.on}, where at most {most:g} are expected: is it misread?"
     reading = result.reading.model_copy(update={"warnings": [*result.reading.warnings, line]})
     return result.model_copy(update={"reading": reading})
 
@@ -380,7 +380,7 @@ def cautions(jobs: Sequence[Job], planned: Sequence[Job], places: Places) -> Ite
         asked += spec.parents
         if spec.train and spec.train.label_smoothing:
             said = f"{name}: is a teacher with a label_smoothing of {spec.train.label_smoothing:g}"
-            yield f"{said}, which hurts its students (arXiv:1906.02629): better teach without"
+            yield f"{said}, which hurts its students (arXiv:1906.02629): better train it without"
             return
 
 
@@ -402,12 +402,12 @@ def _close_runs(wanted: Run, note: Note) -> list[tuple[int, bool, str]]:
 
     found = []
     for run in list_runs(wanted.root, wanted.spec.experiment, [wanted.spec.command], note):
-        unlike = differences(described(wanted.spec), described(run.spec)) or ["its members differ"]
+        unlike = differences(described(wanted.spec), described(run.spec)) or ["other members"]
         if run.name != wanted.name:
             status = run.status()
             can = status == "completed" and data_settings(wanted.spec) == data_settings(run.spec)
             use = f" (to use it: --teacher {run.name})" if can else ""
-            found.append((len(unlike), status != "completed", f"{run.name} ({status}): {'; '.join(unlike)}{use}"))
+            found.append((len(unlike), status != "completed", f"{run.name} ({status}), with {'; '.join(unlike)}{use}"))
     return found
 
 

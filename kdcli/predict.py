@@ -82,7 +82,7 @@ def predict(
         images.append(Prediction(image=str(file), views=_views(asked, inputs), mostly_ink=light, nearer=share))
     for i in test_images:
         if not run:
-            raise BadInput("--test-image: an exported file knows no dataset: name the run instead")
+            raise BadInput("--test-image: an exported file does not record its dataset: name the run instead")
         dataset = dataset_of(run, places.data_dir)
         test, names = dataset.test, dataset.files["test"]
         if not 0 <= i < len(test):
@@ -94,7 +94,7 @@ def predict(
 
 def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]) -> Asked:
     """What to ask of a finished run: itself and, of a student, its teacher, if that can be asked."""
-    run.result("asked")
+    run.result("used for prediction")
     own, parent = live(run, CPU), run.spec.parents[0] if run.spec.distill else ""
     if parent:
         try:
@@ -103,7 +103,7 @@ def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]
             asked = live(teacher, CPU)
             return [("student", 1.0, own), *(("teacher", T, asked) for T in dict.fromkeys(temperatures))]
         except BadInput as error:
-            note(f"{run.name}: without the view of its teacher: {error}")
+            note(f"{run.name}: without its teacher's predictions: {error}")
     return [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
 
 
@@ -152,7 +152,7 @@ def read_image(file: Path, shape: Sequence[int], invert: bool, middle: bool = Fa
         raise BadInput(f"{file}: is a folder: name the image files in it")
     image = open_image(file, min(height, width) if channels == 3 or middle else 0)
     if image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
-        raise BadInput(f"{file}: is wholly transparent: save it without its alpha channel, or on a ground")
+        raise BadInput(f"{file}: is entirely transparent: save it without its alpha channel, or on a background")
     if channels == 3 or middle:
         array = to_bytes(image, (width, height), channels)
     else:

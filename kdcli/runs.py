@@ -307,8 +307,8 @@ class Run:
         status, command = self.status(), self.environment().get("command_line")
         remedy = f"train it first{f': {command}' if command else ''}"
         if status == "diverged":
-            remedy = "lower its lr, or let it rise over a warmup"
-        raise BadInput(f"{self.name}: is {status}: cannot be {role}; {remedy}")
+            remedy = "lower its lr, or add a warmup"
+        raise BadInput(f"{self.name}: {'has' if status == 'diverged' else 'is'} {status}: cannot be {role}; {remedy}")
 
     def counted(self, role: str) -> Result:
         """The result of a completed run whose errors were counted. Raises BadInput as `result` does, and of a teacher
@@ -335,7 +335,7 @@ class Run:
         with self._locked():
             before = self.read()
             if isinstance(before, Result):
-                raise BadInput(f"{self.name}: was finished by another kd in the meantime; ask again to see it")
+                raise BadInput(f"{self.name}: was finished by another kd in the meantime; repeat the command to see it")
             if any((self.path / name).exists() for name in STATES) and before.parents != parents:
                 raise BadInput(f"{self.name}: was begun with other weights than its teacher has now: {self.remedy}")
             begun = Unfinished(status="running", run=self.name, parents=parents)
@@ -729,8 +729,8 @@ def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[
 
 
 def differences(wanted: Settings, found: Settings, prefix: str = "") -> list[str]:
-    """`key is found, not wanted` for every setting in which two nested documents differ, by key."""
+    """`key found instead of wanted` for every setting in which two nested documents differ, by key."""
     return [
-        f"{key} is {'not set' if b is None else b}, not {'unset' if a is None else a}"
+        f"{f'no {key}' if b is None else f'{key} {b}'} instead of {'none' if a is None else a}"
         for key, (a, b) in sorted(changes(wanted, found, prefix))
     ]

@@ -30,21 +30,21 @@ TOGETHER = "\N{NO-BREAK SPACE}"  # in place of a space at which a cell is not br
 UNLIKE = 0.99  # where so many of the test images are nearer to the training images, an image is unlike these
 PAIRS = 20  # of classes that are taken for each other, or look alike, are shown instead of a matrix
 GRID_ROWS = ("teacher", "ensemble", "baseline", "student", "student of ensemble")  # what the table of a grid shows
-INTERVALS = "Intervals are of the mean over seeds (t); they do not cover the sampling of the test set."
+INTERVALS = "Intervals are t-intervals of the mean over seeds; they do not cover the sampling of the test set."
 LEGENDS = {  # by column
     "unseen": "Unseen: errors on classes missing from the transfer set. Bias: a number added to the logits of these "
-    "classes alone, chosen by test: on the test set, as the paper did; heldout: on held-out (validation) images, which "
-    "are not in the transfer set; prior: on the training images without their labels, from the known shares of the "
-    "classes.",
-    "paper": "Verdict on the paper's one run (in brackets, its errors on the unseen): better or worse where the 95 % "
-    "interval of our mean over seeds leaves it out, not distinguishable where it does not; of a single net lower, "
+    "classes alone, chosen on the test set, as in the paper (test); on held-out (validation) images, which are not in "
+    "the transfer set (heldout); or on the training images without their labels, from the known shares of the classes "
+    "(prior).",
+    "paper": "The verdict compares our seeds with the paper's single run (in brackets, its errors on unseen classes): "
+    "better or worse if the 95 % interval of our mean excludes it, else not distinguishable; a single net is lower, "
     f"higher or the same. {INTERVALS}",
     "train error": "Train error: the baseline's and the student's error rate on the transfer set in the last epoch.",
-    "fewer": f"Fewer: how many errors fewer than the baseline such a student makes. {INTERVALS} Verdict: by a paired "
-    "t-test over seeds (a sign test where they all differ alike, McNemar's test of one seed) at p < 0.05.",
-    "than the first": "Than the first: how many errors fewer than the student at the first point, tested alike.",
-    "p": "Corrected p, in a table in brackets: for all comparisons by Holm's procedure. Verdicts rest on it: where "
-    "nothing helps or hurts, the chance that any says otherwise is one in twenty at most. Intervals are not corrected.",
+    "fewer": f"Fewer: how many fewer errors than the baseline such a student makes. {INTERVALS} Verdict: by a paired "
+    "t-test over seeds (a sign test if all differences are equal, McNemar's test for one seed) at p < 0.05.",
+    "than the first": "Than the first: how many fewer errors than the student at the first point, tested likewise.",
+    "p": "Corrected p (in tables, in brackets): for all comparisons, by Holm's procedure. Verdicts rest on it: if none "
+    "had an effect, the chance of any such verdict is at most 5 %. Intervals are not corrected.",
 }
 
 
@@ -187,14 +187,14 @@ def notes(documents: Sequence["Document"]) -> list[str]:
     nobody labelled students saw."""
     taught = {called(d): [tuple(o.parents) for o in documents if o.row == d.row and o.parents] for d in documents}
     shared = [row for row, teachers in taught.items() if len(teachers) > 1 and len(set(teachers)) == 1]
-    hides = "one teacher for all seeds: its interval leaves the variation of the teacher out."
+    hides = "one teacher for all seeds: its interval does not include variation between teachers."
     lines = [f"{d.run}: {line}" for d in documents for line in d.warnings] + [
         f"The {row} has {hides}" for row in shared
     ]
     more = [d for d in documents if d.unlabelled]
     seen = "The {} saw {:,} labelled images and {:,} that only its teacher labels, which no baseline sees."
     lines += dict.fromkeys(seen.format(called(d), d.samples, d.unlabelled) for d in more)
-    return [*lines, *["The unlabelled images may show classes left out."][: any(d.omitted for d in more)]]
+    return [*lines, *["The unlabelled images may include classes left out."][: any(d.omitted for d in more)]]
 
 
 def _rate(errors: float, total: int) -> str:
@@ -251,9 +251,9 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str], every: 
     first = "run" if every else ""
     columns = (first, "n", "errors", "balanced", "top-5", "NLL", "Brier", "ECE", "agrees", "KL", "soft")
     yield table(title, columns, scores)
-    title = f"Cost of one image, and milliseconds for a batch of 1 and of 128 on this machine ({on})"
+    title = f"Cost per image, and milliseconds for a batch of 1 and of 128 on this machine ({on})"
     yield table(title, (first, "params", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
-    where = (first, "errors by class, most first", "taken for each other most")
+    where = (first, "errors by class, most first", "most frequent confusions")
     yield Table("Where the errors are", where, by_class)
 
 
@@ -312,11 +312,12 @@ def compare_tables(document: "compare.Comparisons") -> Parts:
     title = f"Errors on {document.total:,} {document.evaluated_on}"
     yield Table(title, ("", "runs", "n", "errors", "95 % interval"), rows)
     for c in document.comparisons:
-        changed = "; ".join(f"{key} {_value(b)}, not {_value(a)}" for key, (a, b) in c.changed.items()) or "nothing"
+        own, other = c.group, first.group
+        changed = "; ".join(f"{key} {_value(b)} ({other}: {_value(a)})" for key, (a, b) in c.changed.items())
         none = "The groups share no seed: nothing to pair, so no verdict."
-        said = c.verdict.sentence(c.group, first.group) if c.verdict else none
-        part = f"Over the seeds that both have ({', '.join(map(str, c.seeds))}): "
-        yield f"{c.group} against {first.group}: {changed}.\n{part if c.seeds not in ([], first.seeds) else ''}{said}\n"
+        said = c.verdict.sentence(own, other) if c.verdict else none
+        part = f"Seeds in both: {', '.join(map(str, c.seeds))}. " if c.seeds not in ([], first.seeds) else ""
+        yield f"{own} differs from {other}: {changed or 'in no setting'}.\n{part}{said}\n"
     several = any(c.verdict and c.verdict.comparisons for c in document.comparisons)
     yield f"{INTERVALS} {LEGENDS['p']}" if several else INTERVALS
 
@@ -341,7 +342,7 @@ def losses() -> Parts:
         yield f"{name}: {loss.formula} ({loss.source})"
     yield "\np, q: the teacher's and the student's softmax, softened by T; y: the label; a hat: without y."
     yield "The soft term is the mean over the samples of a batch, times lambda1.\n"
-    yield Table("What their authors set", ("", *columns), rows)
+    yield Table("Their authors' settings", ("", *columns), rows)
 
 
 def predictions(document: "predict.Predictions", top: int) -> Parts:
@@ -362,9 +363,9 @@ def _likeness(nearer: float | None) -> str:
     if nearer is None:
         return ""
     if nearer < UNLIKE:
-        return f" ({100 * nearer:.0f} % of test images are nearer to the training images)"
-    few = "no test image is" if nearer == 1 else f"only {100 - 100 * nearer:.1g} % of test images are"
-    return f", but it is unlike the training images: {few} so far from them"
+        return f" ({100 * nearer:.0f} % of the test images lie closer to the training set)"
+    few = "no test image is" if nearer == 1 else f"only {100 - 100 * nearer:.1g} % of the test images are"
+    return f", but it is unlike the training images: {few} as far from them"
 
 
 def _bar(p: float) -> str:
@@ -438,11 +439,11 @@ def _grid_verdict(summary: "Summary") -> Iterator[str]:
     students = [(row, point.at) for point in points for row in point.table if row.row == judged]
     best, at = min(students, key=lambda pair: pair[0].mean)
     where = ", ".join(f"{key} = {value}" for key, value in at.items())
-    fewest = f"The fewest errors of a {judged}, {spread(best)}, are at {where}."
+    fewest = f"A {judged} makes the fewest errors, {spread(best)}, at {where}."
     said = _counted([point.verdict for point in points if point.verdict])
     yield f"The soft targets {said}{', on this one seed' if one else ''}. {fewest}"
     if others := [point.than_first for point in points if point.than_first]:
-        yield f"Against the first point, {' '.join(points[0].at.values())}, the others {_counted(others)}."
+        yield f"Compared with the first point, {' '.join(points[0].at.values())}, the others {_counted(others)}."
     if same := [" ".join(pair) for pair in _fixed(summary).items()]:
         yield f"The same at every point: {', '.join(same)}."
 
@@ -450,7 +451,7 @@ def _grid_verdict(summary: "Summary") -> Iterator[str]:
 def _counted(verdicts: Sequence[Verdict]) -> str:
     words, n = [v.verdict for v in verdicts], len(verdicts)
     counted = [f"{word} at {words.count(word)}" for word in ("helped", "hurt") if word in words]
-    said = " and ".join(counted) or "neither helped nor hurt, as far as this shows, at any"
+    said = " and ".join(counted) or "neither helped nor hurt, as far as can be told, at any"
     return f"{said} of {n} points{f', corrected for {n} comparisons' if n > 1 else ''}"
 
 

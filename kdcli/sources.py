@@ -90,7 +90,7 @@ def _unlabelled(data: Data, found: Found, facts: Facts, files: Sequence[Path], o
     x = np.load(out / "x.npy", mmap_mode="r")
     tested = [f"{data.folder}/{name}" for name in listed([found.listing])["test"]]
     pairs = duplicates(found.x_test, x)
-    notes = _of_pairs(pairs, tested, [*map(str, files)], "among the unlabelled images too, pixel for pixel")
+    notes = _of_pairs(pairs, tested, [*map(str, files)], "also among the unlabelled images, pixel for pixel")
     _list(out, Path(root), unlabelled=files)
     digest = hashlib.sha256(json.dumps([x.shape, facts.white]).encode())
     keep(out, {"fingerprint": _hashed(digest, x), "notes": notes})
@@ -234,7 +234,7 @@ def _of_duplicates(found: Found, test: Labelled = (), train: Labelled = ()) -> l
     other = sum(int(found.y_test[j] != found.y_train[i]) for j, i in pairs)
     labels = f", {other:,} of them with another label" if other else ""
     ones, others = ([str(file) for file, _ in part] for part in (test, train))
-    return _of_pairs(pairs, ones, others, f"in the training set too, pixel for pixel{labels}")
+    return _of_pairs(pairs, ones, others, f"also in the training set, pixel for pixel{labels}")
 
 
 def _of_pairs(pairs: Sequence[tuple[int, int]], test: Sequence[str], others: Sequence[str], where: str) -> list[str]:
@@ -245,7 +245,7 @@ def _of_pairs(pairs: Sequence[tuple[int, int]], test: Sequence[str], others: Seq
     same = [others[i] if others else f"training image {i}" for _, i in pairs[:5]]
     some = "; ".join(f"{one} is {other}" for one, other in zip(ones, same, strict=True))
     more = f"; and {len(pairs) - 5:,} more" if len(pairs) > 5 else ""
-    lie = "test image lies" if len(pairs) == 1 else "test images lie"
+    lie = "test image is" if len(pairs) == 1 else "test images are"
     return [f"{len(pairs):,} {lie} {where}: {some}{more}."]
 
 
@@ -276,8 +276,8 @@ def _downloaded(name: str, root: Path, download: bool, get: Callable[[bool], Any
                 again = "delete its files to have them downloaded again"
                 raise BadInput(f"{root}: {name} is damaged or cannot be read ({problem}): {again}") from None
     if not download:
-        raise BadInput(f"{root}: {name} is not there, and --dry-run downloads nothing: {instead}")
-    raise BadInput(f"{root}: {name} is not there and could not be downloaded ({problem}): {instead}") from None
+        raise BadInput(f"{root}: {name} is missing, and --dry-run downloads nothing: {instead}")
+    raise BadInput(f"{root}: {name} is missing and could not be downloaded ({problem}): {instead}") from None
 
 
 def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:

@@ -193,7 +193,7 @@ def _counted(
             step = fitted.epoch * steps - 1 if fitted.diverged_at is None else fitted.diverged_at
             raise Diverged(
                 f"diverged at step {step + 1} (epoch {step // steps + 1}), at a learning rate of "
-                f"{learning_rate(how, step, steps):.3g}: lower the lr of {how.lr:g}, or let it rise over a warmup"
+                f"{learning_rate(how, step, steps):.3g}: lower the lr of {how.lr:g}, or add a warmup"
             )
         means = {key: getattr(fitted, key) for key in ("epoch", "loss", "hard_loss", "t2_kl", "soft", "train_errors")}
         errors = None if logits is None else score.count_errors(logits, test.labels).errors

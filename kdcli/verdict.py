@@ -38,11 +38,11 @@ class Verdict(Section):
     def sentence(self, subject: str = "The soft targets", reference: str = "the baseline") -> str:
         one, p, alone = self.n == 1, f"p = {self.p:.2g}", ""
         if self.comparisons:
-            p, alone = f"{p}, corrected for {self.comparisons} comparisons {self.p_corrected:.2g}", ", tested alone"
+            p, alone = f"{p}, {self.p_corrected:.2g} corrected for {self.comparisons} comparisons", ", tested alone"
         start = f"{subject} {self.verdict}{', on this one seed' if one else ''}"
         if self.verdict == "no evidence":
             start = f"No evidence at n = {self.n} that {subject.replace('The ', 'the ')} helped or hurt"
-        sign, word = (1, "fewer") if self.fewer_errors >= 0 else (-1, "more")
+        sign, word, other = (1, "fewer", "more") if self.fewer_errors >= 0 else (-1, "more", "fewer")
         amount = f"{abs(self.fewer_errors):.{0 if one else 1}f} {word} errors than {reference}"
         if one:
             test = f"McNemar's exact test on the two nets' predictions: {p}"
@@ -51,7 +51,8 @@ class Verdict(Section):
         if self.interval is None:
             return f"{start}: {amount} at each of {self.n} seeds (no spread to test; {self.test}: {p}).{settle}"
         low, high = sorted(sign * end for end in self.interval)
-        spread = f"95 % interval of the mean over {self.n} seeds: {low:.1f} to {high:.1f} {word}"
+        least = f"{low:.1f}" if low >= 0 else f"{-low:.1f} {other}"
+        spread = f"95 % interval of the mean over {self.n} seeds: {least} to {high:.1f} {word}"
         return f"{start}: {amount} ({spread}; {self.test}: {p}).{settle}"
 
 

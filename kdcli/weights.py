@@ -20,7 +20,7 @@ from kdcli import BadInput
 # What a checkpoint may call its weights, the first that is there counts: averaged ones are those that were scored.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
 PLAIN = ("state_dict", "model_state_dict", "model", "net", "module", "weights")
-PROGRAM = "is a program of torch's, not weights: save net.state_dict(), or export it as ONNX"
+PROGRAM = "is a torch program, not weights: save net.state_dict(), or export it as ONNX"
 SHOWN = 5  # keys of each kind in a message
 
 
@@ -49,10 +49,10 @@ def read_weights(file: Path) -> Weights:
         if _is_program(file):
             raise BadInput(f"{file}: {PROGRAM}") from None
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise BadInput(f"{file}: is damaged, or no file of weights") from None
+            raise BadInput(f"{file}: is damaged, or not a file of weights") from None
         raise BadInput(f"{file}: {_of_code(str(error))}") from None
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        why = PROGRAM if _is_program(file) else "is damaged, cut short, or no file of weights"
+        why = PROGRAM if _is_program(file) else "is damaged, cut short, or not a file of weights"
         if isinstance(error, PermissionError | FileNotFoundError):
             why = f"cannot be read: {error.strerror}"
         raise BadInput(f"{file}: {why}") from None
@@ -93,7 +93,7 @@ def _unwrapped(content: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not tensors:
         held = f"its keys are {_some([str(key) for key in content])}" if isinstance(content, dict) and content else ""
         raise BadInput(f"{file}: holds no weights{f': {held}' if held else ''}")
-    return tensors, [f"Its weights lie under {', '.join(path)}."] if path else []
+    return tensors, [f"Its weights were found under {', '.join(path)}."] if path else []
 
 
 def fit_weights(net: nn.Module, found: Weights, file: Path, fresh: str = "") -> list[str]:
@@ -112,7 +112,7 @@ def fit_weights(net: nn.Module, found: Weights, file: Path, fresh: str = "") -> 
         of_head = misshapen and not (missing or unexpected) and not fresh
         if of_head and all(key.startswith(f"{last_layer(net)}.") for key in misshapen):
             parts.append("name its classes, all of them, in teacher.classes, or replace its last layer with head: new")
-        raise BadInput(f"{file}: is not of this net: {'; '.join(parts)}")
+        raise BadInput(f"{file}: does not fit this net: {'; '.join(parts)}")
     net.load_state_dict(net.state_dict() | {key: kept[key] for key in wanted if key in kept})
     return said
 

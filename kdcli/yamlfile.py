@@ -132,7 +132,7 @@ def points(name: str, overrides: Sequence[Override] = ()) -> list[Loaded]:
         labels = [label for _, label in values]
         point = _loaded(file, overrides, chosen)._replace(at=dict(zip(grid, labels, strict=True)))
         if any(point.experiment == other.experiment for other in found):
-            raise BadInput(f"{chosen[-1].origin}: is there twice")
+            raise BadInput(f"{chosen[-1].origin}: is given twice")
         found.append(point)
     return found
 
@@ -214,7 +214,7 @@ def _read(path: Path) -> _File:
 
 
 def _keys(node: yaml.Node | None, above: str = "") -> Iterator[tuple[str, int, int]]:
-    """Every dotted key below a node, its line and, of one that is there twice, its first line, else 0."""
+    """Every dotted key below a node, its line and, of one that is given twice, its first line, else 0."""
     below: list[tuple[Any, yaml.Node, yaml.Node]] = []  # key, where it stands, its value
     if isinstance(node, yaml.SequenceNode):
         below = [(i, item, item) for i, item in enumerate(node.value)]

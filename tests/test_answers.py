@@ -62,7 +62,7 @@ def test_an_array_is_read_as_it_is(tmp_path: Path) -> None:
     assert found.said == [
         "Its columns have no names: they are taken to be the classes of the data, in their order.",
         "Of the training images it holds logits.",
-        "It says nothing of the 1 test images.",
+        "It has no answers for the 1 test images.",
     ]
 
 
@@ -74,9 +74,9 @@ def test_the_parts_of_an_npz_file(tmp_path: Path) -> None:
     assert same(found.logits["train"], LOGITS)  # which float16 holds
     assert same(found.logits["test"], LOGITS[3:])
     assert same(found.logits["unlabelled"], LOGITS[:2])
-    assert found.said[-1] == "Its labels are left out."
+    assert found.said[-1] == "Its labels are ignored."
     assert read(file).logits.keys() == {"train", "test"}  # of data without unlabelled images
-    assert read(file).said[-1] == "Its unlabelled, labels are left out."
+    assert read(file).said[-1] == "Its unlabelled, labels are ignored."
 
 
 def test_probabilities_are_told_by_their_sums(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_columns_are_picked_by_name(given: str, tmp_path: Path) -> None:
     own = {"classes": names} if given == "classes" else {}
     found = read(npz(tmp_path, train=values, **own), names if given == "order" else None)
     assert same(found.logits["train"], LOGITS)
-    assert found.said[0] == "Its columns emu are no classes of the data and left out."
+    assert found.said[0] == "Its columns emu are not classes of the data and are left out."
 
 
 def test_of_more_classes_probabilities_are_told_by_all(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_parquet_file_is_a_table(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({**columns, "index": [3, 2, 1, 0]}), tmp_path / "a.parquet")
     assert same(read(tmp_path / "a.parquet").logits["train"], LOGITS[::-1].copy())
     parquet.write_table(arrow.table({**columns, "owl": [1.0, None, 2.0, 3.0]}), tmp_path / "a.parquet")
-    with pytest.raises(BadInput, match="train, row 1, column owl: is no finite number"):
+    with pytest.raises(BadInput, match="train, row 1, column owl: is not a finite number"):
         read(tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes(b"PAR1, as it begins")
     with pytest.raises(BadInput, match=r"a\.parquet: cannot be read as \.parquet: is empty, damaged, or of another"):
@@ -182,12 +182,12 @@ LACKS = "1 of the 4 training images have no row: train/owl/7.png: give each one"
 @pytest.mark.parametrize(
     ("arrays", "line"),
     [
-        ({"logits": LOGITS}, "must hold train [4, 3], a row a training image, not logits"),
-        ({"train": LOGITS[0]}, "train must be numbers [images, 3], a column a class, not float32 [3]; teacher.classes names"),
-        ({"train": LOGITS[:, :2]}, "train must be numbers [images, 3], a column a class, not float32 [4, 2]"),
+        ({"logits": LOGITS}, "must hold train [4, 3], one row per training image, not logits"),
+        ({"train": LOGITS[0]}, "train must be numbers [images, 3], one column per class, not float32 [3]; teacher.classes names"),
+        ({"train": LOGITS[:, :2]}, "train must be numbers [images, 3], one column per class, not float32 [4, 2]"),
         ({"train": LOGITS, "classes": ["cat", "dog"]}, "has columns cat, dog and none for the classes owl: name them"),
         ({"train": LOGITS, "classes": ["cat", "dog", "dog"]}, "has more than one column dog: give each class one"),
-        ({"train": LOGITS.astype(str)}, "train must be numbers [images, 3], a column a class, not <U32 [4, 3]"),
+        ({"train": LOGITS.astype(str)}, "train must be numbers [images, 3], one column per class, not <U32 [4, 3]"),
         ({"train": LOGITS[:3]}, "train has 3 rows for 4 training images: say whose they are, by train_index or"),
         ({"train": LOGITS, "test": LOGITS}, "test has 4 rows for 1 test images: say whose they are"),
         ({"train": LOGITS, "test": LOGITS[:0]}, "test has 0 rows for 1 test images: say whose they are"),
@@ -196,13 +196,13 @@ LACKS = "1 of the 4 training images have no row: train/owl/7.png: give each one"
         ({"train": LOGITS, "train_index": [0, 2, 1, 1]}, "1 of the 4 training images have more than one row: train/cat/2.png"),
         ({"train": LOGITS, "train_index": [0, 2, 1, 4]}, "train, row 3: is of image 4: the training images are 0 to 3"),
         ({"train": LOGITS, "train_index": [0, 2, -1, 3]}, "train, row 2: is of image -1: the training images"),
-        ({"train": LOGITS, "train_index": [0, 2]}, "train_index must be numbers [4], one a row, not int64 [2]"),
+        ({"train": LOGITS, "train_index": [0, 2]}, "train_index must be numbers [4], one per row, not int64 [2]"),
         ({"train": LOGITS, "train_files": [*FILES["train"][:3], "8.png"]}, "row 3: there is no image 8.png: give its path"),
         ({"train": LOGITS, "train_files": [*FILES["train"][:3], "1.png"]}, "row 3: 2 images are called 1.png: give its path"),
         ({"train": LOGITS, "train_files": [*FILES["train"][:3], "test/cat/9.png"]}, "row 3: there is no image test/cat/9.png"),
-        ({"train": LOGITS, "train_files": FILES["train"][:3]}, "train_files must be names [4], one a row, not <U15 [3]"),
-        ({"train": np.where(LOGITS == 9, np.nan, LOGITS)}, "train, row 2, column 2: is no finite number: every image"),
-        ({"train": np.where(LOGITS == 9, 1e300, LOGITS.astype(float)), "classes": CLASSES}, "train, row 2, column owl: is no finite"),
+        ({"train": LOGITS, "train_files": FILES["train"][:3]}, "train_files must be names [4], one per row, not <U15 [3]"),
+        ({"train": np.where(LOGITS == 9, np.nan, LOGITS)}, "train, row 2, column 2: is not a finite number: every image"),
+        ({"train": np.where(LOGITS == 9, 1e300, LOGITS.astype(float)), "classes": CLASSES}, "train, row 2, column owl: is not a finite"),
         ({"train": 0.97 * P + 0.02}, "train: its values are like probabilities, but the sums of 4 of 4 rows are not 1, at worst 1.03 in"),
         ({"train": P * [[1], [1], [0.9], [1]]}, "the sums of 1 of 4 rows are not 1, at worst 0.9 in row 2: divide each row"),
         ({"train": 100 * P}, "the sums of 4 of 4 rows are not 1, at worst 100 in row"),
@@ -229,9 +229,9 @@ def test_a_wrong_array_is_refused_in_one_line(arrays: dict[str, Any], line: str,
         (["cat,dog,owl"], "train has 0 rows for 4 training images"),
         (["cat;dog;owl", "1;2;3"], "has columns cat;dog;owl and none for the classes cat, dog, owl: name them"),
         (["cat,dog,owl", "1,2,3", "1,2"], "row 1 has 2 fields, and the header 3: it may be cut off"),
-        (["cat,dog,owl", "1,2,3", "1,x,3"], "train, row 1, column dog: is no finite number"),
-        (["cat,dog,owl", "1,2,"], "train, row 0, column owl: is no finite number"),
-        (["cat,dog,owl", "1,inf,3"], "train, row 0, column dog: is no finite number"),
+        (["cat,dog,owl", "1,2,3", "1,x,3"], "train, row 1, column dog: is not a finite number"),
+        (["cat,dog,owl", "1,2,"], "train, row 0, column owl: is not a finite number"),
+        (["cat,dog,owl", "1,inf,3"], "train, row 0, column dog: is not a finite number"),
         (["index,cat,dog,owl", "x,1,2,3"], "train, row 0: is of image nan: the training images are 0 to 3"),
         (["index,cat,dog,owl", "1.5,1,2,3"], "train, row 0: is of image 1.5: the training images are 0 to 3"),
         (["split,cat,dog,owl", "dev,1,2,3"], "row 0, column split: must be train, test, unlabelled, not 'dev'"),

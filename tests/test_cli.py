@@ -64,7 +64,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "a file that is no text": ("run own_image.yaml", "own_image.yaml: is not a text file: an experiment file is YAML"),
     "two teachers": (
         "distill tiny.yaml --with-teacher --teacher tiny/train-teacher/TEACHER",
-        "--teacher --with-teacher: choose one of them",
+        "--teacher --with-teacher: use one or the other",
     ),
     "classes from the end": (
         "omit-classes tiny.yaml --omit 9-0",
@@ -104,7 +104,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "teacher of other images": (
         "distill own.yaml --teacher tiny/train-teacher/TEACHER",
-        "cannot be a teacher in this experiment: data.content is ",
+        "cannot be a teacher in this experiment: data.content ",
     ),
     "runs folder is a file": (
         "train-teacher tiny.yaml --runs-dir tiny.yaml",
@@ -136,7 +136,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "dry run without the images": (
         "run mnist --dry-run --data-dir nowhere",
-        "nowhere: MNIST is not there, and --dry-run downloads nothing",
+        "nowhere: MNIST is missing, and --dry-run downloads nothing",
     ),
     "a report of what is not there": (
         "report tiny.yaml --seed 7",
@@ -271,7 +271,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(mistake: str, kd: Shell) -> Non
     done = kd_here(kd.folder, *shlex.split(words))
     assert (done.code, done.out) == (2, "")
     assert sorted(kd.folder.rglob("*")) == before
-    besides = ("  close: ", "  tiny/", "remove: ", "a net is made")
+    besides = ("  similar run: ", "  tiny/", "remove: ", "a net is made")
     *more, last = [line for line in done.err.splitlines() if not line.startswith(besides)]
     assert line in done.err
     assert all(extra.startswith("1 run, ") for extra in more), last
@@ -391,7 +391,7 @@ def test_a_damaged_teacher_stops_what_needs_it_alone(damage: str, kd: Shell) -> 
     assert f"weights.safetensors: {'cannot be read' if damage == 'missing' else 'is damaged'}" in line
     assert line.endswith(f": remove it, kd runs rm {name}, and train it again")
     asked = kd_here(kd.folder, "predict", student, "--test-image", "0", "--json")
-    assert asked.err == f"{student}: without the view of its teacher: {line}\n"
+    assert asked.err == f"{student}: without its teacher's predictions: {line}\n"
     assert [view["net"] for view in asked.json["images"][0]["views"]] == ["net"]
     shown = here(kd, "evaluate", "tiny.yaml", "--json")
     ensemble = f"tiny/ensemble/{only(kd.folder, 'ensemble').name}"
@@ -427,9 +427,9 @@ def test_a_mismatched_teacher_names_the_close_runs_and_what_to_type(kd: Shell) -
     first, close, *_ = done.err.splitlines()
     typed = "train it: kd train-teacher tiny.yaml --set teacher.train.lr=0.5 --seed 1, or add --with-teacher (about "
     assert typed in first
-    assert close.startswith("  close: tiny/train-teacher/1-")
-    name = close.split()[1]
-    assert close.endswith(f"(completed): train.lr is 0.003, not 0.5 (to use it: --teacher {name})")
+    assert close.startswith("  similar run: tiny/train-teacher/1-")
+    name = close.split()[2]
+    assert close.endswith(f"{name} (completed), with train.lr 0.003 instead of 0.5 (to use it: --teacher {name})")
 
 
 def test_a_missing_teacher_is_trained_first_where_that_is_asked_for(kd: Shell) -> None:
@@ -470,7 +470,7 @@ def test_mnist_that_is_absent_or_damaged_is_told_in_one_line(kd: Shell, monkeypa
     monkeypatch.delenv("KD_DATA", raising=False)
     done = kd_here(kd.folder, "train-teacher", "mnist", "--data-dir", "nowhere")
     assert done.code == 2
-    assert "MNIST is not there and could not be downloaded" in done.err
+    assert "MNIST is missing and could not be downloaded" in done.err
     assert "digits" in done.err
     raw = kd.folder / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -939,7 +939,7 @@ def test_evaluation_leaves_out_what_it_cannot_score_and_says_so(kd: Shell) -> No
     commands = ["baseline", "baseline", "distill", "distill", "ensemble", "omit-classes", "train-teacher"]
     assert sorted(run["command"] for run in done.json["runs"]) == commands
     for reason in (
-        "data.evaluate_on is heldout, not test",
+        "data.evaluate_on heldout instead of test",
         f"its member tiny/train-teacher/{member.name} is gone",
         "is missing, damaged, or of another run",
     ):

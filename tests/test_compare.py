@@ -40,7 +40,7 @@ def test_two_single_runs_are_compared_by_mcnemars_test(trained: Shell) -> None:
     assert comparison["changed"]["command"] == ["baseline", "distill"]
     assert comparison["changed"]["teacher"] == [None, "train-teacher"]
     text = kd_here(trained.folder, "compare", baseline["run"], document["run"]).out
-    assert "B against A: command distill, not baseline; distill T=4 lambda1=0.9" in text
+    assert "B differs from A: command distill (A: baseline); distill T=4 lambda1=0.9" in text
     assert "do not cover the sampling of the test set" in text
     assert "orrected" not in text
     assert "p_corrected" not in comparison["verdict"]  # nor anything else that goes with it
@@ -197,7 +197,7 @@ def test_an_ensemble_without_a_member_is_left_out(taught: Shell, tmp_path: Path)
         (["tiny/baseline/0", "tiny/distill"], "tiny/baseline/0: is the beginning of 2 runs:"),
         (["tiny/distill/0-ffffffffff", "tiny/baseline"], "tiny/distill/0-ffffffffff: there is no such run"),
         (["tiny/distill", "tiny/distill"], "twice"),
-        (["tiny/distill", "tiny/baseline", "--md", "--json"], "--json --md: choose one of them"),
+        (["tiny/distill", "tiny/baseline", "--md", "--json"], "--json --md: use one or the other"),
         (["tiny/train-teacher"], "kd compare needs 2 to 26 groups of finished runs, not 1"),
         (["tiny/omit-classes", "tiny/baseline"], "tiny/omit-classes: there are no finished runs"),
     ],
@@ -241,8 +241,8 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     hurt = sum(point["verdict"]["verdict"] == "hurt" for point in document["points"])
     assert f"helped at {helped}" in text if helped else "helped at" not in text
     assert f"hurt at {hurt}" in text if hurt else "hurt at" not in text
-    assert f"of 4 points, corrected for 4 comparisons. The fewest errors of a student, {best:.1f} ± " in text
-    assert text.count("The student of ensemble has one teacher for all seeds: its interval leaves the variation") == 1
+    assert f"of 4 points, corrected for 4 comparisons. A student makes the fewest errors, {best:.1f} ± " in text
+    assert text.count("The student of ensemble has one teacher for all seeds: its interval does not include var") == 1
 
 
 def test_where_the_ensemble_alone_varies_the_verdict_is_about_its_student(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_where_the_ensemble_alone_varies_the_verdict_is_about_its_student(tmp_pa
     text = (tmp_path / "runs" / "tiny" / "report-members" / "report.md").read_text()
     assert "| student of ensemble |" in text
     assert f"The same at every point: teacher {document['points'][0]['table'][0]['mean']:.1f} ± " in text
-    assert "The fewest errors of a student of ensemble, " in text
+    assert "A student of ensemble makes the fewest errors, " in text
 
 
 def test_only_run_walks_a_grid(grid: Shell) -> None:
@@ -300,7 +300,7 @@ def test_the_verdicts_of_a_grid_are_corrected_for_its_points(counted: Path) -> N
     text = (counted / "runs" / "tiny" / "report-study" / "report.md").read_text()
     assert "The soft targets helped at 1 of 4 points, corrected for 4 comparisons." in text
     assert "| 0.019 (0.057) | no evidence |" in text
-    assert "Corrected p, in a table in brackets: for all comparisons by Holm's procedure." in text
+    assert "Corrected p (in tables, in brackets): for all comparisons, by Holm's procedure." in text
     summary = Summary.model_validate(document)
     assert Summary.model_validate_json(summary.model_dump_json()) == summary  # a record is read again as it was
 
@@ -320,7 +320,7 @@ def test_a_grid_of_losses_is_judged_against_its_first_point_too(tmp_path: Path) 
     assert [v["fewer_errors"] for v in others] == pytest.approx([mean(errors[0]) - mean(own) for own in errors[1:]])
     report = tmp_path / "runs" / "tiny" / "report-losses"
     assert "| than the first | p  | verdict  |" in (report / "report.md").read_text()
-    assert "Against the first point, T=4 lambda1=0.9, the others" in (report / "report.md").read_text()
+    assert "Compared with the first point, T=4 lambda1=0.9, the others" in (report / "report.md").read_text()
     alone = kd_here(tmp_path, "run", "losses.yaml", "--seeds", "0", "--json").json
     assert not any("than_first" in point for point in alone["points"])
 
@@ -339,8 +339,8 @@ def test_comparisons_with_one_group_are_corrected_for_their_number(counted: Path
     assert corrected == pytest.approx([9 * raw(0), 8 * raw(1), 1, 1])
     assert [v["comparisons"] for v in found.values()] == [9] * 9
     text = " ".join(kd_here(counted, *words).out.split())
-    assert f"p = {raw(1):.2g}, corrected for 9 comparisons {8 * raw(1):.2g})" in text
-    assert "Corrected p, in a table in brackets: for all comparisons by Holm's procedure." in text
+    assert f"p = {raw(1):.2g}, {8 * raw(1):.2g} corrected for 9 comparisons)" in text
+    assert "Corrected p (in tables, in brackets): for all comparisons, by Holm's procedure." in text
     alone = kd_here(counted, *words, "--match", names[1], "--json").json["comparisons"]
     assert [c["verdict"]["verdict"] for c in alone] == ["helped"]
     assert "p_corrected" not in alone[0]["verdict"]

@@ -78,7 +78,7 @@ MISTAKES = {
     "a loss of a file that is not there": (edited("T: 4", "loss: absent.py:mine, T: 4"), "f:11: distill.loss: there is no file "),
     **{f"T of {loss}": (edited("T: 4", f"loss: {loss}, T: 4"), f"f:11: distill.T: has no role in {loss}: remove it") for loss in ("mse", "ttm", "wttm")},
     **{f"no T of {loss}": (edited("T: 4", f"loss: {loss}"), f"f:11: distill.T: is missing: {loss} has a temperature") for loss in ("dkd", "dist", "nkd")},
-    **{f"{key} of {loss}": (edited("T: 4", f"loss: {loss}, {key}: 1{T}"), f"f:11: distill.{key}: is no parameter of {loss}: remove it")
+    **{f"{key} of {loss}": (edited("T: 4", f"loss: {loss}, {key}: 1{T}"), f"f:11: distill.{key}: is not a parameter of {loss}: remove it")
        for loss, key, T in (("kd", "alpha", ", T: 4"), ("mse", "gamma", ""), ("dkd", "gamma", ", T: 4"), ("dist", "alpha", ", T: 4"), ("ttm", "beta", ""), ("wttm", "alpha", ""), ("nkd", "beta", ", T: 4"))},
     **{f"standardised {loss}": (edited("T: 4", f"loss: {loss}, standardize: true{T}"), f"f:11: distill.standardize: belongs to kd and dkd, not to {loss}: remove it")
        for loss, T in (("mse", ""), ("dist", ", T: 4"), ("ttm", ""), ("wttm", ""), ("nkd", ", T: 4"))},
@@ -86,7 +86,7 @@ MISTAKES = {
     "negative beta": (edited("T: 4", "loss: dkd, T: 4, beta: -1"), "f:11: distill.beta: must be greater than or equal to 0, not -1"),
     "a soft term that never warms up": (edited("T: 4", "warmup: 6, T: 4"), "f:11: distill.warmup: must be less than student.train.epochs, 6"),
     **{f"{loss} without labels": (edited("T: 4", f"loss: {loss}, T: 4").replace("heldout: 200", "heldout: 200, unlabelled: more"), f"f:11: distill.loss: {loss} needs the label of every image, and data.unlabelled has none: use another") for loss in ("dkd", "nkd")},
-    **{f"{loss} of blended images": (edited("T: 4", f"loss: {loss}, T: 4").replace("lr: 1e-2", "lr: 1e-2, mixup: 0.2"), f"f:11: distill.loss: {loss} needs one label an image, and student.train.mixup blends two: use another") for loss in ("dkd", "nkd")},
+    **{f"{loss} of blended images": (edited("T: 4", f"loss: {loss}, T: 4").replace("lr: 1e-2", "lr: 1e-2, mixup: 0.2"), f"f:11: distill.loss: {loss} needs one label per image, and student.train.mixup blends two: use another") for loss in ("dkd", "nkd")},
     "code": ("!!python/object/apply:os.system [echo]\n", "f:1: not valid YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
     "a list that holds itself": ("a: &a [*a]\n", "f: too large or too deep for an experiment file"),
 }  # fmt: skip
@@ -322,7 +322,7 @@ def test_a_set_inside_a_section_that_varies_beats_the_grid(tmp_path: Path) -> No
     assert len(grid(tmp_path, only_epochs)) == 4
     with pytest.raises(BadInput) as error:
         grid(tmp_path, only_epochs, "student.train.epochs=9")
-    assert "is there twice" in str(error.value)
+    assert "is given twice" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_a_set_inside_a_section_that_varies_beats_the_grid(tmp_path: Path) -> No
     [
         ("grid: {distill.Temp: [3]}", "distill.Temp: unknown key"),
         ("grid: {distill.T: [3, -1]}", "f:14: grid: distill.T=-1: distill.T: must be greater than or equal to 0.001"),
-        ("grid: {distill.T: [1, 1.0]}", "f:14: grid: distill.T=1.0: is there twice"),
+        ("grid: {distill.T: [1, 1.0]}", "f:14: grid: distill.T=1.0: is given twice"),
         ("grid: {distill.T: []}", "f:14: grid.distill.T: must not be empty"),
         ("grid: {data.heldout: [30]}", "f:14: grid.data.heldout: cannot vary within one experiment"),
         ("grid: {data.function: [a.py:load]}", "f:14: grid.data.function: cannot vary within one experiment"),

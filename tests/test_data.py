@@ -144,7 +144,7 @@ def test_any_bytes_get_a_clear_error(tmp_path_factory: pytest.TempPathFactory, c
 
 
 def test_mnist_that_is_absent_is_not_downloaded_by_a_dry_run(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="MNIST is not there, and --dry-run downloads nothing: put its files in"):
+    with pytest.raises(BadInput, match="MNIST is missing, and --dry-run downloads nothing: put its files in"):
         open_dataset(Data(name="mnist"), tmp_path, download=False)
 
 

@@ -276,7 +276,7 @@ def test_two_classes_are_refused_at_the_start(kd: Shell, given: str, line: str) 
     assert kd_here(kd.folder, "run", "two.yaml", "--dry-run").code == 0
 
 
-SMOOTH = "which hurts its students (arXiv:1906.02629): better teach without"
+SMOOTH = "which hurts its students (arXiv:1906.02629): better train it without"
 
 
 def test_a_teacher_with_smoothed_labels_is_warned_of_before_its_student_trains(kd: Shell) -> None:

@@ -157,7 +157,7 @@ def test_a_convolutional_net_of_colours_is_exported(
         "| input | `inputs`, float32 [batch, 3, 6, 9]: red, green and blue, 0 to 1 |",
         "the classes cat, dog, owl",
         "| data | own_data.py:load, 120 training images |",
-        f"| cost | 339 parameters, {8 * 27 * 54 + 32 * 3:,} multiply-adds an image |",
+        f"| cost | 339 parameters, {8 * 27 * 54 + 32 * 3:,} multiply-adds per image |",
     ):
         assert row in card
 
@@ -240,7 +240,8 @@ def test_a_quantised_file_is_told_beside_that_of_float32(net: str | None, own: O
     assert 1e-5 < difference < 0.1
     assert done.json["torch_errors"] == float32.errors
     assert (
-        f"| beside float32 | {done.json['errors']} errors, float32 {float32.errors};" in Path(f"{file}.md").read_text()
+        f"| compared with float32 | {done.json['errors']} errors, float32 {float32.errors};"
+        in Path(f"{file}.md").read_text()
     )
     assert export.onnx_net(file).classes == ["cat", "dog", "owl"]
     with pytest.raises(BadInput, match="--int8: belongs to --format onnx: remove it"):

@@ -324,7 +324,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
 def test_a_state_of_another_training_is_refused(other: tuple[dict[str, Any], Callable[[], nn.Module]]) -> None:
     recipe, make = other
     state = State(1, next(fit(net(), DIGITS.train, train(), 0)).state())
-    with pytest.raises(BadInput, match="the saved training state is not one of this net and optimizer"):
+    with pytest.raises(BadInput, match="the saved training state does not belong to this net and optimizer"):
         next(fit(make(), DIGITS.train, train(**recipe), 0, start=state))
 
 

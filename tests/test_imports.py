@@ -71,7 +71,7 @@ def own(weights: str, more: str = "") -> str:
 
 WRAPPERS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "plain": (lambda s: s, ""),
-    "state_dict": (lambda s: {"epoch": 3, "state_dict": s}, "lie under state_dict"),
+    "state_dict": (lambda s: {"epoch": 3, "state_dict": s}, "were found under state_dict"),
     "module": (lambda s: {"model": {f"module.{k}": t for k, t in s.items()}}, "are read without module."),
     "compiled": (lambda s: {f"module._orig_mod.{k}": t for k, t in s.items()}, "read without module._orig_mod."),
     "averaged": (
@@ -80,7 +80,7 @@ WRAPPERS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
             "state_dict_ema": s,
             "args": argparse.Namespace(lr=1),
         },
-        "lie under state_dict_ema (not state_dict)",
+        "were found under state_dict_ema (not state_dict)",
     ),
     "swa": (lambda s: {"n_averaged": torch.tensor(9)} | {f"module.{k}": t for k, t in s.items()}, "without module."),
     "half": (lambda s: {k: t.half() for k, t in s.items()}, "weights are float16"),
@@ -149,7 +149,7 @@ def test_a_fine_tuned_teacher_starts_from_its_weights(elsewhere: Fixture, tmp_pa
     assert tuned.json["test"]["errors"] == elsewhere.errors  # nothing learned, nothing lost
     fresh = read(tmp_path, own("net.pt", ", head: new, freeze: backbone, train: {epochs: 20, lr: 0.1}"), "--json")
     assert fresh.code == 0, fresh.err
-    assert "Its head, layers.1, starts afresh for the 10 classes" in fresh.err
+    assert "Its head, layers.1, is newly initialised for the 10 classes" in fresh.err
     from safetensors.torch import load_file
 
     kept = load_file(tmp_path / "runs" / fresh.json["run"] / "weights.safetensors")
@@ -286,7 +286,7 @@ def test_a_teacher_is_held_against_its_published_errors(elsewhere: Fixture, tmp_
     torch.save(elsewhere.net.state_dict(), tmp_path / "net.pt")
     text = ELSEWHERE + f"expect: {{teacher: {elsewhere.errors - 1}}}\n"
     done = read(tmp_path, own("net.pt"), "--json", text=text)
-    said = f"It makes {elsewhere.errors} errors on 500 test images, and {elsewhere.errors - 1} at most are expected"
+    said = f"It makes {elsewhere.errors} errors on 500 test images, where at most {elsewhere.errors - 1} are expected"
     assert said in done.json["reading"]["warnings"][0]
     assert said in read(tmp_path, own("net.pt"), text=text, command="distill").err
     text = ELSEWHERE + f"expect: {{teacher: {elsewhere.errors}}}\n"
@@ -337,11 +337,11 @@ def refused() -> dict[str, tuple[str, bytes, str]]:
     renamed = {k.replace("layers", "blocks"): t for k, t in state().items()}
     hundred = MLP(64, [32], 100).state_dict()
     return {
-        "truncated": ("net.pt", good[: len(good) // 2], "is damaged, cut short, or no file of weights"),
-        "empty": ("net.pt", b"", "is damaged, cut short, or no file of weights"),
+        "truncated": ("net.pt", good[: len(good) // 2], "is damaged, cut short, or not a file of weights"),
+        "empty": ("net.pt", b"", "is damaged, cut short, or not a file of weights"),
         "text": ("net.pth", b"hello, this is no file of weights", "is damaged"),
-        "an empty safetensors": ("net.safetensors", b"", "is damaged, cut short, or no file of weights"),
-        "a safetensors that is none": ("net.safetensors", good, "is damaged, cut short, or no file of weights"),
+        "an empty safetensors": ("net.safetensors", b"", "is damaged, cut short, or not a file of weights"),
+        "a safetensors that is none": ("net.safetensors", good, "is damaged, cut short, or not a file of weights"),
         "code": ("net.pt", saved({"state_dict": state(), "x": Evil()}), "holds more than tensors"),
         "a pickle": ("net.pt", pickle.dumps({"a": Evil()}), "holds more than tensors"),
         "a whole module": ("net.pt", saved(MLP(64, [32], 10)), "holds more than tensors"),
@@ -413,7 +413,7 @@ KEYS = {
         "teacher.input.mean: must have 1 number, not 3",
     ),
     "an unknown key": ("{model: {hidden: [32]}, weights: net.pt, normalise: true}", "teacher.normalise: unknown key"),
-    "onnx that is none": ("{onnx: net.pt}", "is damaged, cut short, or no ONNX file"),
+    "onnx that is none": ("{onnx: net.pt}", "is damaged, cut short, or not an ONNX file"),
     "onnx of another input": ("{onnx: other.onnx}", "takes [1, 12], and cannot be given images [1, 8, 8]"),
     "onnx of other classes": ("{onnx: five.onnx}", "must give one output of floats for 10 classes"),
 }
@@ -523,7 +523,7 @@ HEAD = ", head: new, input: {size: 32}, train: {epochs: 1, lr: 0.01}}"
 
 def test_torchvision_offline_and_from_a_file_laid_where_the_hub_puts_it(hubs: Path) -> None:
     source = "{model: {name: 'torchvision:squeezenet1_1', pretrained: true}"
-    assert "has 1,000 classes, and 0 of the data is none of them" in read(hubs, source + "}").err
+    assert "has 1,000 classes, but not 0, one of the data" in read(hubs, source + "}").err
     done = read(hubs, source + HEAD)
     assert done.code == 2
     place = hubs / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
@@ -613,7 +613,7 @@ def test_a_file_of_logits_teaches_as_its_net_does(trained: Any, tmp_path: Path) 
     assert mine["student"]["last_epoch"]["t2_kl"] == theirs["student"]["last_epoch"]["t2_kl"]
     assert "multiply_adds_kept" not in mine["student"]["teacher"]
     assert kd_here(tmp_path, "evaluate", "elsewhere.yaml").code == 0
-    name, said = mine["teacher"]["run"], "is no net of torch's, but what"
+    name, said = mine["teacher"]["run"], "is not a torch net, but the content of"
     calls = {"is a file of logits": ["predict", name, "--test-image", "0"], said: ["export", name]}
     for said, command in calls.items():
         refused = kd_here(tmp_path, *command)
@@ -623,7 +623,7 @@ def test_a_file_of_logits_teaches_as_its_net_does(trained: Any, tmp_path: Path) 
 
 def test_a_file_of_logits_without_test_images(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[DIGITS.train.labels])
-    assert "It says nothing of the 500 test images." in read(tmp_path, "{logits: a.npy}").err
+    assert "It has no answers for the 500 test images." in read(tmp_path, "{logits: a.npy}").err
     done = read(tmp_path, "{logits: a.npy}", "--json", command="run")
     assert done.code == 0, done.err
     assert [row["row"] for row in done.json["points"][0]["table"]][:2] == ["baseline", "student"]
@@ -709,7 +709,7 @@ def test_a_wrong_file_of_logits_is_named_without_test_images(tmp_path: Path) -> 
         assert len(refused.err.strip().splitlines()) == 1
     student = kd_here(tmp_path, "predict", "tiny/distill/0-", "--test-image", "1")
     assert student.code == 0, student.err
-    assert "without the view of its teacher: tiny/train-teacher/" in student.err
+    assert "without its teacher's predictions: tiny/train-teacher/" in student.err
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -738,7 +738,7 @@ def test_a_file_says_what_its_net_sees(elsewhere: Fixture, tmp_path: Path) -> No
     exported = read(tmp_path, "{onnx: net.onnx}", "--json").json["run"]
     refused = kd_here(tmp_path, "export", exported)
     assert refused.code == 2
-    assert "is no net of torch's, but what" in refused.err
+    assert "is not a torch net, but the content of" in refused.err
     assert kd_here(tmp_path, "export", exported, "--format", "logits", "--out", "l.npz").code == 0
 
 
@@ -749,6 +749,6 @@ def test_the_tutorials_checkpoint_and_a_program(elsewhere: Fixture, tmp_path: Pa
     program = torch.export.export(elsewhere.net, (torch.zeros(2, 1, 8, 8),))
     torch.export.save(program, tmp_path / "program.pt2")
     (tmp_path / "program.pt2").rename(tmp_path / "net.pt")
-    assert "is a program of torch's, not weights" in read(tmp_path, own("net.pt")).err
+    assert "is a torch program, not weights" in read(tmp_path, own("net.pt")).err
     torch.save({"a": Evil()}, tmp_path / "net.pt")
     assert "(failed.)" not in read(tmp_path, own("net.pt")).err

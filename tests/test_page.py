@@ -187,7 +187,7 @@ def test_a_student_is_not_held_against_a_baseline_of_another_recipe(trained: She
     assert [row["row"] for row in point["table"]] == ["teacher", "student"]
     assert "verdict" not in point
     (remark,) = done.json["remarks"]
-    assert remark == "There is no baseline of its seed and recipe to hold it against: `kd distill` trains one."
+    assert remark == "There is no baseline of its seed and recipe to compare it with: `kd distill` trains one."
     page = Page((tmp_path / "runs" / student / "report" / "report.html").read_text())
     assert remark in " ".join(page.text.split())
 

@@ -60,7 +60,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 def document(shell: Shell) -> dict[str, Any]:
     done = shell("run", "photos.yaml", "--seeds", "0-1", "--json", OMP_NUM_THREADS="1")
     assert done.code == 0, done.err
-    assert done.err.count("1 test image lies in the training set too, pixel for pixel: ") == 1
+    assert done.err.count("1 test image is also in the training set, pixel for pixel: ") == 1
     return done.json
 
 
@@ -83,10 +83,10 @@ def test_the_table_is_that_of_any_experiment_with_the_balanced_error(shell: Shel
 def test_copies_of_training_images_are_in_the_output_the_json_and_the_report(
     shell: Shell, document: dict[str, Any]
 ) -> None:
-    note = f"1 test image lies in the training set too, pixel for pixel: {shell.folder}/photos/test/cat/copy.jpg is {shell.folder}/photos/train/cat/0.jpg."
+    note = f"1 test image is also in the training set, pixel for pixel: {shell.folder}/photos/test/cat/copy.jpg is {shell.folder}/photos/train/cat/0.jpg."
     assert note in document["remarks"]
     assert f"{shell.folder}/photos: .txt files, which are not read as images, left out: 1." in document["remarks"]
-    assert "lies in the training set too" in (shell.folder / "runs/photos/report/report.html").read_text()
+    assert "is also in the training set" in (shell.folder / "runs/photos/report/report.html").read_text()
     assert note in (shell.folder / "runs/photos/report/report.md").read_text()
 
 
@@ -124,7 +124,7 @@ def test_init_writes_a_file_that_runs_as_it_stands(shell: Shell) -> None:
     assert values["data"] == {"folder": str(shell.folder / "photos"), "size": 16}
     assert values["teacher"]["model"] == {"name": "resnet20"}
     assert "120 training and 61 test images of 3 classes" in done.out
-    assert "30 to 60 training images a class, of 20 x 16 pixels" in done.out
+    assert "30 to 60 training images per class, of 20 x 16 pixels" in done.out
     planned = kd_here(shell.folder, "run", "mine.yaml", "--dry-run", "--json").json
     assert len(planned["runs"]) > 9
     assert planned["seconds"] > 0

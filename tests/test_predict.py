@@ -135,8 +135,8 @@ def test_an_image_unlike_the_training_images_is_told_so(trained: Shell, tmp_path
     assert shares["digit"] == pytest.approx((of_test > near).mean(), abs=0.004)  # in double precision
     said = kd_here(trained.folder, "predict", onnx, paths[0], paths[3]).out
     for words in (
-        ", but it is unlike the training images: no test image is so far from them",
-        f" ({100 * shares['digit']:.0f} % of test images are nearer to the training images)",
+        ", but it is unlike the training images: no test image is as far from them",
+        f" ({100 * shares['digit']:.0f} % of the test images lie closer to the training set)",
     ):
         assert "".join(words.split()) in "".join(said.split())  # a long path may be broken
     elsewhere = kd_here(tmp_path, "predict", onnx, paths[0])
@@ -170,7 +170,7 @@ def test_a_student_whose_teacher_is_gone_is_asked_alone(tmp_path: Path) -> None:
         notes: list[str] = []
         (image,) = predict(own.places, student.name, [], [2], [1.0, 4.0], False, notes.append).images
         assert len(notes) == expected
-        assert all("without the view of its teacher" in line and ensemble.name in line for line in notes)
+        assert all("without its teacher's predictions" in line and ensemble.name in line for line in notes)
         return [(view.net, view.T) for view in image.views]
 
     assert views(0) == [("student", 1), ("teacher", 1), ("teacher", 4)]
@@ -215,7 +215,7 @@ def test_nets_of_other_channels_are_asked_of_test_images_alone(own: Own, tmp_pat
         ("RUN --test-image 1 --T 0", "--T 0: must be numbers from 0.001 to 10000"),
         ("RUN --test-image 1 --T hot", "--T hot: must be numbers from 0.001 to 10000"),
         ("RUN absent.png", "absent.png: No such file or directory"),
-        ("RUN tiny.yaml", "tiny.yaml: is damaged or no image"),
+        ("RUN tiny.yaml", "tiny.yaml: is damaged or not an image"),
         (
             "net.safetensors x.png",
             "net.safetensors: is not a net that kd exported as onnx: export it so, or name the run",
@@ -227,7 +227,7 @@ def test_nets_of_other_channels_are_asked_of_test_images_alone(own: Own, tmp_pat
         ("other.onnx x.png --T 4", "--T: an exported file has T = 1 built in: name the run instead"),
         ("RUN --test-image 3 --invert", "--invert: is for image files, and none is named"),
         ("RUN blank.png", "blank.png: is blank"),
-        ("RUN deep.tiff", "deep.tiff: has pixels of mode F: save it with 8 or 16 bits a pixel"),
+        ("RUN deep.tiff", "deep.tiff: has pixels of mode F: save it with 8 or 16 bits per pixel"),
     ],
 )
 def test_the_wrong_thing_typed(words: str, line: str, trained: Shell, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_what_cannot_be_read_as_an_image_gets_a_sentence_of_its_own(tmp_path: Pa
     blank = saved(tmp_path / "blank.png", Image.new("L", (9, 9), 90))
     clear = saved(tmp_path / "clear.png", Image.new("RGBA", (9, 9), (200, 10, 10, 0)))
     huge = saved(tmp_path / "huge.png", Image.new("1", (10_000, 9_000)))
-    wrong = {blank: "is blank: name an image", clear: "is wholly transparent: save it", huge: "is too large: make it"}
+    wrong = {blank: "is blank: name an image", clear: "is entirely transparent: save it", huge: "is too large: make it"}
     wrong[tmp_path] = "is a folder: name the image files in it"
     for file, message in wrong.items():
         with pytest.raises(BadInput, match=message):

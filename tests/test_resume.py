@@ -309,7 +309,7 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
     run.save_state(State(2, {"w": state.tensors["net/layers.0.weight"]}))
     done = kd_here(tmp_path, *words(EPOCHS, "tiny.yaml"))
     assert done.code == 2
-    assert done.err.splitlines()[-1].startswith("the saved training state is not one of this net and optimizer")
+    assert done.err.splitlines()[-1].startswith("the saved training state does not belong to this net and optimizer")
 
 
 # Nowhere to write.

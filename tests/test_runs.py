@@ -504,7 +504,7 @@ def test_differences_name_the_key_and_both_values() -> None:
     found = runs.differences(runs.settings(SPEC), runs.settings(other))
     distill = "{'T': 4.0, 'lambda1': 0.9, 'lambda2': 0.1, 'loss': 'kd', 'standardize': False, 'warmup': 0.0, "
     distill += "'t_squared': True, 'half': False}"
-    assert found == [f"distill is {distill}, not unset", "train.epochs is 5, not 2"]
-    assert runs.differences({"seed": 0, "a": 1}, {"seed": 1}) == ["a is not set, not 1", "seed is 1, not 0"]
+    assert found == [f"distill {distill} instead of none", "train.epochs 5 instead of 2"]
+    assert runs.differences({"seed": 0, "a": 1}, {"seed": 1}) == ["no a instead of 1", "seed 1 instead of 0"]
     renamed = changed(dataset=FACTS.model_copy(update={"fingerprint": "22"}))
-    assert runs.differences(runs.settings(SPEC), runs.settings(renamed)) == ["data.content is 22, not 1f"]
+    assert runs.differences(runs.settings(SPEC), runs.settings(renamed)) == ["data.content 22 instead of 1f"]

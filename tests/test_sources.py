@@ -75,7 +75,7 @@ def test_mean_and_std_are_those_of_the_training_images_by_numpy(tmp_path: Path) 
     np.testing.assert_allclose(found.facts.std, x.std((0, 2, 3)), atol=1e-6)
     given = opened(tmp_path / "photos", mean=[0.5], std=[0.25]).facts
     assert (given.mean, given.std, given.given) == ([0.5], [0.25], True)
-    with pytest.raises(BadKeys, match=r"data\.mean: must have 1 number, or 3: one a channel, not 2"):
+    with pytest.raises(BadKeys, match=r"data\.mean: must have 1 number, or 3: one per channel, not 2"):
         opened(tmp_path / "photos", mean=[0.5, 0.5], std=[0.2, 0.2])
 
 
@@ -136,12 +136,12 @@ def test_what_is_hidden_and_what_is_no_image_is_left_out_and_counted(tmp_path: P
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda r: (r / "train" / "owl").mkdir(), ["train/owl: holds no image"]),
+        (lambda r: (r / "train" / "owl").mkdir(), ["train/owl: contains no images"]),
         (lambda r: draw(r / "test" / "owl" / "0.png"), ["test/owl: is no class of {r}/train"]),
-        (lambda r: [f.unlink() for f in (r / "test").rglob("*.png")], ["test: holds no image"]),
+        (lambda r: [f.unlink() for f in (r / "test").rglob("*.png")], ["test: contains no images"]),
         (lambda r: os.rename(r / "train", r / "tran"), ["has test/<class>/… but no train/<class>/… beside it"]),
-        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b"GIF89a"), ["train/cat/0.png: is damaged or no image"]),
-        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b""), ["train/cat/0.png: is damaged or no image"]),
+        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b"GIF89a"), ["train/cat/0.png: is damaged or not an image"]),
+        (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b""), ["train/cat/0.png: is damaged or not an image"]),
         (lambda r: draw(r / "train" / "cat" / "9.png", size=(9, 9)), ["data.size: is missing: the images have 2 sizes, from 8 x 6 to 9 x 9; such as size: 64"]),
     ],
 )  # fmt: skip
@@ -159,7 +159,7 @@ def test_a_truncated_file_is_named_and_of_many_the_first_ten(tmp_path: Path) -> 
         Image.effect_noise((64, 64), 90).convert("RGB").save(file)
         file.write_bytes(file.read_bytes()[:-2_000])
     lines = refused(root, size=8)
-    assert lines[0] == f"data.folder: {root}/train/cat/0.png: is damaged or no image"
+    assert lines[0] == f"data.folder: {root}/train/cat/0.png: is damaged or not an image"
     assert len(lines) == 11
     assert lines[-1] == "data.folder: and 20 more"
     assert [file.suffix for file in (tmp_path / "cache" / "kd").iterdir()] == [".lock"]  # nothing half done is kept
@@ -178,7 +178,7 @@ def test_a_class_missing_from_the_test_images_is_named(tmp_path: Path) -> None:
     root = photos(tmp_path / "photos")
     for file in (root / "test" / "dog").iterdir():
         file.unlink()
-    assert opened(root).notes == [f"{root}/test has no image of dog."]
+    assert opened(root).notes == [f"{root}/test has no images of dog."]
 
 
 def test_a_link_to_a_folder_above_ends(tmp_path: Path) -> None:
@@ -192,7 +192,9 @@ def test_test_images_that_lie_in_training_are_counted_and_named(tmp_path: Path) 
     draw(root / "test" / "cat" / "0.png", (0, 5, 1))
     draw(root / "test" / "dog" / "1.png", (0, 10, 2))
     (note,) = opened(root).notes
-    assert note.startswith("2 test images lie in the training set too, pixel for pixel, 1 of them with another label: ")
+    assert note.startswith(
+        "2 test images are also in the training set, pixel for pixel, 1 of them with another label: "
+    )
     assert f"{root}/test/cat/0.png is {root}/train/cat/0.png" in note
 
 
@@ -427,7 +429,7 @@ def test_emnist_needs_its_split(tmp_path: Path) -> None:
     [
         ("CIFAR11", "data.name: torchvision has no dataset CIFAR11; did you mean CIFAR10?"),
         ("FakeData", "data.name: FakeData has no parts train and test"),
-        ("MovingMNIST", "MovingMNIST is not there"),
+        ("MovingMNIST", "MovingMNIST is missing"),
     ],
 )
 def test_what_torchvision_cannot_give_is_told(name: str, said: str, tmp_path: Path) -> None:
@@ -446,7 +448,7 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch:
     with pytest.raises(BadInput) as error:
         open_dataset(Data(name="torchvision:CIFAR10"), tmp_path)
     assert str(error.value) == (
-        f"data.name: {tmp_path}: CIFAR10 is not there and could not be downloaded (OSError: no network): put its files "
+        f"data.name: {tmp_path}: CIFAR10 is missing and could not be downloaded (OSError: no network): put its files "
         f"in {tmp_path}, where torchvision looks for them, or name another folder with --data-dir or KD_DATA"
     )
 
@@ -471,7 +473,7 @@ def test_a_damaged_cache_is_made_anew(damage: str, how: str, tmp_path: Path) -> 
 def test_a_link_that_leads_to_another_class_is_refused(tmp_path: Path) -> None:
     root = photos(tmp_path / "photos")
     (root / "train" / "cat" / "up").symlink_to(root / "train" / "dog")
-    assert refused(root)[0].startswith(f"data.folder: {root}/train/cat/up: leads out of its class, to ")
+    assert refused(root)[0].startswith(f"data.folder: {root}/train/cat/up: points outside its class folder, to ")
     (root / "train" / "cat" / "up").unlink()
     photos(tmp_path / "elsewhere", ("more",))
     (root / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere" / "train" / "more")
@@ -593,10 +595,10 @@ def test_what_is_wrong_with_unlabelled_images_is_told_by_their_key(tmp_path: Pat
 
     assert told(tmp_path / "none") == [f"data.unlabelled: there is no folder {tmp_path}/none"]
     (tmp_path / "empty" / "deep").mkdir(parents=True)
-    assert told(tmp_path / "empty") == [f"data.unlabelled: {tmp_path}/empty: holds no image"]
+    assert told(tmp_path / "empty") == [f"data.unlabelled: {tmp_path}/empty: contains no images"]
     extra = alien(tmp_path / "more")
     (extra / "a" / "1.png").write_bytes(b"GIF89a")
-    assert told(extra) == [f"data.unlabelled: {extra}/a/1.png: is damaged or no image"]
+    assert told(extra) == [f"data.unlabelled: {extra}/a/1.png: is damaged or not an image"]
     (extra / "a" / "1.png").unlink()
     (extra / "a" / "1.png").symlink_to(extra / "gone.png")
     assert told(extra) == [f"data.unlabelled: {extra}/a/1.png: No such file or directory"]
@@ -611,7 +613,7 @@ def test_what_is_wrong_with_unlabelled_images_is_told_by_their_key(tmp_path: Pat
 def test_test_images_that_lie_among_the_unlabelled_ones_are_counted_and_named(tmp_path: Path) -> None:
     root, extra = photos(tmp_path / "photos"), alien(tmp_path / "more")
     draw(extra / "z.png", (0, 35, 7))  # the first test image
-    said = "1 test image lies among the unlabelled images too, pixel for pixel: "
+    said = "1 test image is also among the unlabelled images, pixel for pixel: "
     assert unlabelled({"folder": str(root)}, extra).notes == [f"{said}{root}/test/cat/0.png is {extra}/z.png."]
 
 

@@ -89,7 +89,10 @@ def test_a_checkpoint_of_the_field_by_a_name_and_by_a_function(photos: Shell) ->
     theirs = imported(photos, f"{{model: {{name: 'nets.py:resnet20'}}, weights: resnet20.th, {IMAGENET}}}")
     assert known.json["test"] == theirs.json["test"]
     assert 60 < known.json["test"]["errors"] < 150  # of 600: 8 % on lossless images, twice as many on JPEG
-    assert known.json["reading"]["said"] == ["Its weights lie under state_dict.", "Its keys are read without module."]
+    assert known.json["reading"]["said"] == [
+        "Its weights were found under state_dict.",
+        "Its keys are read without module.",
+    ]
     assert known.json["reading"]["warnings"] == []
     taught = imported(photos, f"{{model: {{name: resnet20}}, weights: resnet20.th, {IMAGENET}}}", "distill")
     assert "is asked about 2 views of each of 400 images" in taught.err

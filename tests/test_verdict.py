@@ -107,6 +107,16 @@ def test_a_verdict_without_evidence_says_how_many_seeds_would_settle_it() -> Non
     assert found.sentence("B", "A").startswith("No evidence at n = 5 that B helped or hurt: 2.6 fewer errors than A")
 
 
+def test_an_interval_with_ends_of_two_signs_names_both() -> None:
+    """By hand: mean 2.6, standard deviation 8.649, t of 4 degrees of freedom 2.776: 2.6 ± 10.7."""
+    found = paired([10, -8, 12, 3, -4], 0, 0).sentence()
+    assert "(95 % interval of the mean over 5 seeds: 8.1 more to 13.3 fewer; paired t-test: p = " in found
+    found = paired([-10, 8, -12, -3, 4], 0, 0).sentence()
+    assert "2.6 more errors than the baseline (95 % interval of the mean over 5 seeds: 8.1 fewer to 13.3 more" in found
+    found = paired([9, 10, 11], 0, 0).sentence()
+    assert "10.0 fewer errors than the baseline (95 % interval of the mean over 3 seeds: 7.5 to 12.5 fewer" in found
+
+
 @pytest.mark.parametrize(
     ("p", "wanted"),
     [
@@ -156,7 +166,7 @@ def test_of_several_verdicts_each_rests_on_its_corrected_p() -> None:
     assert [v.p for v in found] == pytest.approx([*raw, 1])
     assert [v.p_corrected for v in found] == pytest.approx([4 * raw[0], 3 * raw[1], 1, 1])
     assert [v.comparisons for v in found] == [4] * 4
-    assert "p = 0.019, corrected for 4 comparisons 0.057)" in found[1].sentence()
+    assert "p = 0.019, 0.057 corrected for 4 comparisons)" in found[1].sentence()
     assert f"About {found[2].settle} seeds would settle an effect of this size, tested alone." in found[2].sentence()
 
 
