@@ -306,3 +306,18 @@ def test_a_bucket_is_one_runs_folder_for_nodes_that_share_none(
     with Forked(kd.folder, ["runs", "--json", *there], here) as process:  # which had it
         done = finish(process)
     assert [run["run"] for run in done.json["runs"]] == names[1:]
+
+
+def test_an_address_of_no_runs_folder_is_told_in_a_line(kd: Shell, bucket: dict[str, str]) -> None:
+    """That of a folder here is the folder."""
+    for address, said in (
+        ("s3://nothing/runs", "there is no such bucket or folder"),
+        ("s4://bucket", "Protocol not known: s4"),
+    ):
+        done = kd_here(kd.folder, "runs", "--runs-dir", address)
+        assert (done.code, done.err.startswith(f"--runs-dir {address}: "), len(done.err.splitlines())) == (2, True, 1)
+        assert said in done.err
+    folder = f"file://{kd.folder}/some"
+    assert kd_here(kd.folder, "train-teacher", "tiny.yaml", "--epochs", "1", "--runs-dir", folder).code == 0
+    (listed,) = kd_here(kd.folder, "runs", "--json", "--runs-dir", str(kd.folder / "some")).json["runs"]
+    assert listed["status"] == "completed"
