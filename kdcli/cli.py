@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -381,8 +381,9 @@ def evaluate(
     classes = work.dataset.facts.classes
     whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
     call.present(whole, *show.evaluations(found, classes, every))
-    if not unfinished(work.jobs, work.places):
-        call.display.note(f"next: kd report {call.retype()}")
+    with suppress(BadInput):  # a damaged run is told of already
+        if not unfinished(work.jobs, work.places):
+            call.display.note(f"next: kd report {call.retype()}")
 
 
 @command("run", (*DESCRIBED, *WORKING))

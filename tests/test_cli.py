@@ -618,7 +618,7 @@ def test_runs_of_before_are_listed_and_refused_in_one_line(kd: Shell) -> None:
     listed = {d["run"]: d["status"] for d in kd_here(kd.folder, "runs", "--json").json["runs"]}
     assert listed.pop("tiny/train-teacher/0-0123456789") == "damaged"
     assert set(listed.values()) == {"completed"}
-    line = "config.yaml: is of another kd (its runs have schema 1, this one's 2): delete "
+    line = "config.yaml: is of another kd (its runs have schema 1, this one's 2): remove it, kd runs rm "
     for words in (
         ("distill", "tiny.yaml", "--teacher", "tiny/train-teacher/0-0123456789"),
         ("predict", "tiny/train-teacher/0-0123456789", "--test-image", "0"),

@@ -129,7 +129,7 @@ def test_students_of_teachers_that_are_gone_stay_in_their_groups(taught: Shell, 
     shutil.rmtree(teachers[1])
     assert groups() == before
     done = kd_here(tmp_path, "compare", "tiny/baseline", "tiny/distill")
-    assert "; teacher train-teacher (gone), not none" in " ".join(done.out.split())
+    assert "; teacher train-teacher (gone) (A: none)" in " ".join(done.out.split())
 
 
 def test_omitted_classes_are_named_as_their_row_is(trained: Shell) -> None:

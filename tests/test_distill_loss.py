@@ -253,7 +253,7 @@ def test_a_loss_that_cannot_do_with_unlabelled_or_blended_images_is_told_at_once
     assert distil(taught, own("of_labels"), "--dry-run").code == 0
     done = distil(taught, own("of_labels"), "--set", "data.unlabelled=more", "--dry-run")
     assert done.code == 2
-    assert "mine.py:26: " in done.err
+    assert "mine.py:34: " in done.err
     for key in ("data.unlabelled=more", "student.train.mixup=0.2"):
         assert distil(taught, own(), "--set", key, "--dry-run").code == 0
 

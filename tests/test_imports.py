@@ -640,8 +640,8 @@ def test_a_file_of_logits_knows_no_other_view(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {  # rows of answers, and what is said of them
-    "a NaN": (["nan,2,3,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 0: is no finite number"),
-    "a word": (["1,2,cat,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 2: is no finite number"),
+    "a NaN": (["nan,2,3,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 0: is not a finite number"),
+    "a word": (["1,2,cat,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 2: is not a finite number"),
     "a column too many": (["1,2,3,4,5,6,7,8,9,1,2"] * 1297, "row 0 has 11 fields, and the header 10"),
     "no probabilities": ([".9,0,0,0,0,0,0,0,0,0"] * 1297, "train: its values are like probabilities, but"),
     "a row too few": (["1,2,3,4,5,6,7,8,9,1"] * 1296, "train has 1,296 rows for 1,297 training images"),

@@ -238,7 +238,10 @@ def test_a_training_that_cannot_continue_says_so(tmp_path: Path) -> None:
 def test_a_run_continues_only_from_the_weights_that_its_teacher_had(tmp_path: Path) -> None:
     run = interrupted(tmp_path, STUDENT, {SPEC.name: "aa"})
     with (
-        pytest.raises(BadInput, match=r"was begun with other weights than its teacher has now: delete .* and train it"),
+        pytest.raises(
+            BadInput,
+            match=r"was begun with other weights than its teacher has now: remove it, kd runs rm .*, and train it",
+        ),
         run.writing("cpu", 1, {SPEC.name: "bb"}),
     ):
         pytest.fail("it went on")
@@ -363,7 +366,7 @@ def test_an_edited_result_is_refused(tmp_path: Path) -> None:
     run = finished(tmp_path, errors=7)
     path = run.path / "result.json"
     path.write_text(path.read_text().replace('"errors": 7', '"errors": 6'))
-    with pytest.raises(BadInput, match=r"result.json: is damaged or edited: delete .* and train"):
+    with pytest.raises(BadInput, match=r"result.json: is damaged or edited: remove it, kd runs rm .*, and train"):
         run.finished()
 
 
@@ -379,7 +382,9 @@ def test_a_later_kd_whose_results_say_more_finds_these_whole(tmp_path: Path) -> 
 def test_a_damaged_config_is_refused(content: str, tmp_path: Path) -> None:
     run = finished(tmp_path)
     (run.path / "config.yaml").write_text(content)
-    with pytest.raises(BadInput, match=r"config.yaml: is missing, damaged, or of another run: delete .* and train it"):
+    with pytest.raises(
+        BadInput, match=r"config.yaml: is missing, damaged, or of another run: remove it, kd runs rm .*, and train it"
+    ):
         runs.open_run(tmp_path, run.name)
 
 
