@@ -41,8 +41,7 @@ lint: .venv/ready
 clean:
 	rm -rf .venv
 
-# With uv where it is installed. An index of CPU-only wheels of torch, named as pip and uv are used to it, spares 5 GB:
-# PIP_EXTRA_INDEX_URL=URL make demo
+# With uv where it is installed. An index of CPU-only wheels of torch spares most of it: PIP_EXTRA_INDEX_URL=URL make demo
 .venv/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv: torch, torchvision and what else kd takes; with a CUDA build of torch, the usual one on Linux,"
 	@echo "3 GB to download and 6 GB of disk: three to ten minutes, once (uv, where it is installed: one)"

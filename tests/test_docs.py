@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import typer
 import yaml
-from conftest import kd_here
+from conftest import TINY, Shell, kd_here
 
 from kdcli.cli import app
 from kdcli.config import Experiment, Section
@@ -143,3 +144,27 @@ def test_the_blocks_of_the_notebook_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert names["epoch"].epoch == 3
     assert names["epoch"].t2_kl is not None
     assert names["teacher"].logits(names["index"], torch.zeros(5, 1, 8, 8)).shape == (1, 5, 10)
+
+
+def test_the_tour_runs_as_it_stands(trained: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of it, with a smaller experiment in place of the digits, and that one's student."""
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: bool([opened.append(url)]))  # type: ignore[func-returns-value]
+    tour = BLOCK.findall((ROOT / "docs" / "commands.md").read_text())[0]
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=lambda *_: ["results"])
+    student = next(iter(sorted((tmp_path / "runs/tiny/distill").iterdir()))).name
+    names = {"report digits --open": "report tiny.yaml", "digits/distill/0-9985": f"tiny/distill/{student[:6]}"}
+    for name, own in names.items():
+        assert name in tour
+        tour = tour.replace(name, own)
+    words = [
+        shlex.split(line.strip(), comments=True)[1:] for line in tour.splitlines() if line.strip().startswith("kd ")
+    ]
+    assert [w[0] for w in words] == ["report", "compare", "predict", "export", "predict"]
+    for call in words:
+        done = kd_here(tmp_path, *(word.replace("digits/", "tiny/") for word in call))
+        assert done.code == 0, (call, done.err)
+    assert (tmp_path / "student.onnx.md").exists()
+    assert [url.startswith("file://") for url in opened] == [True]
