@@ -21,7 +21,7 @@ $(COMMANDS): .venv/ready
 	$(BIN)/kd $@ $(EXPERIMENT) $(ARGS)
 
 test: .venv/ready
-	$(BIN)/pytest -q -n auto --dist loadscope
+	$(BIN)/pytest -q -n auto --dist loadscope --no-loadscope-reorder
 
 bench: .venv/ready
 	$(BIN)/python tools/bench.py
