@@ -155,7 +155,7 @@ def test_the_tour_runs_as_it_stands(trained: Shell, tmp_path: Path, monkeypatch:
     (tmp_path / "tiny.yaml").write_text(TINY)
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments", ignore=lambda *_: ["results"])
     student = next(iter(sorted((tmp_path / "runs/tiny/distill").iterdir()))).name
-    names = {"report digits --open": "report tiny.yaml", "digits/distill/0-9985": f"tiny/distill/{student[:6]}"}
+    names = {"report digits --open": "report tiny.yaml --open", "digits/distill/0-9985": f"tiny/distill/{student[:6]}"}
     for name, own in names.items():
         assert name in tour
         tour = tour.replace(name, own)
