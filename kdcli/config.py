@@ -576,8 +576,8 @@ Seeds = Annotated[list[Seed], OneOrMore, Field(min_length=1)]
 class Resources(Section):
     """What each training takes of a Ray cluster (`--on`); no result depends on it."""
 
-    cpus: int | None = Field(None, ge=1, le=4096, description="left out: as many as threads, or one")
-    gpus: float | None = Field(None, ge=0, le=1024, description="left out: one where kd itself would use one")
+    cpus: int | None = Field(None, ge=1, le=4096, description="default: as many as threads, or one")
+    gpus: float | None = Field(None, ge=0, le=1024, description="default: one where kd itself would use one")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         if (self.gpus or 0) > 1 and self.gpus != int(self.gpus or 0):

@@ -107,15 +107,7 @@ def export(
     classified all test images as torch does. Of logits, the `top_k` likeliest classes of each image alone, and in
     float16 if `half`; of ONNX, quantised if `int8`. Raises BadInput for a run or place that cannot be; Failed where the
     two disagree."""
-    run.result("exported")
-    for flag, given, of in (("--top-k", top_k, "logits"), ("--half", half, "logits"), ("--int8", int8, "onnx")):
-        if given and form != of:
-            raise BadInput(f"{flag}: belongs to --format {of}: remove it")
-    if (top_k or 0) >= len(run.spec.dataset.classes):
-        raise BadInput(f"--top-k {top_k}: must be fewer than the {len(run.spec.dataset.classes)} classes")
-    for origin in (member.spec.origin for member in members(run)):
-        if origin and (origin.logits or (origin.onnx and form != "logits")):
-            raise BadInput(f"{run.name}: is not a torch net, but the content of {origin.file}: share that file")
+    _refuse(run, form, top_k, half, int8)
     file, card = _places(run, form, file, int8)
     dataset = dataset_of(run, data_dir)
     labels = dataset.test.labels
@@ -139,6 +131,19 @@ def export(
     except OSError as error:
         raise BadInput(f"--out {file}: cannot be written: {error.strerror}") from None
     return exported
+
+
+def _refuse(run: Run, form: Form, top_k: int | None, half: bool, int8: bool) -> None:
+    """Raise BadInput for a run that cannot be exported, or not so."""
+    run.result("exported")
+    for flag, given, of in (("--top-k", top_k, "logits"), ("--half", half, "logits"), ("--int8", int8, "onnx")):
+        if given and form != of:
+            raise BadInput(f"{flag}: belongs to --format {of}: remove it")
+    if (top_k or 0) >= len(run.spec.dataset.classes):
+        raise BadInput(f"--top-k {top_k}: must be fewer than the {len(run.spec.dataset.classes)} classes")
+    for origin in (member.spec.origin for member in members(run)):
+        if origin and (origin.logits or (origin.onnx and form != "logits")):
+            raise BadInput(f"{run.name}: is not a torch net, but the content of {origin.file}: share that file")
 
 
 def _places(run: Run, form: Form, file: Path | None, int8: bool) -> tuple[Path, Path]:
