@@ -25,6 +25,7 @@ class Cluster(NamedTuple):
         from kdcli.imports import library
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # of its own Ray's workers: as kd's processes have it
         ray = library("ray", "ray")
         here, handler = Path(__file__).parents[1], signal.getsignal(signal.SIGTERM)
         variables = {"PYTHONPATH": str(here)} | {key: os.environ[key] for key in ("KD_DATA",) if key in os.environ}

@@ -131,7 +131,7 @@ def _on_ray(ready: Ready, places: Places, at_once: int, hear: Hear, cluster: Clu
                     tasks[job.remote(spec, places, messages, sys.argv, os.getcwd(), again)] = spec
                 if not tasks:
                     return
-                ended, _ = ray.wait(list(tasks), timeout=0.2)
+                ended, _ = ray.wait(list(tasks), timeout=1)
                 for message in messages.get_nowait_batch(messages.qsize()):
                     hear(message)
                 for one in ended:

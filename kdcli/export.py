@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from kdcli import BadInput, Failed, code, failure, losses, score
 from kdcli.answers import read_answers
 from kdcli.config import Average, Section
-from kdcli.data import Dataset, Split
+from kdcli.data import Dataset
 from kdcli.imports import library
 from kdcli.results import cost, log_probabilities
 from kdcli.runs import Run, settings, write_aside
-from kdcli.teacher import dataset_of, kept_logits, members, nets, predict
+from kdcli.teacher import dataset_of, logits_of, members, nets
 
 Form = Literal["onnx", "torch", "safetensors", "logits"]
 SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors", "logits": ".npz"}
@@ -205,7 +205,7 @@ def _of_answers(run: Run, dataset: Dataset, top_k: int | None, half: bool) -> Pr
     """A file of what a run says of the test and training images: the logits of a lone net; of an ensemble, and where
     the file rounds, log-probabilities, whose errors are least where the probability is."""
     parts, classes = {"test": dataset.test, "train": dataset.train}, dataset.facts.classes
-    logits = {part: _logits(run, part, split) for part, split in parts.items()}
+    logits = {part: logits_of(run, part, split) for part, split in parts.items()}
     log_p = {part: losses.average(members, 1.0, run.spec.average, run.spec.weights) for part, members in logits.items()}
     # Logits none of which is below 0 could be read as probabilities.
     whole = not (top_k or half) and all(len(members) == 1 and members.min() < -1 for members in logits.values())
@@ -224,13 +224,6 @@ def _of_answers(run: Run, dataset: Dataset, top_k: int | None, half: bool) -> Pr
     kind, of = "logits" if whole else "log-probabilities at T = 1", f"the {top_k} likeliest of " if top_k else ""
     holds = f"{kind} of {of}{len(classes)} classes, {arrays['test'].dtype}, for {len(dataset.train):,} training and "
     return Proof(content.getvalue(), wanted, found, f"{holds}{len(dataset.test):,} test images", not (top_k or half))
-
-
-def _logits(run: Run, part: str, split: Split) -> Tensor:
-    """The logits [M, N, C] of a run's members that they kept or, where one did not, that they give now."""
-    if all(part in member.load("logits") for member in members(run)):
-        return kept_logits(run, part, len(split))
-    return torch.stack([predict(net, split) for net in nets(run, CPU)])
 
 
 def _described(run: Run) -> str:

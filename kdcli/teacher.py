@@ -80,16 +80,14 @@ def kept_logits(run: Run, split: str, images: int) -> Tensor:
     return torch.stack(found)
 
 
-def unlabelled_logits(run: Run, unlabelled: Split) -> Tensor:
-    """The logits [M, U, C], M = 1 of a lone net, of a run's members for images that nobody labelled, on their device:
-    those that a member kept, else what its net says. Raises BadInput when those kept are not of these images."""
-    found, device = [], unlabelled.labels.device
+def logits_of(run: Run, part: str, split: Split) -> Tensor:
+    """The logits [M, N, C], M = 1 of a lone net, of a run's members for a part of the images, on their device: those that
+    a member kept, else what its net says. Raises BadInput when those kept are not of these images."""
+    found, device = [], split.labels.device
     for member in members(run):
-        if "unlabelled" in member.load("logits"):
-            logits = kept_logits(member, "unlabelled", len(unlabelled))[0].to(device)
-        else:
-            logits = predict(nets(member, device)[0], unlabelled)
-        found.append(logits)
+        kept = part in member.load("logits")
+        logits = kept_logits(member, part, len(split))[0] if kept else predict(nets(member, device)[0], split)
+        found.append(logits.to(device))
     return torch.stack(found)
 
 
@@ -98,7 +96,7 @@ def cached(run: Run, transfer: Tensor, images: int, device: torch.device, unlabe
     the `unlabelled` images follow."""
     logits = kept_logits(run, "train", images)[:, transfer]
     if unlabelled:
-        logits = torch.cat([logits, unlabelled_logits(run, unlabelled).cpu()], 1)
+        logits = torch.cat([logits, logits_of(run, "unlabelled", unlabelled).cpu()], 1)
     return Teacher(distributed.sharded(logits, device), run.spec.average, run.spec.weights)
 
 

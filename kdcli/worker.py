@@ -38,6 +38,28 @@ def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
     return Ended(spec.name)
 
 
+class _Post:
+    """Sends what a task tells through Ray's queue, what is told within a second at once: to send a message takes as long
+    as a short epoch."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue, self.waiting, self.sent = queue, list[Any](), 0.0
+
+    def tell(self, *epoch: Any) -> None:
+        self.waiting.append(epoch)
+        if time.monotonic() - self.sent > 1:
+            self.send()
+
+    def note(self, line: str) -> None:
+        self.waiting.append(line)
+        self.send()
+
+    def send(self) -> None:
+        if self.waiting:
+            self.queue.put_nowait_batch(self.waiting)
+        self.waiting, self.sent = [], time.monotonic()
+
+
 def task(spec: Spec, places: Places, messages: Any, argv: list[str], folder: str, again: bool) -> Ended:
     """A task of Ray's; `messages` is its queue. `again`: after the loss of a node, whose process may outlive it for an
     instant and hold the run so long."""
@@ -48,7 +70,10 @@ def task(spec: Spec, places: Places, messages: Any, argv: list[str], folder: str
         places = places._replace(runs_dir=mirror.folder(places.remote))
     while again and Run(places.runs_dir, spec).status() == "running":
         time.sleep(0.5)
-    return attempt(spec, places, lambda *epoch: messages.put(epoch), messages.put)
+    post = _Post(messages)
+    ended = attempt(spec, places, post.tell, post.note)
+    post.send()
+    return ended
 
 
 def main() -> None:

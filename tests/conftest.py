@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 CACHE = Path(tempfile.gettempdir(), f"kd-tests-{os.getuid()}")  # of decoded images, for all tests and later ones
 os.environ.setdefault("XDG_CACHE_HOME", str(CACHE))
+os.environ["RAY_worker_niceness"] = "0"  # at Ray's 15 its workers wait for the other tests
 
 # The whole of an experiment on the embedded digits, small enough to train in a second.
 TINY = """\

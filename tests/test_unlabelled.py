@@ -16,7 +16,7 @@ from kdcli import BadInput, estimate
 from kdcli.config import Data
 from kdcli.data import Split, open_dataset
 from kdcli.runs import Run, open_run
-from kdcli.teacher import cached, dataset_of, kept_logits, live, unlabelled_logits
+from kdcli.teacher import cached, dataset_of, kept_logits, live, logits_of
 
 CPU, EXTRA = torch.device("cpu"), 30
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
@@ -168,9 +168,9 @@ def test_logits_of_them_that_a_teacher_kept_are_used(shell: Shell, distilled: Do
         run.finish(run.result())
         if said:
             with pytest.raises(BadInput, match=said):
-                unlabelled_logits(run, dataset.unlabelled)
+                logits_of(run, "unlabelled", dataset.unlabelled)
         else:
-            assert torch.equal(unlabelled_logits(run, dataset.unlabelled)[0], kept)
+            assert torch.equal(logits_of(run, "unlabelled", dataset.unlabelled)[0], kept)
             assert torch.equal(kept_logits(run, "unlabelled", EXTRA)[0], kept)
 
 

@@ -16,7 +16,7 @@ from kdcli.results import Document, Summary
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RECORD = EXPERIMENTS / "results"
-ORDER = ("mnist", "photos", "mnist-quick", "digits")  # first; the studies follow
+ORDER = ("mnist", "mnist-cnn", "photos", "mnist-quick", "digits")  # first; the studies follow
 INTRODUCTION = """\
 # Results
 
