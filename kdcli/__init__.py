@@ -36,6 +36,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kd")
 
 
+def cores() -> int:
+    """How many cores this process may use: fewer than there are where it was lent some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def counted(n: int, what: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"

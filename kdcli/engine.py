@@ -14,7 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from kdcli import BadInput, Failed, distributed, failure
+from kdcli import BadInput, Failed, cores, distributed, failure
 from kdcli.cluster import Cluster
 from kdcli.runs import Places, Spec
 from kdcli.train import Note, Tell
@@ -26,7 +26,7 @@ Hear = Callable[[Any], None]  # a line to note, or an epoch to tell
 
 def share(missing: Iterable[Spec], places: Places, threads: int | None, at_once: int | None) -> tuple[Places, int]:
     """How some runs are trained: with what each, and how many at once; on a GPU one, unless more are asked for."""
-    at_once = at_once or (os.cpu_count() or 1 if places.device == "cpu" else 1)
+    at_once = at_once or (cores() if places.device == "cpu" else 1)
     if sum(spec.train is not None for spec in missing) < 2 or distributed.WORLD > 1:
         at_once = 1  # to combine members is not worth a process; of torchrun's processes all are at one run
     return (places if at_once == 1 else places._replace(threads=threads or 1)), at_once

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from kdcli import BadInput
+from kdcli import BadInput, cores
 
 T = TypeVar("T")
 FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -104,13 +104,12 @@ Work = Callable[[int, Sequence[Any]], T]  # on some items, of which the first ha
 def in_processes(work: Work[T], items: Sequence[Any], parts: Iterable[range]) -> Iterator[tuple[range, T]]:
     """What `work` makes of parts of the items, a hundred at a time, in order, in as many processes as there are cores;
     threads would wait for each other."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     hundreds: Any = [part[i : i + 100] for part in parts for i in range(0, len(part), 100)]
 
     def several(part: Any) -> T:  # forked processes take it over; it could not be sent to them
         return work(part.start, items[part.start : part.stop])
 
-    made = DataLoader(hundreds, None, num_workers=cores, collate_fn=several, multiprocessing_context="fork")
+    made = DataLoader(hundreds, None, num_workers=cores(), collate_fn=several, multiprocessing_context="fork")
     yield from zip(hundreds, made, strict=True)
 
 

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from kdcli import BadInput, __version__, failure
+from kdcli import BadInput, __version__, cores, failure
 from kdcli.config import Average, Data, Distill, Input, Model, Omission, Origin, Section, Train
 
 if TYPE_CHECKING:
@@ -669,7 +669,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "threads": threads,
-        "cores": os.cpu_count(),
+        "cores": cores(),
     }
 
 

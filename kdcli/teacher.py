@@ -81,8 +81,8 @@ def kept_logits(run: Run, split: str, images: int) -> Tensor:
 
 
 def logits_of(run: Run, part: str, split: Split) -> Tensor:
-    """The logits [M, N, C], M = 1 of a lone net, of a run's members for a part of the images, on their device: those that
-    a member kept, else what its net says. Raises BadInput when those kept are not of these images."""
+    """The logits [M, N, C], M = 1 of a lone net, of a run's members for a part of the images, on their device: those
+    that a member kept, else what its net says. Raises BadInput when those kept are not of these images."""
     found, device = [], split.labels.device
     for member in members(run):
         kept = part in member.load("logits")

@@ -1,12 +1,11 @@
 """What a command is to do, known and checked before anything is trained; and the summary of what was done."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcli import BadInput, Failed, distributed, mirror, results, yamlfile
+from kdcli import BadInput, Failed, cores, distributed, mirror, results, yamlfile
 from kdcli.cluster import Cluster
 from kdcli.config import Experiment
 from kdcli.data import Dataset, open_dataset
@@ -78,7 +77,7 @@ def prepare(
                 raise BadInput(f"{override.origin}: changes nothing: {why}")
             _refuse_idle(override, command, before, jobs, experiment)
     subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points], dataset)
-    places = places._replace(threads=experiment.threads or max((os.cpu_count() or 1) // distributed.LOCAL_WORLD, 1))
+    places = places._replace(threads=experiment.threads or max(cores() // distributed.LOCAL_WORLD, 1))
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
 
 

@@ -39,8 +39,8 @@ def attempt(spec: Spec, places: Places, tell: Tell, note: Note) -> Ended:
 
 
 class _Post:
-    """Sends what a task tells through Ray's queue, what is told within a second at once: to send a message takes as long
-    as a short epoch."""
+    """Sends what a task tells through Ray's queue, what is told within a second at once: to send a message takes as
+    long as a short epoch."""
 
     def __init__(self, queue: Any) -> None:
         self.queue, self.waiting, self.sent = queue, list[Any](), 0.0

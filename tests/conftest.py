@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ torch.set_num_threads(1)
 MNIST_FILES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 CACHE = Path(tempfile.gettempdir(), f"kd-tests-{os.getuid()}")  # of decoded images, for all tests and later ones
 os.environ.setdefault("XDG_CACHE_HOME", str(CACHE))
-os.environ["RAY_worker_niceness"] = "0"  # at Ray's 15 its workers wait for the other tests
+os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 its workers wait for the other tests
 
 # The whole of an experiment on the embedded digits, small enough to train in a second.
 TINY = """\
@@ -141,7 +142,8 @@ def kd_here(folder: Path, *words: str) -> Done:
     os.chdir(folder)
     sys.argv = ["kd", *words]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        one = mock.patch("os.sched_getaffinity", return_value={0})  # to start processes takes longer than to train
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), one:
             code = cli.main()
     finally:
         os.chdir(before)

@@ -40,7 +40,7 @@ def mnist(mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
     documents = {}
     for name, (command, *flags) in calls.items():
-        done = shell(command, "short.yaml", *flags, "--threads", "1", "--json", KD_DATA=str(mnist_dir))
+        done = shell(command, "short.yaml", *flags, "--jobs", "1", "--threads", "1", "--json", KD_DATA=str(mnist_dir))
         assert done.code == 0, done.err
         documents[name] = done.json
     return documents

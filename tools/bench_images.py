@@ -153,7 +153,7 @@ def of_steps(dataset: Dataset, folder: Path, rounds: int) -> Iterator[str]:
 
 def start(folder: Path, cache: str, threads: int) -> float:
     """In a process of its own: seconds to open a folder, imports apart."""
-    with mock.patch.dict(os.environ, XDG_CACHE_HOME=cache), mock.patch.object(os, "cpu_count", return_value=threads):
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=cache), mock.patch("kdcli.images.cores", return_value=threads):
         began = time.perf_counter()
         open_dataset(Data(folder=str(folder)))
         return time.perf_counter() - began
