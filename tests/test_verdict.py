@@ -2,7 +2,7 @@ from itertools import combinations
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -40,12 +40,26 @@ def test_verdicts(pairs: list[tuple[int, int]], word: str) -> None:
     assert found.sentence()
 
 
-def test_the_verdict_is_scipys_paired_t_test() -> None:
-    pairs = [(146, 120), (140, 139), (150, 131), (138, 140)]
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 5000)), min_size=2, max_size=12))
+def test_the_verdict_is_scipys_paired_t_test(pairs: list[tuple[int, int]]) -> None:
+    assume(len({b - s for b, s in pairs}) > 1)
     wanted = stats.ttest_rel([b for b, _ in pairs], [s for _, s in pairs])
     found = judged(*pairs)
     assert found.p == pytest.approx(float(wanted.pvalue))
     assert found.interval == pytest.approx(wanted.confidence_interval(0.95))
+    errors = [b for b, _ in pairs]
+    assert spread(errors).interval == (pytest.approx(interval(errors)) if len(set(errors)) > 1 else None)
+
+
+def interval(errors: list[int]) -> tuple[float, float]:
+    found: tuple[float, float] = stats.t.interval(0.95, len(errors) - 1, sum(errors) / len(errors), stats.sem(errors))
+    return found
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_one_seed_has_the_p_of_scipys_binomial_test(fixed: int, broken: int) -> None:
+    wanted = stats.binomtest(fixed, fixed + broken).pvalue if fixed + broken else 1.0
+    assert paired([fixed - broken], fixed, broken).p == pytest.approx(float(wanted))
 
 
 def test_one_seed_is_judged_by_mcnemars_exact_test() -> None:
@@ -90,7 +104,7 @@ def test_nothing_settles_an_effect_of_nothing() -> None:
 
 def test_the_interval_is_scipys() -> None:
     errors = [97, 103, 99, 110, 94]
-    wanted = stats.t.interval(0.95, 4, sum(errors) / 5, stats.sem(errors))
+    wanted = interval(errors)
     found = spread(errors)
     assert (found.errors, found.mean) == (errors, sum(errors) / 5)
     assert found.interval == pytest.approx(wanted)
