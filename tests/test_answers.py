@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kdcli import BadInput, export, losses
 from kdcli.answers import Answers, read_answers
+from kdcli.data import Split
 from kdcli.runs import Run, open_run
-from kdcli.teacher import dataset_of, kept_logits, nets
+from kdcli.teacher import dataset_of, kept_logits, logits_of, nets
 
 CLASSES = ["cat", "dog", "owl"]
 LOGITS = np.array([[1.5, -2, 0], [0.25, 3, -1], [-7, 5, 9], [0, 0, 4]], np.float32)  # of four images
@@ -348,13 +349,13 @@ def test_what_rounds_says_by_how_much(trained: Shell, tmp_path: Path) -> None:
 
 
 def test_logits_above_0_are_no_probabilities(trained: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask, run = export._logits, run_of(trained, "train-teacher")
+    run = run_of(trained, "train-teacher")
 
-    def positive(run: Run, part: str, split: Any) -> Tensor:
-        return ask(run, part, split).sigmoid()
+    def positive(run: Run, part: str, split: Split) -> Tensor:
+        return logits_of(run, part, split).sigmoid()
 
-    monkeypatch.setattr(export, "_logits", positive)
-    wanted = positive(run, "test", range(500))[0]
+    monkeypatch.setattr(export, "logits_of", positive)
+    wanted = positive(run, "test", dataset_of(run, None).test)[0]
     _, found = exported(trained, run, tmp_path / "a.npz")
     assert torch.allclose(found["test"], wanted.log_softmax(1), atol=1e-6)
 
