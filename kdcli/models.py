@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from kdcli import BadInput, code, nets
@@ -28,7 +27,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         layers = pairwise([inputs, *hidden, classes])
-        self.layers = nn.ModuleList(skip_init(nn.Linear, n, m) for n, m in layers)
+        with torch.random.fork_rng(devices=[]):  # what torch draws for them is overwritten
+            self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in layers)
         self.dropout, self.input_dropout = dropout, input_dropout
         with torch.no_grad():
             for layer in self.linears():

@@ -424,23 +424,27 @@ def saving(rounds: int) -> Saving:
 
 
 # Starting up.
-STARTS = ("--help", "runs", "distill --T abc", "distill digits --dry-run --with-teacher")
+COMPARE = "compare digits/baseline digits/distill"
+STARTS = ("--help", "runs", "distill --T abc", COMPARE, "distill digits --dry-run --with-teacher")
 
 
-def process(*words: str) -> Time:
+def process(folder: str, *words: str) -> Time:
     """The CPU seconds of a process of its own."""
     before, environment = os.times(), os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *words], env=environment, capture_output=True)
+    subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True)
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Time(cpu, cpu)
 
 
 def started(rounds: int) -> list[Started]:
-    """Commands as they are typed in an empty folder, against the imports alone."""
+    """Commands as they are typed in a folder with a few short runs, against the imports alone."""
     imports = "import typer.main, typer.rich_utils, rich.table, rich.progress, yaml; from pydantic import BaseModel"
-    arms = {words: partial(process, "-m", "kdcli", *words.split()) for words in STARTS}
-    times = interleaved({**arms, "": partial(process, "-c", imports)}, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        kd = partial(process, folder, "-m", "kdcli")
+        kd("distill", "digits", "--with-teacher", "--epochs", "1", "--set", "teacher.train.epochs=1", "--seeds", "0-4")
+        arms = {words: partial(kd, *words.split()) for words in STARTS}
+        times = interleaved({**arms, "": partial(process, folder, "-c", imports)}, rounds)
     alone = times.pop("")
     return [Started(words=w, over_imports_cpu=ratio(taken, alone, lambda t: t.cpu)) for w, taken in times.items()]
 
