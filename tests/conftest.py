@@ -142,7 +142,8 @@ def kd_here(folder: Path, *words: str) -> Done:
     os.chdir(folder)
     sys.argv = ["kd", *words]
     try:
-        one = mock.patch("os.sched_getaffinity", return_value={0})  # to start processes takes longer than to train
+        # One core, also where the system does not say which: to start processes takes longer than to train.
+        one = mock.patch("os.sched_getaffinity", return_value={0}, create=True)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), one:
             code = cli.main()
     finally:
