@@ -14,7 +14,7 @@ def main() -> None:
         from kdcli.cli import main as run
 
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started it
-            from kdcli.train import together
+            from kdcli.training.train import together
 
             run = partial(together, run)
     except KeyboardInterrupt:

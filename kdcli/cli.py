@@ -19,15 +19,19 @@ from rich.console import Console
 from rich.filesize import decimal
 from typer import Argument, Option
 
-from kdcli import BadInput, Failed, __version__, counted, failure, mirror, show, usage, yamlfile
-from kdcli.cluster import Cluster, address
+from kdcli import BadInput, Failed, __version__, counted, failure, usage, yamlfile
 from kdcli.config import LOSSES, STANDARDIZE, Experiment, Section
-from kdcli.runs import COMMANDS, TEACHERS, Listed, Places, Spec, dependents, find_folder, remove, survey
+from kdcli.machine.cluster import Cluster, address
+from kdcli.report import show
+from kdcli.runs import mirror
+from kdcli.runs.directory import Places, find_folder
+from kdcli.runs.spec import COMMANDS, TEACHERS, Spec
+from kdcli.runs.survey import Listed, dependents, remove, survey
 from kdcli.yamlfile import Override
 
 if TYPE_CHECKING:  # they need torch, which help and wrong usage do without
+    from kdcli.evidence.results import Summary
     from kdcli.plan import Job
-    from kdcli.results import Summary
     from kdcli.work import Work
 
 app = typer.Typer(name="kd", add_completion=True, pretty_exceptions_enable=False)
@@ -113,7 +117,7 @@ class Call:
         return yamlfile.load(self.experiment, self.overrides).experiment
 
     def places(self) -> Places:
-        from kdcli.device import select_device
+        from kdcli.machine.device import select_device
 
         return Places(self.runs_dir, self.data_dir, str(select_device(self.device)), remote=self.remote)
 
@@ -144,8 +148,8 @@ class Call:
     def obtain(self, work: "Work") -> None:
         """Train the jobs that are not finished; first of all read what was trained elsewhere, and say what speaks
         against it."""
-        from kdcli.estimate import cheaper
         from kdcli.plan import doubts
+        from kdcli.training.estimate import cheaper
         from kdcli.work import obtain
 
         if line := cheaper(self.missing(work), work.dataset):
@@ -193,8 +197,8 @@ class Call:
         sections = ["teacher"] if self.command in TEACHERS else self.load().student_trains
         self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in sections))
         work = self.prepare()
+        from kdcli.evidence.results import documents
         from kdcli.plan import doubts
-        from kdcli.results import documents
 
         if not work.jobs:
             key, flag = ("ensemble", "--members 5") if self.command == "ensemble" else ("omit_classes", "--omit 3")
@@ -242,7 +246,7 @@ class Call:
 
     def report(self, work: "Work", figures: str = "") -> "tuple[Summary, Path]":
         """Show the table and write the report of finished runs; returns the summary and the page."""
-        from kdcli.page import write_report
+        from kdcli.report.page import write_report
 
         summary = work.summary()
         self.present(summary, show.final_table(summary), *show.remarks(summary))
@@ -257,8 +261,8 @@ class Call:
 
     def cost(self, work: "Work", specs: "Sequence[Spec]") -> "tuple[float, int]":
         """The seconds that training some runs takes here, and how many are trained at once."""
-        from kdcli.engine import share
-        from kdcli.estimate import seconds
+        from kdcli.training.engine import share
+        from kdcli.training.estimate import seconds
 
         places, at_once = share(specs, work.places, self.load().threads, self.jobs)
         taken = seconds(specs, [job.spec for job in work.planned], work.dataset, places)
@@ -343,7 +347,7 @@ def omit_classes(
     if typed:
         flags, known = " ".join(f"--{flag} {text}" for flag, text in typed.items()), list[str]()
         if any("-" in text for text in typed.values()):
-            from kdcli.data import open_dataset
+            from kdcli.data.dataset import open_dataset
 
             loaded = yamlfile.load(call.experiment, call.overrides)
             with loaded.located():
@@ -366,9 +370,9 @@ def evaluate(
 ) -> None:
     """Evaluate the finished runs: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
-    from kdcli.compare import in_rows
+    from kdcli.evidence.compare import in_rows
+    from kdcli.evidence.results import documents
     from kdcli.plan import evaluable, unfinished
-    from kdcli.results import documents
 
     seeds = work.subject.seeds if call.seed is not None else None
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
@@ -445,7 +449,7 @@ def compare_runs(
     """Compare runs, or groups that differ only in the seed: settings, errors, and a verdict against the first."""
     if call.as_json and as_markdown:
         raise BadInput("--json --md: use one or the other")
-    from kdcli.compare import compare
+    from kdcli.evidence.compare import compare
 
     document = compare(call.runs_dir, names, call.data_dir, call.display.note, match, by_errors=sort == "errors")
     parts = show.compare_tables(document)
@@ -469,7 +473,7 @@ def export_(
     """Write a net for others to run, or its logits for others to learn from, with a model card; verified on all test
     images."""
     found = Places(call.runs_dir).open(run)
-    from kdcli.export import export
+    from kdcli.use.export import export
 
     d = export(found, form, out, call.data_dir, top_k, half, int8)
     beside = f" as in torch ({d.errors})" if d.errors == d.torch_errors else f", where torch makes {d.torch_errors}"
@@ -505,7 +509,7 @@ def predict_(
     hot = [yamlfile.parse_set(f"distill.T={part}").value for part in temperatures.split(",")]
     if not all(isinstance(T, int | float) and not isinstance(T, bool) and 1e-3 <= T <= 1e4 for T in hot):
         raise BadInput(f"--T {temperatures}: must be numbers from 0.001 to 10000 with commas between, such as 1,4,20")
-    from kdcli.predict import predict
+    from kdcli.use.predict import predict
 
     places, note = Places(call.runs_dir, call.data_dir), call.display.note
     document = predict(places, net, images or [], test_images or [], [float(T) for T in hot], invert, note)
@@ -597,9 +601,9 @@ def cache(
     data, started = loaded.experiment.data, time.monotonic()
     if not (data.folder or data.unlabelled):
         raise BadInput(f"{of}: its images are no files in a folder, which alone are decoded ahead")
-    from kdcli.cache import free, on_ray
-    from kdcli.data import open_dataset
-    from kdcli.sources import ahead
+    from kdcli.data.cache import free, on_ray
+    from kdcli.data.dataset import open_dataset
+    from kdcli.data.sources import ahead
 
     document: dict[str, Any] = {"command": "cache", "dry_run": call.dry_run}
     with loaded.located():

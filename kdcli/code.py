@@ -1,7 +1,9 @@
-"""Somebody's own Python file, where an experiment asks for it (`nets.py:make`): run, and told apart by its content."""
+"""Code that is not kd's: a Python file that an experiment names (`nets.py:make`), run and told apart by its content;
+libraries that may not be installed."""
 
 import contextlib
 import hashlib
+import importlib
 import os
 import sys
 import traceback
@@ -86,3 +88,11 @@ def blaming(path: str, otherwise: str = "") -> Iterator[None]:
         if not lines and not otherwise:
             raise
         raise BadInput(f"{path}:{lines[-1]}: {said}" if lines else f"{otherwise}: {text or said}") from error
+
+
+def library(name: str, extra: str = "onnx") -> Any:
+    """A module of an extra. Raises BadInput where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise BadInput(f"{name} is not installed: pip install 'kdcli[{extra}]'") from None

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from kdcli import BadInput
 from kdcli.config import Experiment, Model
-from kdcli.data import Dataset, Split, tenth
-from kdcli.engine import share
-from kdcli.estimate import seconds
-from kdcli.images import Folder, Header, headers, list_folder
-from kdcli.models import build, fits, multiply_adds
+from kdcli.data.dataset import Dataset, Split, tenth
+from kdcli.data.images import Folder, Header, headers, list_folder
+from kdcli.data.sources import stratified
+from kdcli.nets.models import build, fits, multiply_adds
 from kdcli.plan import distinct, plan
-from kdcli.runs import Facts, Places
-from kdcli.show import duration
-from kdcli.sources import stratified
+from kdcli.report.show import duration
+from kdcli.runs.directory import Places
+from kdcli.runs.spec import Facts
+from kdcli.training.engine import share
+from kdcli.training.estimate import seconds
 from kdcli.yamlfile import Loader
 
 SEEN = 300_000  # images in a training: a first answer within hours on two cores

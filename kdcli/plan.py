@@ -8,28 +8,26 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from kdcli import BadInput, BadKeys, code, imports, losses, models, yamlfile
+from kdcli import BadInput, BadKeys, code, losses, yamlfile
 from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
-from kdcli.data import Dataset
-from kdcli.device import seeded
-from kdcli.runs import (
+from kdcli.data.dataset import Dataset
+from kdcli.machine.device import seeded
+from kdcli.nets import models
+from kdcli.runs.directory import Places, Run, list_runs, open_run, orphaned
+from kdcli.runs.spec import (
     COMMANDS,
     STUDENTS,
     TEACHERS,
     Command,
     Facts,
-    Places,
     Result,
-    Run,
     Spec,
     data_settings,
     differences,
-    list_runs,
-    open_run,
-    orphaned,
     settings,
 )
-from kdcli.teacher import members, weights_checksum
+from kdcli.teachers import imports
+from kdcli.teachers.teacher import members, weights_checksum
 
 Note = Callable[[str], None]
 KINDS: dict[Command, Kind] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcli.config import Section
-from kdcli.runs import Counted
+from kdcli.runs.spec import Counted
 
 BINS = 15  # of the top class's probability, for the calibration error and its picture
 

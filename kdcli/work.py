@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcli import BadInput, Failed, cores, distributed, mirror, results, yamlfile
-from kdcli.cluster import Cluster
+from kdcli import BadInput, Failed, cores, yamlfile
 from kdcli.config import Experiment
-from kdcli.data import Dataset, open_dataset
-from kdcli.engine import run_all, share
+from kdcli.data.dataset import Dataset, open_dataset
+from kdcli.evidence import results
+from kdcli.machine import distributed
+from kdcli.machine.cluster import Cluster
 from kdcli.plan import Job, check, distinct, find_teacher, part, plan, unfinished, usable
-from kdcli.runs import Places
-from kdcli.teacher import dataset_of
-from kdcli.train import Note, Tell
+from kdcli.runs import mirror
+from kdcli.runs.directory import Places
+from kdcli.teachers.teacher import dataset_of
+from kdcli.training.engine import run_all, share
+from kdcli.training.train import Note, Tell
 from kdcli.yamlfile import Loaded, Override
 
 Engine = tuple[int | None, Cluster | None]  # how many runs at once, if that was asked for; and on which cluster

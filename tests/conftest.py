@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kdcli import cli
-from kdcli.runs import Facts
+from kdcli.runs.spec import Facts
 
 torch.set_num_threads(1)
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kdcli import BadInput, export, losses
-from kdcli.answers import Answers, read_answers
-from kdcli.data import Split
-from kdcli.runs import Run, open_run
-from kdcli.teacher import dataset_of, kept_logits, logits_of, nets
+from kdcli import BadInput, losses
+from kdcli.data.dataset import Split
+from kdcli.runs.directory import Run, open_run
+from kdcli.teachers.answers import Answers, read_answers
+from kdcli.teachers.teacher import dataset_of, kept_logits, logits_of, nets
+from kdcli.use import export
 
 CLASSES = ["cat", "dog", "owl"]
 LOGITS = np.array([[1.5, -2, 0], [0.25, 3, -1], [-7, 5, 9], [0, 0, 4]], np.float32)  # of four images

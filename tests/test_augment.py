@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms import functional as reference
 
-from kdcli import augment, device
-from kdcli.augment import Views
 from kdcli.config import Train
-from kdcli.data import Split
+from kdcli.data import augment
+from kdcli.data.augment import Views
+from kdcli.data.dataset import Split
+from kdcli.machine import device
 
 
 def train(**more: object) -> Train:

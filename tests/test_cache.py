@@ -20,9 +20,9 @@ from conftest import kd_here
 from PIL import Image
 from test_sources import of_images, small_mnist
 
-from kdcli import cache, images, sources
 from kdcli.config import Data
-from kdcli.data import open_dataset
+from kdcli.data import cache, images, sources
+from kdcli.data.dataset import open_dataset
 
 SLOWLY = """
 import sys, time

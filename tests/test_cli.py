@@ -19,8 +19,8 @@ from conftest import MNIST_FILES, TINY, Done, Shell, kd_here
 from rich.console import Console
 from safetensors.torch import load_file
 
-from kdcli.runs import open_run
-from kdcli.show import Table, say
+from kdcli.report.show import Table, say
+from kdcli.runs.directory import open_run
 
 COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", "run")
 
@@ -28,7 +28,7 @@ COMMANDS = ("train-teacher", "ensemble", "distill", "omit-classes", "evaluate", 
 @pytest.fixture
 def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without pictures, which take seconds."""
-    monkeypatch.setattr("kdcli.page.pictures", lambda *_, **__: {})
+    monkeypatch.setattr("kdcli.report.page.pictures", lambda *_, **__: {})
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from conftest import TINY, Shell, kd_here
 from scipy import stats
 
 from kdcli import yamlfile
-from kdcli.data import open_dataset
+from kdcli.data.dataset import open_dataset
+from kdcli.evidence.results import Summary
+from kdcli.evidence.verdict import holm
 from kdcli.plan import plan
-from kdcli.results import Summary
-from kdcli.runs import open_run
-from kdcli.verdict import holm
+from kdcli.runs.directory import open_run
 
 
 def runs(folder: Path, command: str) -> list[str]:
@@ -358,7 +358,7 @@ def test_rows_are_held_against_the_papers_figures(
     shutil.copytree(trained.folder / "runs", tmp_path / "runs")
     paper = "paper: {student: 1, baseline: 499, teacher: 300, omit 3: [499, 1]}\n"
     (tmp_path / "tiny.yaml").write_text(TINY + paper)
-    monkeypatch.setattr("kdcli.page.pictures", lambda *_, **__: {})  # which take long
+    monkeypatch.setattr("kdcli.report.page.pictures", lambda *_, **__: {})  # which take long
     document = kd_here(tmp_path, "run", "tiny.yaml", "--json").json
     (point,) = document["points"]
     rows: dict[str, dict[str, Any]] = {row["row"]: row for row in point["table"]}

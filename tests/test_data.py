@@ -8,10 +8,11 @@ from conftest import MNIST_FILES, OWN_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcli import BadInput, BadKeys, sources
+from kdcli import BadInput, BadKeys
 from kdcli.config import Data
-from kdcli.data import Dataset, Split, open_dataset
-from kdcli.runs import Facts
+from kdcli.data import sources
+from kdcli.data.dataset import Dataset, Split, open_dataset
+from kdcli.runs.spec import Facts
 
 EDITED = """
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import BadInput, device
-from kdcli.device import generator, seeded
+from kdcli import BadInput
+from kdcli.machine import device
+from kdcli.machine.device import generator, seeded
 
 
 def draws() -> list[float]:

@@ -9,14 +9,15 @@ import torch
 from conftest import TINY, Done, Shell, kd_here
 from test_unlabelled import write_images
 
-from kdcli import fit, losses, runs, train, yamlfile
+from kdcli import losses, yamlfile
 from kdcli.config import LOSSES, Data, Distill, Train
-from kdcli.data import open_dataset
-from kdcli.models import MLP
+from kdcli.data.dataset import open_dataset
+from kdcli.evidence.results import about_run
+from kdcli.nets.models import MLP
 from kdcli.plan import plan
-from kdcli.results import about_run
-from kdcli.runs import Run, State, open_run
-from kdcli.teacher import Teacher, kept_logits
+from kdcli.runs.directory import Run, State, open_run
+from kdcli.teachers.teacher import Teacher, kept_logits
+from kdcli.training import fit, train
 
 SHORT = ("--jobs", "1", "--no-baseline", "--json")
 OWN_LOSS = """\
@@ -208,7 +209,7 @@ def test_a_changed_file_is_noticed_between_the_plan_and_the_training(
         (taught.folder / "mine.py").write_text(OWN_LOSS + "\n")
         return real(*_)
 
-    real = runs.Run
+    real = Run
     monkeypatch.setattr(train, "Run", late)
     done = distil(taught, own(lambda1=0.7))
     (taught.folder / "mine.py").write_text(OWN_LOSS)

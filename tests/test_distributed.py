@@ -20,10 +20,11 @@ from test_resume import LIMIT, after_two_states, eager
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from kdcli import __main__, distributed
-from kdcli.device import place
-from kdcli.fit import _Loop
-from kdcli.models import MLP
+from kdcli import __main__
+from kdcli.machine import distributed
+from kdcli.machine.device import place
+from kdcli.nets.models import MLP
+from kdcli.training.fit import _Loop
 
 EPOCHS, CPU = 4, torch.device("cpu")
 TINY_FILE = TINY.replace("epochs: 6", f"epochs: {EPOCHS}").replace("max_norm: 3", "max_norm: 3, ema: 0.9")

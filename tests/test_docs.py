@@ -1,11 +1,13 @@
 """README.md and docs/ say what is there: links, commands, options, keys with their defaults, and diffs that apply."""
 
+import ast
 import importlib
 import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +116,33 @@ def test_the_diffs_apply(which: int) -> None:
 def test_how_it_works_names_every_module_and_no_other_function() -> None:
     """In backticks: every module alone, and `module.name` of what is there."""
     text = (ROOT / "docs" / "how-it-works.md").read_text()
-    modules = {path.stem for path in (ROOT / "kdcli").glob("[a-z]*.py")}
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "kdcli").rglob("[a-z]*.py")]
+    modules = {path.stem: ".".join(path.parts) for path in paths}
+    assert len(modules) == len(paths)  # no name twice
     named = set(re.findall(r"`(\w+)`", text))
-    assert modules <= named, modules - named
+    assert modules.keys() <= named, modules.keys() - named
     for module, name in re.findall(r"`(\w+)\.(\w+)(?:\([^`]*\))?`", text):
         if module in modules:
-            assert hasattr(importlib.import_module(f"kdcli.{module}"), name), f"{module}.{name}"
+            assert hasattr(importlib.import_module(modules[module]), name), f"{module}.{name}"
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """The modules of kd that a module imports, at its top or in a function, but for types."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kdcli"):
+            module = ROOT.joinpath(*(node.module or "").split(".")).with_suffix(".py")
+            yield from [module.stem] if module.exists() else [alias.name for alias in node.names]
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from _imports(node)
+
+
+def test_no_module_imports_one_above_it_in_the_table() -> None:
+    rows = re.findall(r"^\| *(?:`\w+` )?\| (`[^|]*) \|", (ROOT / "docs" / "how-it-works.md").read_text(), re.MULTILINE)
+    floor = {module: i for i, row in enumerate(rows) for module in re.findall(r"`(\w+)`", row)}
+    houses = {path.stem: _imports(ast.parse(path.read_text())) for path in (ROOT / "kdcli").rglob("[a-z]*.py")}
+    graph = {module: {other for other in found if other in floor} for module, found in houses.items()}
+    assert [(m, o) for m, others in graph.items() for o in others if floor[o] < floor[m]] == []
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_the_blocks_of_the_notebook_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

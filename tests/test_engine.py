@@ -17,10 +17,10 @@ import pytest
 from conftest import Done, Shell, kd_here
 from test_resume import Forked, nothing, the_run, wait_until
 
-from kdcli.engine import _Worker
-from kdcli.runs import Places, open_run
+from kdcli.runs.directory import Places, open_run
 from kdcli.score import Latency
-from kdcli.worker import Ended
+from kdcli.training.engine import _Worker
+from kdcli.training.worker import Ended
 
 # Nets of somebody's own, one that prints and one that fails in its second epoch: of 120 images, 16 a step.
 NETS = """\
@@ -113,7 +113,7 @@ def is_gone(pid: int) -> bool:
 
 def without_report(patch: pytest.MonkeyPatch) -> None:
     """Leave out the pictures and the timing of nets, which take seconds."""
-    patch.setattr("kdcli.page.write_report", lambda *given: [given[3] / "report.html"])
+    patch.setattr("kdcli.report.page.write_report", lambda *given: [given[3] / "report.html"])
     patch.setattr("kdcli.score.latency", lambda *_: Latency(p50=1, p95=1, images_per_s=1))
 
 
@@ -214,7 +214,7 @@ def test_a_run_is_trained_anywhere_with_nothing_but_its_arguments(folder: Path, 
     done = kd_here(folder, "train-teacher", "own.yaml")
     assert done.code == 0, done.err
     spec = open_run(folder / "runs", str(the_run(folder))).spec
-    code = "import pickle, sys; from kdcli.train import train; train(*pickle.load(sys.stdin.buffer), print, print)"
+    code = "import pickle, sys; from kdcli.training.train import train; train(*pickle.load(sys.stdin.buffer), print, print)"
     arguments = pickle.dumps((spec, Places(tmp_path / "elsewhere")))
     fresh = subprocess.run([sys.executable, "-c", code], input=arguments, cwd="/", capture_output=True)
     assert fresh.returncode == 0, fresh.stderr

@@ -16,13 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kdcli import BadInput, Failed, code, config, data, export, losses, sources
-from kdcli.runs import Places, Run, Spec, open_run
-from kdcli.teacher import dataset_of, nets
-from kdcli.train import train
+from kdcli import BadInput, Failed, code, config, losses
+from kdcli.data import sources
+from kdcli.data.dataset import open_dataset
+from kdcli.runs.directory import Places, Run, open_run
+from kdcli.runs.spec import Spec
+from kdcli.teachers.teacher import dataset_of, nets
+from kdcli.training.train import train
+from kdcli.use import export
 
 CPU = torch.device("cpu")
-DIGITS = data.open_dataset(config.Data(name="digits"))
+DIGITS = open_dataset(config.Data(name="digits"))
 MORE = (
     OWN_DATA
     + """
@@ -76,7 +80,7 @@ class Own:
     def run(self, images: str = "own_data.py:load", net: str | None = "own_nets.py:make", **more: Any) -> Run:
         """A finished run; without a `net` of a perceptron."""
         source = config.Data(function=f"{self.folder}/{images}")
-        what: dict[str, Any] = {"command": "baseline", "seed": 0, "dataset": data.open_dataset(source).facts} | more
+        what: dict[str, Any] = {"command": "baseline", "seed": 0, "dataset": open_dataset(source).facts} | more
         if what["command"] != "ensemble":
             name = f"{self.folder}/{net}"
             model = config.Model(name=name) if net else config.Model(hidden=[5])

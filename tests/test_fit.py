@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import kdcli.train
-from kdcli import BadInput, augment, teacher
+from kdcli import BadInput
 from kdcli.config import Data, Distill, Model, Train
-from kdcli.data import Split, open_dataset
-from kdcli.device import generator, place, seeded
-from kdcli.fit import Fitted, fit, learning_rate
-from kdcli.models import MLP, Normalised
-from kdcli.runs import Epoch, Run, Spec, State, open_run
-from kdcli.teacher import Teacher, cached, kept_logits, live, predict
+from kdcli.data import augment
+from kdcli.data.dataset import Split, open_dataset
+from kdcli.machine.device import generator, place, seeded
+from kdcli.nets.models import MLP, Normalised
+from kdcli.runs.directory import Run, State, open_run
+from kdcli.runs.spec import Epoch, Spec
+from kdcli.teachers import teacher
+from kdcli.teachers.teacher import Teacher, cached, kept_logits, live, predict
+from kdcli.training import train as training
+from kdcli.training.fit import Fitted, fit, learning_rate
 
 DIGITS = open_dataset(Data(name="digits", heldout=200))
 CPU, STEPS = torch.device("cpu"), 26  # an epoch of the 1,297 images in batches of 50
@@ -436,7 +439,7 @@ def test_a_student_of_shifted_images_asks_its_teacher_live(
         return way(*arguments)
 
     for way in (cached, live):
-        monkeypatch.setattr(kdcli.train, way.__name__, partial(told, way))
+        monkeypatch.setattr(training, way.__name__, partial(told, way))
     words = ["--no-baseline", *["--set", "student.train.jitter=1"] * jitter, "--epochs", "1"]
     done = kd_here(own, "distill", "own.yaml", *words)
     assert done.code == 0, done.err

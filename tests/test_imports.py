@@ -19,12 +19,13 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdcli import BadInput, imports, misread
+from kdcli import BadInput
 from kdcli.config import Data, Experiment, Input, Model, Origin
-from kdcli.data import open_dataset
-from kdcli.models import MLP
+from kdcli.data.dataset import open_dataset
+from kdcli.nets.models import MLP
 from kdcli.score import count_errors
-from kdcli.weights import Weights, fit_weights, last_layer, read_weights
+from kdcli.teachers import imports, misread
+from kdcli.teachers.weights import Weights, fit_weights, last_layer, read_weights
 
 DIGITS = open_dataset(Data(name="digits"))
 # A teacher from elsewhere, in place of the one that tiny.yaml trains.

@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import OWN_NETS, facts
 
-from kdcli import BadInput, models
+from kdcli import BadInput
 from kdcli.config import Model
-from kdcli.device import seeded
+from kdcli.machine.device import seeded
+from kdcli.nets import models
 
 # Beside a net of somebody's own, nets that cannot be used.
 NETS = (

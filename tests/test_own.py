@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_page import Page
 
-from kdcli import sources
 from kdcli.config import Data
-from kdcli.data import Split, open_dataset
+from kdcli.data import sources
+from kdcli.data.dataset import Split, open_dataset
 
 NAMES = ["cat", "dog", "owl"]
 ROWS = ["teacher", "ensemble", "baseline", "ensemble of baselines", "student", "student of ensemble", "omit dog"]

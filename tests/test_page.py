@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY, Shell, kd_here
 
-from kdcli.pictures import telling
+from kdcli.report.pictures import telling
 
 
 class Page(HTMLParser):
@@ -40,7 +40,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without pictures, which take seconds."""
-    monkeypatch.setattr("kdcli.page.pictures", lambda *_, **__: {})
+    monkeypatch.setattr("kdcli.report.page.pictures", lambda *_, **__: {})
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from kdcli import score, yamlfile
-from kdcli.show import duration
+from kdcli.report.show import duration
 
 NAMES = ("cat", "dog", "owl")
 PHOTOS = """\

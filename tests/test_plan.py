@@ -7,9 +7,10 @@ from conftest import OWN_NETS, TINY
 
 from kdcli import BadInput, plan, yamlfile
 from kdcli.config import Data, Experiment
-from kdcli.data import Dataset, Split, open_dataset
+from kdcli.data.dataset import Dataset, Split, open_dataset
 from kdcli.plan import Job
-from kdcli.runs import Facts, Places, Run
+from kdcli.runs.directory import Places, Run
+from kdcli.runs.spec import Facts
 from kdcli.yamlfile import parse_set
 
 DIGITS = open_dataset(Data(name="digits", heldout=200))

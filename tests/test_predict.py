@@ -10,9 +10,10 @@ from conftest import Shell, kd_here
 from PIL import Image
 from test_export import DIGITS, Own, find, wanted
 
-from kdcli import BadInput, config, export
-from kdcli.predict import Predictions, predict, read_image
-from kdcli.teacher import dataset_of, nets
+from kdcli import BadInput, config
+from kdcli.teachers.teacher import dataset_of, nets
+from kdcli.use import export
+from kdcli.use.predict import Predictions, predict, read_image
 
 DIGIT = np.kron(DIGITS.test.store[3, 0].numpy(), np.ones((10, 10), np.uint8)) * 15  # light on dark, 80 x 80
 RESAMPLING = Image.Resampling.NEAREST

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 from conftest import Shell, kd_here
 
-from kdcli import cli, runs
-from kdcli.runs import Run, State, open_run
+from kdcli import cli
+from kdcli.runs import directory
+from kdcli.runs.directory import STATES, Run, State, open_run
 
 LIMIT = 120.0  # seconds that nothing takes: against hanging alone
 EPOCHS = 30
@@ -30,7 +31,9 @@ WHOLE = ["tiny.yaml", "own.yaml"]  # a perceptron; BatchNorm and nn.Dropout; bot
 
 # Each process is forked from one that has imported everything, which takes seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "kdcli.engine", "kdcli.page", "sklearn.model_selection", "torch._dynamo"])
+FORKS.set_forkserver_preload(
+    ["pytest", "kdcli.training.engine", "kdcli.report.page", "sklearn.model_selection", "torch._dynamo"]
+)
 
 
 Prepare = Callable[[pytest.MonkeyPatch], None]
@@ -124,7 +127,7 @@ def slow_ending(patch: pytest.MonkeyPatch) -> None:
                 time.sleep(LIMIT)
 
     stopping(patch)
-    patch.setattr(runs, "failure", end)
+    patch.setattr(directory, "failure", end)
 
 
 def no_big_files(patch: pytest.MonkeyPatch) -> None:
@@ -288,7 +291,7 @@ def test_a_damaged_state_is_noted_and_the_one_before_is_used(
     shell = Shell(tmp_path)
     with stopped(shell):
         pass
-    states = [the_run(tmp_path) / name for name in runs.STATES]
+    states = [the_run(tmp_path) / name for name in STATES]
     for path in states if harm == "both" else states[:1]:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1

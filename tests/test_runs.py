@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli import BadInput, runs
+from kdcli import BadInput
 from kdcli.config import Data, Distill, Model, Train
-from kdcli.runs import Counted, Epoch, Facts, Result, Run, Spec, State, Unfinished
+from kdcli.runs import directory
+from kdcli.runs.directory import STATES, Run, State, find_folder, list_runs, open_run, write_aside
+from kdcli.runs.spec import TEACHERS, Counted, Epoch, Facts, Result, Spec, Unfinished, differences, settings
+from kdcli.runs.survey import dependents, remove, survey
 
 FACTS = Facts(fingerprint="1f", classes=["cat", "dog"], shape=[3, 6, 9], white=255)
 SPEC = Spec(
@@ -139,18 +142,18 @@ def test_a_finished_run_holds_everything_and_reads_back(tmp_path: Path, monkeypa
     }
     assert {path.name for path in run.path.iterdir()} == names
     assert run.status() == "completed"
-    again = runs.open_run(tmp_path, run.name)
+    again = open_run(tmp_path, run.name)
     assert again.spec == SPEC
     assert again.metrics() == [epoch(1), epoch(2)]
     assert again.result().test.errors == 1
     assert set(again.result().sha256) == {"weights.safetensors", "metrics.jsonl"}
     assert torch.equal(again.load("weights")["w"], torch.arange(6.0).view(2, 3))
-    assert runs.open_run(tmp_path, str(run.path)).name == run.name
-    assert runs.open_run(tmp_path, run.name[:-3]).name == run.name
+    assert open_run(tmp_path, str(run.path)).name == run.name
+    assert open_run(tmp_path, run.name[:-3]).name == run.name
     record = json.loads((run.path / "environment.json").read_text())
     assert {"torch", "python", "device", "threads", "command_line", "git_commit", "started"} <= record.keys()
     monkeypatch.chdir(tmp_path.parent)
-    assert runs.open_run(Path(tmp_path.name), run.name).root == tmp_path
+    assert open_run(Path(tmp_path.name), run.name).root == tmp_path
 
 
 def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
@@ -248,7 +251,7 @@ def test_a_run_continues_only_from_the_weights_that_its_teacher_had(tmp_path: Pa
     assert (run.status(), run.read().parents) == ("interrupted", {SPEC.name: "aa"})
     with run.writing("cpu", 1, {SPEC.name: "aa"}):
         assert run.load_state(pytest.fail).epochs == 1
-        for name in runs.STATES:
+        for name in STATES:
             (run.path / name).unlink(missing_ok=True)
     with run.writing("cpu", 1, {SPEC.name: "bb"}):  # nothing to continue from: all of it is made anew
         assert run.read().parents == {SPEC.name: "bb"}
@@ -268,9 +271,9 @@ def test_a_report_inside_a_run_is_no_obstacle(tmp_path: Path) -> None:
     (run.path / "report" / "index.html").write_text("<html>")
     assert finished(tmp_path).status() == "completed"
     assert (run.path / "report" / "index.html").exists()
-    (listed,) = runs.survey(tmp_path)
+    (listed,) = survey(tmp_path)
     assert (listed.run, listed.status) == (run.name, "completed")
-    runs.remove([run.path])
+    remove([run.path])
     assert not list(tmp_path.iterdir())
 
 
@@ -280,7 +283,7 @@ def test_a_report_inside_a_run_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_and_kill_9_leaves_no_lock(tmp_path: Path) -> None:
     run = Run(tmp_path, SPEC)
     code = (
-        "import pathlib, sys, time; from kdcli.runs import Run, Spec\n"
+        "import pathlib, sys, time; from kdcli.runs.directory import Run; from kdcli.runs.spec import Spec\n"
         "run = Run(pathlib.Path(sys.argv[1]), Spec.model_validate_json(sys.argv[2]))\n"
         "with run.writing('cpu', 1, {}): print('held', flush=True); time.sleep(60)\n"
     )
@@ -311,13 +314,13 @@ def test_who_only_looks_refuses_no_writer(tmp_path: Path) -> None:
 def test_a_folder_that_is_removed_while_its_lock_is_taken_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, hold = Run(tmp_path, SPEC), runs.hold
+    run, hold = Run(tmp_path, SPEC), directory.hold
 
     def hold_and_vanish(descriptor: int) -> bool:
         shutil.rmtree(run.path)
         return bool(hold(descriptor))
 
-    monkeypatch.setattr(runs, "hold", hold_and_vanish)
+    monkeypatch.setattr(directory, "hold", hold_and_vanish)
     with pytest.raises(BadInput, match="is being written by another kd"):
         finished(tmp_path)
     assert run.status() == "missing"
@@ -375,7 +378,7 @@ def test_a_later_kd_whose_results_say_more_finds_these_whole(tmp_path: Path) -> 
         more: int = 0
 
     found = finished(tmp_path).result()
-    assert runs._checksum(Later.model_validate(found.model_dump())) == found.checksum
+    assert Later.model_validate(found.model_dump()).digest() == found.checksum
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "schema: 2", "!!python/object/apply:os.getcwd []", "\x00", "3"])
@@ -385,7 +388,7 @@ def test_a_damaged_config_is_refused(content: str, tmp_path: Path) -> None:
     with pytest.raises(
         BadInput, match=r"config.yaml: is missing, damaged, or of another run: remove it, kd runs rm .*, and train it"
     ):
-        runs.open_run(tmp_path, run.name)
+        open_run(tmp_path, run.name)
 
 
 def test_runs_of_before_are_refused_in_one_line_and_listed_as_damaged(tmp_path: Path) -> None:
@@ -394,20 +397,20 @@ def test_runs_of_before_are_refused_in_one_line_and_listed_as_damaged(tmp_path: 
     (folder / "config.yaml").write_text("experiment: exp\ncommand: train-teacher\nseed: 0\nsettings: {}\nparents: []\n")
     (folder / "result.json").write_text('{"status": "completed", "test": {"errors": 3}}')
     with pytest.raises(BadInput) as error:
-        runs.open_run(tmp_path, "exp/train-teacher/0-1234567890")
+        open_run(tmp_path, "exp/train-teacher/0-1234567890")
     assert error.value.lines == (
         f"{folder}/config.yaml: is of another kd (its runs have schema 1, this one's 2): "
         f"remove it, kd runs rm exp/train-teacher/0-1234567890 --runs-dir {tmp_path}, and train it again",
     )
-    (listed,) = runs.survey(tmp_path)
+    (listed,) = survey(tmp_path)
     assert (listed.run, listed.status, listed.errors) == ("exp/train-teacher/0-1234567890", "damaged", None)
     notes: list[str] = []
-    assert runs.list_runs(tmp_path, "exp", runs.TEACHERS, notes.append) == []
+    assert list_runs(tmp_path, "exp", TEACHERS, notes.append) == []
     assert notes == [f"left out: {error.value}"]
     later = folder / "config.yaml"
     later.write_text(later.read_text() + "schema: 3\n")
     with pytest.raises(BadInput, match="its runs have schema 3, this one's 2"):
-        runs.open_run(tmp_path, "exp/train-teacher/0-1234567890")
+        open_run(tmp_path, "exp/train-teacher/0-1234567890")
 
 
 def test_a_run_whose_code_is_gone_is_still_read(tmp_path: Path) -> None:
@@ -416,7 +419,7 @@ def test_a_run_whose_code_is_gone_is_still_read(tmp_path: Path) -> None:
     spec = changed(code="a", model=Model(name=f"{own}:make"), data=Data(function=f"{own}:load"))
     run = finished(tmp_path / "runs", spec)
     own.unlink()
-    assert runs.open_run(tmp_path / "runs", run.name).spec == spec
+    assert open_run(tmp_path / "runs", run.name).spec == spec
 
 
 def test_a_renamed_or_edited_run_is_refused(tmp_path: Path) -> None:
@@ -424,35 +427,35 @@ def test_a_renamed_or_edited_run_is_refused(tmp_path: Path) -> None:
     config = run.path / "config.yaml"
     config.write_text(config.read_text().replace("seed: 3", "seed: 4"))
     with pytest.raises(BadInput, match=r"config.yaml: is missing, damaged, or of another run"):
-        runs.open_run(tmp_path, run.name)
+        open_run(tmp_path, run.name)
     with pytest.raises(BadInput, match="there is no such run"):
-        runs.open_run(tmp_path, "exp/train-teacher/9-0000000000")
+        open_run(tmp_path, "exp/train-teacher/9-0000000000")
 
 
 def test_the_beginning_of_a_name_must_be_of_one_run(tmp_path: Path) -> None:
     finished(tmp_path)
     finished(tmp_path, changed(model=Model(hidden=[5])))
     with pytest.raises(BadInput) as error:
-        runs.open_run(tmp_path, "exp/train-teacher/3-", "--teacher")
+        open_run(tmp_path, "exp/train-teacher/3-", "--teacher")
     assert error.value.lines[0] == "--teacher exp/train-teacher/3-: is the beginning of 2 runs:"
     assert len(error.value.lines) == 3
     with pytest.raises(BadInput, match="is a group of runs: name one of them"):
-        runs.open_run(tmp_path, "exp/train-teacher")
+        open_run(tmp_path, "exp/train-teacher")
     other = finished(tmp_path / "other")
     with pytest.raises(BadInput, match=f"lies outside the runs folder: add --runs-dir {tmp_path / 'other'}"):
-        runs.open_run(tmp_path, str(other.path))
+        open_run(tmp_path, str(other.path))
 
 
 def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
-    runs.write_aside(path, b"old")
+    write_aside(path, b"old")
 
     def broken(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output") as error:
-        runs.write_aside(path, b"new, and longer", keep=tmp_path / "kept")
+        write_aside(path, b"new, and longer", keep=tmp_path / "kept")
     assert error.value.filename == str(path)
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
     assert path.read_bytes() == b"old"
@@ -465,7 +468,7 @@ def test_a_survey_says_how_far_each_run_is(tmp_path: Path) -> None:
     done, begun = finished(tmp_path, errors=4), interrupted(tmp_path, STUDENT, {SPEC.name: "aa"})
     (tmp_path / "exp" / "baseline" / "0-0000000000").mkdir(parents=True)
     (tmp_path / "exp" / "report").mkdir()
-    found = {listed.run: listed for listed in runs.survey(tmp_path)}
+    found = {listed.run: listed for listed in survey(tmp_path)}
     assert [(found[run.name].status, found[run.name].errors) for run in (done, begun)] == [
         ("completed", 4),
         ("interrupted", None),
@@ -475,21 +478,21 @@ def test_a_survey_says_how_far_each_run_is(tmp_path: Path) -> None:
     assert len(found) == 3
     assert found[done.name].bytes_ == sum(file.stat().st_size for file in done.path.iterdir())
     assert 0 <= found[done.name].age_s < 60
-    assert runs.dependents(list(found.values()), [done.name]) == [begun.name]
-    assert runs.dependents(list(found.values()), [done.name, begun.name]) == []
+    assert dependents(list(found.values()), [done.name]) == [begun.name]
+    assert dependents(list(found.values()), [done.name, begun.name]) == []
 
 
 def test_removal_takes_all_or_nothing(tmp_path: Path) -> None:
     one, other = finished(tmp_path), interrupted(tmp_path, STUDENT)
-    folders = [runs.find_folder(tmp_path, name) for name in (one.name, one.name[:-3], str(other.path))]
+    folders = [find_folder(tmp_path, name) for name in (one.name, one.name[:-3], str(other.path))]
     assert folders == [one.path, one.path, other.path]
     folders = folders[1:]
     with (other.path / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as the kd that trains it does
         with pytest.raises(BadInput, match="is being written by a kd: stop that first; nothing was removed"):
-            runs.remove(folders)
+            remove(folders)
     assert one.status() == "completed"
-    runs.remove(folders)
+    remove(folders)
     assert not list(tmp_path.iterdir())
 
 
@@ -501,15 +504,15 @@ def test_only_whole_runs_are_removed(name: str, tmp_path: Path) -> None:
         name = "exp/train-teacher/0-linked"
         (tmp_path / "runs" / name).symlink_to(run.path)
     with pytest.raises(BadInput, match=r"there is no such run|lies outside the runs folder|is a group of runs"):
-        runs.find_folder(tmp_path / "runs", name)
+        find_folder(tmp_path / "runs", name)
 
 
 def test_differences_name_the_key_and_both_values() -> None:
     other = changed(seed=1, train=Train(epochs=5, lr=0.1), distill=Distill(T=4, lambda1=0.9, lambda2=0.1))
-    found = runs.differences(runs.settings(SPEC), runs.settings(other))
+    found = differences(settings(SPEC), settings(other))
     distill = "{'T': 4.0, 'lambda1': 0.9, 'lambda2': 0.1, 'loss': 'kd', 'standardize': False, 'warmup': 0.0, "
     distill += "'t_squared': True, 'half': False}"
     assert found == [f"distill {distill} instead of none", "train.epochs 5 instead of 2"]
-    assert runs.differences({"seed": 0, "a": 1}, {"seed": 1}) == ["no a instead of 1", "seed 1 instead of 0"]
+    assert differences({"seed": 0, "a": 1}, {"seed": 1}) == ["no a instead of 1", "seed 1 instead of 0"]
     renamed = changed(dataset=FACTS.model_copy(update={"fingerprint": "22"}))
-    assert runs.differences(runs.settings(SPEC), runs.settings(renamed)) == ["data.content 22 instead of 1f"]
+    assert differences(settings(SPEC), settings(renamed)) == ["data.content 22 instead of 1f"]

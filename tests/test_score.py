@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdcli import score
-from kdcli.runs import Counted
+from kdcli.runs.spec import Counted
 
 
 def random(seed: int, n: int = 200, classes: int = 10) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kdcli import BadInput, BadKeys, images, sources
+from kdcli import BadInput, BadKeys
 from kdcli.config import Data
-from kdcli.data import Dataset, open_dataset
+from kdcli.data import images, sources
+from kdcli.data.dataset import Dataset, open_dataset
 
 Picture = Callable[..., Path]
 

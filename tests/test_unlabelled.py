@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdcli import BadInput, estimate
+from kdcli import BadInput
 from kdcli.config import Data
-from kdcli.data import Split, open_dataset
-from kdcli.runs import Run, open_run
-from kdcli.teacher import cached, dataset_of, kept_logits, live, logits_of
+from kdcli.data.dataset import Split, open_dataset
+from kdcli.runs.directory import Run, open_run
+from kdcli.teachers.teacher import cached, dataset_of, kept_logits, live, logits_of
+from kdcli.training import estimate
 
 CPU, EXTRA = torch.device("cpu"), 30
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]

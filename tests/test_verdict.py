@@ -6,11 +6,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdcli import results
-from kdcli.results import Against, Document
-from kdcli.runs import Counted
+from kdcli.evidence import results
+from kdcli.evidence.results import Against, Document
+from kdcli.evidence.verdict import Judged, Verdict, against, corrected, holm, paired, seeds_to_settle, spread
+from kdcli.runs.spec import Counted
 from kdcli.score import Quality
-from kdcli.verdict import Judged, Verdict, against, corrected, holm, paired, seeds_to_settle, spread
 
 
 def judged(*pairs: tuple[int, int]) -> Verdict:

@@ -17,17 +17,20 @@ from conftest import Shell, kd_here
 from test_resume import Forked
 from torch import Tensor, nn
 
-from kdcli import BadInput, estimate, kept, train
-from kdcli.augment import Fixed, Views
+from kdcli import BadInput
 from kdcli.config import Distill, Model, Train
-from kdcli.data import Dataset, Split, open_dataset
-from kdcli.device import seeded
-from kdcli.fit import fit
-from kdcli.kept import kept_views
-from kdcli.models import MLP
+from kdcli.data.augment import Fixed, Views
+from kdcli.data.dataset import Dataset, Split, open_dataset
+from kdcli.machine.device import seeded
+from kdcli.nets.models import MLP
 from kdcli.plan import plan
-from kdcli.runs import Places, Run, Spec, State, open_run
-from kdcli.teacher import Teacher, nets
+from kdcli.runs.directory import Places, Run, State, open_run
+from kdcli.runs.spec import Spec
+from kdcli.teachers import kept
+from kdcli.teachers.kept import kept_views
+from kdcli.teachers.teacher import Teacher, nets
+from kdcli.training import estimate, train
+from kdcli.training.fit import fit
 from kdcli.yamlfile import load, parse_set
 
 CPU, K, N = torch.device("cpu"), 3, 1297

@@ -45,17 +45,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from kdcli import BadInput, augment, yamlfile
-from kdcli import fit as training
+from kdcli import BadInput, yamlfile
 from kdcli.config import Data, Distill, Model, Section, Train
-from kdcli.data import Split, open_dataset
-from kdcli.device import seeded
-from kdcli.fit import Fitted, fit, make_optimizer
-from kdcli.models import MLP, build
+from kdcli.data import augment
+from kdcli.data.dataset import Split, open_dataset
+from kdcli.machine.device import seeded
+from kdcli.nets.models import MLP, build
 from kdcli.plan import plan
-from kdcli.runs import SAVE_EVERY, Epoch, Facts, Places, Run, Spec, State
-from kdcli.teacher import Teacher, predict
-from kdcli.train import train as train_run
+from kdcli.runs.directory import SAVE_EVERY, Places, Run, State
+from kdcli.runs.spec import Epoch, Facts, Spec
+from kdcli.teachers.teacher import Teacher, predict
+from kdcli.training import fit as training
+from kdcli.training.fit import Fitted, fit, make_optimizer
+from kdcli.training.train import train as train_run
 from kdcli.yamlfile import Override
 
 STEPS, BATCH, CLASSES, SHAPE = 30, 128, 10, [1, 28, 28]

@@ -14,13 +14,13 @@ from itertools import pairwise
 
 import torch
 
-from kdcli import distributed
 from kdcli.config import Model, Train
-from kdcli.data import Split
-from kdcli.device import place, seeded
-from kdcli.fit import fit
-from kdcli.models import build
-from kdcli.runs import Facts
+from kdcli.data.dataset import Split
+from kdcli.machine import distributed
+from kdcli.machine.device import place, seeded
+from kdcli.nets.models import build
+from kdcli.runs.spec import Facts
+from kdcli.training.fit import fit
 
 CORES, ROUNDS, EPOCHS, STEPS, BATCH = os.cpu_count() or 1, 3, 4, 4, 128
 CASES = {

@@ -36,18 +36,20 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from kdcli import cache, nets, sources
 from kdcli.config import Data, Distill, Experiment, Model, Origin, Train
-from kdcli.data import Dataset, Split, open_dataset
-from kdcli.device import place, seeded
-from kdcli.fit import fit
-from kdcli.imports import imported
-from kdcli.models import Normalised, build
+from kdcli.data import cache, sources
+from kdcli.data.dataset import Dataset, Split, open_dataset
+from kdcli.evidence.verdict import paired
+from kdcli.machine.device import place, seeded
+from kdcli.nets import resnets
+from kdcli.nets.models import Normalised, build
 from kdcli.plan import plan
-from kdcli.runs import Facts, Places
-from kdcli.teacher import Teacher, predict
-from kdcli.train import train
-from kdcli.verdict import paired
+from kdcli.runs.directory import Places
+from kdcli.runs.spec import Facts
+from kdcli.teachers.imports import imported
+from kdcli.teachers.teacher import Teacher, predict
+from kdcli.training.fit import fit
+from kdcli.training.train import train
 
 BATCH, STEPS, CPU = 128, 8, torch.device("cpu")
 SOFT = {"T": 4, "lambda1": 0.9, "lambda2": 0.1}
@@ -66,7 +68,7 @@ def student() -> nn.Module:
 
 def bare(images: Split) -> Iterator[None]:
     """The same net and optimizer on one batch that is ready."""
-    net, x, y = nets.build("resnet8", 3, 10), images.inputs(torch.arange(BATCH)), images.labels[:BATCH]
+    net, x, y = resnets.build("resnet8", 3, 10), images.inputs(torch.arange(BATCH)), images.labels[:BATCH]
     optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9, fused=True)
     while True:
         for _ in range(STEPS):
@@ -111,7 +113,7 @@ def naive(folder: Path, teacher: nn.Module, augment: bool) -> Iterator[None]:
     normalise = transforms.Normalize([0.5] * 3, [0.25] * 3)
     whole = ImageFolder(str(folder / "train"), transforms.Compose([*views, transforms.ToTensor(), normalise]))
     part = torch.utils.data.Subset(whole, torch.randperm(len(whole))[: STEPS * BATCH].tolist())
-    net = nets.build("resnet8", 3, 10)
+    net = resnets.build("resnet8", 3, 10)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9)
     while True:
         net.train()
@@ -130,7 +132,7 @@ def naive(folder: Path, teacher: nn.Module, augment: bool) -> Iterator[None]:
 
 def of_steps(dataset: Dataset, folder: Path, rounds: int) -> Iterator[str]:
     images = dataset.train.at(torch.randperm(len(dataset.train))[: STEPS * BATCH])
-    big = nets.build("resnet56", 3, 10).eval().requires_grad_(False)
+    big = resnets.build("resnet56", 3, 10).eval().requires_grad_(False)
     seen = place(Normalised(copy.deepcopy(big), [0.5], [0.25]).eval(), CPU)
     arms = {
         "bare": bare(images),
@@ -153,7 +155,7 @@ def of_steps(dataset: Dataset, folder: Path, rounds: int) -> Iterator[str]:
 
 def start(folder: Path, cache: str, threads: int) -> float:
     """In a process of its own: seconds to open a folder, imports apart."""
-    with mock.patch.dict(os.environ, XDG_CACHE_HOME=cache), mock.patch("kdcli.images.cores", return_value=threads):
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=cache), mock.patch("kdcli.data.images.cores", return_value=threads):
         began = time.perf_counter()
         open_dataset(Data(folder=str(folder)))
         return time.perf_counter() - began

@@ -33,15 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import BadInput, failure, yamlfile
-from kdcli import fit as training
 from kdcli.config import Data, Distill, Network, Train
-from kdcli.data import Split, open_dataset
-from kdcli.device import place, seeded, select_device
-from kdcli.fit import NOTHING, Fitted, fit
-from kdcli.models import build
-from kdcli.runs import Facts, State
+from kdcli.data.dataset import Split, open_dataset
+from kdcli.machine.device import place, seeded, select_device
+from kdcli.nets.models import build
+from kdcli.runs.directory import State
+from kdcli.runs.spec import Facts
 from kdcli.score import count_errors
-from kdcli.teacher import Teacher, predict
+from kdcli.teachers.teacher import Teacher, predict
+from kdcli.training import fit as training
+from kdcli.training.fit import NOTHING, Fitted, fit
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -11,8 +11,8 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 
-from kdcli import show
-from kdcli.results import Document, Summary
+from kdcli.evidence.results import Document, Summary
+from kdcli.report import show
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RECORD = EXPERIMENTS / "results"

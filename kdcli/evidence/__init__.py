@@ -1,0 +1,1 @@
+"""What finished runs say together: rows, tests over seeds, comparisons."""

@@ -1,0 +1,1 @@
+"""Nets: built for a shape of images and a number of classes."""

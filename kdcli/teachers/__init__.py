@@ -1,0 +1,1 @@
+"""Teachers: whatever gives logits, runs of kd or trained elsewhere."""

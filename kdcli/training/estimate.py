@@ -1,0 +1,97 @@
+"""How long trainings take on this machine, from a few timed steps of each kind."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from kdcli import code
+from kdcli.config import Model, Train
+from kdcli.data.augment import AUGMENTATION, different_views
+from kdcli.data.dataset import Dataset, Split
+from kdcli.machine.device import place, seeded
+from kdcli.nets.models import build
+from kdcli.runs.directory import Places
+from kdcli.runs.spec import Spec
+from kdcli.teachers.teacher import Teacher, predict
+from kdcli.training.fit import fit
+
+Times = tuple[float, float, float]
+ENOUGH = 0.3  # seconds of steps that are timed
+
+
+@code.quiet()
+def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, places: Places) -> dict[str, float]:
+    """The seconds that the training of each spec takes, by name; `known` are the specs of their parents. Kinds that
+    differ in the numbers of a recipe alone are timed once."""
+    torch.set_num_threads(places.threads)
+    by_name, timed, found = {spec.name: spec for spec in known}, dict[str, Times](), {}
+    asked = set[str]()
+    for spec in (s for s in specs if s.model and s.train):
+        model, train = spec.trained
+        live = spec.distill and train.augmented
+        teacher = [s.model for s in _members(by_name, spec.parents[0]) if s.model] if live else []
+        how = train.model_dump(include={"batch_size", "optimizer", "ema", "crop", "cutout", "mixup"})
+        asks = spec.distill and (bool(spec.distill.views), spec.distill.loss)
+        kind = repr((model, how, train.augmented, asks, teacher))
+        if kind not in timed:
+            timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
+        a_step, an_image, a_view = timed[kind]
+        steps = train.steps(len(dataset.seen(spec)))
+        found[spec.name] = train.epochs * (steps * a_step + len(dataset.test) * an_image)
+        views = min(spec.distill.views or 0, different_views(train)) if spec.distill else 0
+        kept = repr((spec.parents, views, train.model_dump(include=AUGMENTATION)))
+        if kept not in asked:  # once for all students of this teacher
+            found[spec.name] += views * (len(dataset.train) + len(dataset.unlabelled or ())) * a_view
+            asked.add(kept)
+    return found
+
+
+def _members(by_name: dict[str, Spec], name: str) -> list[Spec]:
+    """The spec of a run, or those of an ensemble's members; none of a run that is not planned."""
+    if name not in by_name:
+        return []
+    spec = by_name[name]
+    return [by_name[parent] for parent in spec.parents if parent in by_name] if spec.command == "ensemble" else [spec]
+
+
+def _timed(
+    model: Model, train: Train, spec: Spec, taught_by: Sequence[Model], dataset: Dataset, device: torch.device
+) -> Times:
+    """Seconds of a step; of an image that errors are counted on; and of a view that is kept."""
+    images = dataset.train.at(torch.zeros(train.batch_size, dtype=torch.int64)).to(device)
+    short = train.model_copy(update={"epochs": 1, "warmup": 0.0, "milestones": [1]})
+    logits = torch.zeros(1, train.batch_size, len(dataset.facts.classes), device=device)
+    with seeded(0, "estimate"):
+        net = place(build(model, dataset.facts), device)
+        nets = [place(build(m, dataset.facts), device).eval().requires_grad_(False) for m in taught_by]
+        live = Teacher(lambda _, x: torch.stack([teacher(x) for teacher in nets]))
+        asked = nets if spec.distill and spec.distill.views else []
+        teacher = live if nets and not asked else Teacher(lambda index, _: logits[:, index])
+        times = list[float]()
+        while len(times) < 3 or (sum(times) < ENOUGH and len(times) < 30):  # the first one warms up
+            start = time.perf_counter()
+            next(fit(net, images, short, 0, teacher=teacher if spec.distill else None, distill=spec.distill))
+            times.append(time.perf_counter() - start)
+        _an_image(asked, images)  # the first one warms up
+        return sorted(times[1:])[len(times) // 2 - 1], _an_image([net], images), _an_image(asked, images)
+
+
+def _an_image(nets: Sequence[nn.Module], images: Split) -> float:
+    """Seconds in which nets classify an image."""
+    start = time.perf_counter()
+    for net in nets:
+        predict(net, images).cpu()
+    return (time.perf_counter() - start) / len(images)
+
+
+def cheaper(specs: Sequence[Spec], dataset: Dataset) -> str:
+    """What to say where the teacher of a training is asked live and kept views would ask it less; else empty."""
+    for spec in (s for s in specs if s.distill and not s.distill.views):
+        train, images = spec.trained[1], len(dataset.transfer_set(spec.omitted, spec.data.transfer))
+        k = int(min(8, different_views(train)))
+        if train.augmented and not train.mixup and k * len(dataset.train) < train.epochs * images:
+            every = f"the teacher is asked about every image in every epoch, {train.epochs} passes"
+            return f"{every}; --set distill.views={k} would keep {k} views of each: {k} passes"
+    return ""

@@ -1,0 +1,1 @@
+"""A finished net in use: exported, or asked about images."""
