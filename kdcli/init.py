@@ -1,6 +1,7 @@
 """`kd init` looks at a folder of images and writes the experiment file that fits it."""
 
 import json
+import os
 import re
 import unicodedata
 from functools import partial
@@ -29,7 +30,7 @@ from kdcli.training.estimate import seconds
 from kdcli.yamlfile import Loader
 
 SEEN = 300_000  # images in a training: a first answer within hours on two cores
-SIZES = (32, 64)  # pixels; the second where the images are much larger than the first
+SIZES = (32, 64)  # pixels; the second, four times the time, on a GPU where the images are much larger
 
 
 class Look(NamedTuple):
@@ -63,7 +64,7 @@ class Look(NamedTuple):
 
 def experiment_file(path: Path, teacher: str, student: str, places: Places) -> str:
     """A commented experiment file for a folder of images: its nets, sizes, epochs and time. Raises BadInput."""
-    look, name = _look(path), unicodedata.normalize("NFKD", path.absolute().name)
+    look, name = _look(path, places.device != "cpu"), unicodedata.normalize("NFKD", Path(os.path.abspath(path)).name)
     name = re.sub(r"[^A-Za-z0-9]+", "-", "".join(c for c in name if not unicodedata.combining(c)))
     text = Path(__file__).with_name("init.yaml").read_text()
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
@@ -73,7 +74,7 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
         template.render,
         look=look,
         name=name.strip("-") or "photos",
-        path=dumps(str(path.absolute())),
+        path=dumps(os.path.abspath(path)),
         omitted=dumps(look.folder.classes[0]),
         teacher=json.dumps(teacher),
         student=json.dumps(student),
@@ -92,8 +93,9 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
     return str(render(time=f"about {duration(spent)} on this machine ({places.device}{several})"))
 
 
-def _look(path: Path) -> Look:
-    """Read the headers of all images of a folder. Raises BadInput."""
+def _look(path: Path, fast: bool) -> Look:
+    """Read the headers of all images of a folder, and choose a size for a machine that is fast or not. Raises
+    BadInput."""
     folder = list_folder(path)
     found = headers([file for file, _ in (*folder.train, *folder.test)])
     train, test = (torch.tensor([c for _, c in part], dtype=torch.int64) for part in (folder.train, folder.test))
@@ -104,7 +106,7 @@ def _look(path: Path) -> Look:
         test, train = train[at], train[~torch.isin(torch.arange(len(train)), at)]
     look = Look(folder, found, train, test, None, notes)
     alike = len({(one.width, one.height) for one in found}) == 1 and found[0].width == found[0].height <= SIZES[1]
-    return look if alike else look._replace(size=min(SIZES[look.median > 1.5 * SIZES[0]], round(look.median)))
+    return look if alike else look._replace(size=min(SIZES[fast and look.median > 1.5 * SIZES[0]], round(look.median)))
 
 
 def _cost(name: str, facts: Facts) -> str:

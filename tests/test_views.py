@@ -417,17 +417,21 @@ def planned(folder: Path, *sets: str) -> tuple[list[Spec], Dataset]:
     ("more", "hint"),
     [
         (
-            ["student.train.flip=true", "student.train.epochs=3"],
-            "3 passes; --set distill.views=2 would keep 2 views of each: 2 passes",
+            ["student.train.flip=true", "student.train.epochs=4"],
+            "4 passes; --set distill.views=2 would keep 2 views of each: 2 passes",
         ),
-        (["student.train.flip=true", "student.train.epochs=2"], ""),
+        (["student.train.flip=true", "student.train.epochs=3"], ""),
         (
-            ["student.train.crop=0.8", "student.train.epochs=9"],
-            "9 passes; --set distill.views=8 would keep 8 views of each: 8 passes",
+            ["student.train.crop=0.8", "student.train.epochs=16"],
+            "16 passes; --set distill.views=8 would keep 8 views of each: 8 passes",
         ),
-        (["student.train.crop=0.8", "student.train.epochs=9", "data.transfer=1000"], ""),  # the views are of all images
-        (["student.train.crop=0.8", "student.train.mixup=0.5", "student.train.epochs=9"], ""),
-        (["student.train.flip=true", "student.train.epochs=3", "distill.views=2"], ""),
+        (["student.train.crop=0.8", "student.train.epochs=15"], ""),
+        (
+            ["student.train.crop=0.8", "student.train.epochs=16", "data.transfer=1000"],
+            "",
+        ),  # the views are of all images
+        (["student.train.crop=0.8", "student.train.mixup=0.5", "student.train.epochs=16"], ""),
+        (["student.train.flip=true", "student.train.epochs=4", "distill.views=2"], ""),
         (["student.train.epochs=9"], ""),
     ],
 )
@@ -438,7 +442,7 @@ def test_a_hint_where_kept_views_would_ask_less(folder: Path, more: list[str], h
 
 
 def test_the_hint_is_told_once_on_stderr(folder: Path) -> None:
-    flip = ["--set", "student.train.flip=true", "--epochs", "3", "--jobs", "1"]
+    flip = ["--set", "student.train.flip=true", "--epochs", "4", "--jobs", "1"]
     done = kd_here(folder, "distill", "tiny.yaml", "--json", "--no-baseline", *flip)
     assert done.code == 0, done.err
     assert done.err.count("--set distill.views=2") == 1

@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from kdcli import BadInput, yamlfile
+from kdcli import BadInput, cores, yamlfile
 from kdcli.config import Data, Distill, Model, Section, Train
 from kdcli.data import augment
 from kdcli.data.dataset import Split, open_dataset
@@ -519,7 +519,7 @@ def report(rounds: int) -> Report:
     optimizers: tuple[Optimizer, ...] = ("sgd", "adam")
     results = [measure(case, optimizer, rounds) for case in CASES for optimizer in optimizers]
     return Report(
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        machine=f"{platform.machine()}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}",
         torch=torch.__version__,
         load_at_start=round(load, 2),
         contended=load > 0.5 or any(r.contended for r in results),

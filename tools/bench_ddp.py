@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 
+from kdcli import cores
 from kdcli.config import Model, Train
 from kdcli.data.dataset import Split
 from kdcli.machine import distributed
@@ -22,7 +23,7 @@ from kdcli.nets.models import build
 from kdcli.runs.spec import Facts
 from kdcli.training.fit import fit
 
-CORES, ROUNDS, EPOCHS, STEPS, BATCH = os.cpu_count() or 1, 3, 4, 4, 128
+CORES, ROUNDS, EPOCHS, STEPS, BATCH = cores(), 3, 4, 4, 128
 CASES = {
     "net B": (Model(hidden=[1200, 1200], dropout=0.5, input_dropout=0.2), [1, 28, 28]),
     "resnet8": (Model(name="resnet8"), [3, 32, 32]),

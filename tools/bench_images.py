@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from kdcli import cores
 from kdcli.config import Data, Distill, Experiment, Model, Origin, Train
 from kdcli.data import cache, sources
 from kdcli.data.dataset import Dataset, Split, open_dataset
@@ -162,7 +163,7 @@ def start(folder: Path, cache: str, threads: int) -> float:
 
 
 def of_starts(folder: Path) -> Iterator[str]:
-    for threads in (1, os.cpu_count() or 1):
+    for threads in (1, cores()):
         with tempfile.TemporaryDirectory() as cache:
             words = [sys.executable, __file__, str(folder), "--start", cache, str(threads)]
             first, second = (float(subprocess.check_output(words, stderr=subprocess.DEVNULL)) for _ in range(2))

@@ -7,17 +7,18 @@ the last one's end.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from kdcli import cores
+
 
 def train(runs: Path, trainings: int, epochs: int, *words: str) -> tuple[float, dict[str, bytes]]:
     """Seconds that so many trainings take together, and their weights."""
     call = [sys.executable, "-m", "kdcli", "train-teacher", "digits", "--seeds", f"0-{trainings - 1}", "--quiet"]
-    at_once = ["--jobs", str(os.cpu_count()), "--epochs", str(epochs), "--runs-dir", str(runs)]
+    at_once = ["--jobs", str(cores()), "--epochs", str(epochs), "--runs-dir", str(runs)]
     subprocess.run([*call, *at_once, *words], check=True, stdout=subprocess.DEVNULL)
     began = min(path.stat().st_mtime for path in runs.glob("*/*/*/config.yaml"))
     ended = max(path.stat().st_mtime for path in runs.glob("*/*/*/result.json"))
@@ -33,7 +34,7 @@ def main() -> None:
         epochs = max(round(50 * seconds / json.loads(short.read_text())["seconds"]), 2)
         local, weights = train(folder / "processes", trainings, epochs)
         ray, same = train(folder / "ray", trainings, epochs, "--on", "ray")
-    print(f"{trainings} trainings of {epochs} epochs, {os.cpu_count()} at once")
+    print(f"{trainings} trainings of {epochs} epochs, {cores()} at once")
     print(f"processes {local:.1f} s, Ray {ray:.1f} s: {100 * (ray / local - 1):+.1f} %")
     print(f"weights {'equal' if weights == same else 'DIFFER'}, bit for bit")
 

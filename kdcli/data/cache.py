@@ -25,8 +25,8 @@ from rich.filesize import decimal
 from rich.progress import Progress
 
 from kdcli import BadInput, cache_folder, counted
-from kdcli.machine.cluster import Cluster
 from kdcli.data.images import T, Work, in_processes, open_image, refuse, to_bytes
+from kdcli.machine.cluster import Cluster
 
 SHARD = 10_000  # images that an interrupted kd decodes anew, at most; a task on a cluster
 Array = NDArray[Any]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kdcli import BadKeys
 from kdcli.config import Data
-from kdcli.runs.spec import Facts, Spec
 from kdcli.data.sources import listed, read, read_unlabelled, stratified
+from kdcli.runs.spec import Facts, Spec
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdcli import BadInput, BadKeys, code, failure
-from kdcli.data.cache import Array, Form, array_in, entry, fill, keep, room, written
 from kdcli.config import Data, nearest
+from kdcli.data.cache import Array, Form, array_in, entry, fill, keep, room, written
 from kdcli.data.images import TESTS, Folder, Labelled, headers, list_folder, list_images
 from kdcli.runs.spec import Facts
 

@@ -280,11 +280,11 @@ def _worst(documents: Sequence["Document"], classes: Sequence[str]) -> list[str]
 
 def planned(runs: Sequence["plan.Planned"]) -> Table:
     """What `--dry-run` shows of the runs of a command."""
-    sizes = [(f"{p.parameters:,}", f"{p.steps:,} x {p.batch_size}") if p.parameters else ("", "") for p in runs]
+    sizes = [(f"{p.parameters:,}", f"{p.steps:,}") if p.parameters else ("", "") for p in runs]
     rows = [[p.run, p.row, *size, p.status] for p, size in zip(runs, sizes, strict=True)]
     there = sum(p.status == "completed" for p in runs)
     title = f"{counted(len(runs), 'run')}, of which {there} {'is' if there == 1 else 'are'} completed"
-    return Table(title, ("run", "row", "parameters", "steps x batch", "status"), rows)
+    return Table(title, ("run", "row", "parameters", "steps", "status"), rows)
 
 
 def runs_table(listed: Sequence[Listed]) -> Table:

@@ -420,4 +420,3 @@ def orphaned(run: Run) -> str:
     """The members that an ensemble needs and that are gone; empty if all are there."""
     names = run.spec.parents if run.spec.command == "ensemble" else []
     return ", ".join(f"its member {name} is gone" for name in names if not (run.root / name).is_dir())
-

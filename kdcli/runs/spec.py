@@ -39,7 +39,6 @@ class Facts(Section):
         return bool(self.mean) and (model.hidden is None or self.table or self.given)
 
 
-
 class Spec(Section):
     """What a run is: all that its result depends on. `parents` are the names of the runs that it is made from."""
 
@@ -101,14 +100,12 @@ class Spec(Section):
         return self.model, self.train
 
 
-
 class Counted(Section):
     """Errors over all samples and by the class of the label."""
 
     errors: int
     total: int  # 0 of a teacher that has no answers for the test images
     per_class_errors: list[int]
-
 
 
 class Correction(Section):
@@ -120,7 +117,6 @@ class Correction(Section):
     per_class_errors: list[int]
 
 
-
 class Brief(Section):
     """Another run, in short."""
 
@@ -129,13 +125,11 @@ class Brief(Section):
     seed: int | None = None
 
 
-
 class Gain(Section):
     """Fewer errors of an ensemble than of its members."""
 
     best_member: int
     mean_member: float
-
 
 
 class Reading(Section):
@@ -146,7 +140,6 @@ class Reading(Section):
     classes: list[str] = []  # of its outputs, in the order that would explain its errors
     input: Input | None = None  # the normalisation that would
     warnings: list[str] = []
-
 
 
 class Epoch(Section):
@@ -162,7 +155,6 @@ class Epoch(Section):
     test_errors: int | None = None  # of some epochs, where there are more test images than it trains on
     seconds: float  # since the training began
     images_per_s: int
-
 
 
 class Result(Section):
@@ -209,7 +201,6 @@ class Result(Section):
         return f"{self.test.total:,} {self.evaluated_on}"
 
 
-
 class Unfinished(Section):
     """What result.json says while there is no result."""
 
@@ -218,8 +209,8 @@ class Unfinished(Section):
     parents: dict[str, str] = {}
     error: str | None = None
 
-RESULT = TypeAdapter[Result | Unfinished](Result | Unfinished)
 
+RESULT = TypeAdapter[Result | Unfinished](Result | Unfinished)
 
 
 def settings(spec: Spec) -> Settings:
@@ -242,7 +233,6 @@ def settings(spec: Spec) -> Settings:
     return kept | {"data": where | content}
 
 
-
 def data_settings(spec: Spec) -> dict[str, Any]:
     """What two runs must share to be compared: the images, and which of them are trained and counted on."""
     data: dict[str, Any] = settings(spec)["data"]
@@ -251,7 +241,6 @@ def data_settings(spec: Spec) -> dict[str, Any]:
     for key in ("transfer", "unlabelled"):
         data.pop(key, None)
     return data
-
 
 
 def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
@@ -265,11 +254,9 @@ def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[
             yield prefix + key, [v.get("command", v) if isinstance(v, dict) else v for v in (a, b)]
 
 
-
 def differences(wanted: Settings, found: Settings, prefix: str = "") -> list[str]:
     """`key found instead of wanted` for every setting in which two nested documents differ, by key."""
     return [
         f"{f'no {key}' if b is None else f'{key} {b}'} instead of {'none' if a is None else a}"
         for key, (a, b) in sorted(changes(wanted, found, prefix))
     ]
-

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from kdcli import BadInput
 from kdcli.config import Section
-from kdcli.runs.directory import run_in, hold
+from kdcli.runs.directory import hold, run_in
 from kdcli.runs.spec import COMMANDS, Status
 
 
@@ -77,4 +77,3 @@ def remove(folders: Sequence[Path]) -> None:
                     folder.parent.parent.rmdir()
         except OSError as error:
             raise BadInput(f"{error.filename}: cannot be removed: {error.strerror}") from None
-

@@ -87,11 +87,12 @@ def _an_image(nets: Sequence[nn.Module], images: Split) -> float:
 
 
 def cheaper(specs: Sequence[Spec], dataset: Dataset) -> str:
-    """What to say where the teacher of a training is asked live and kept views would ask it less; else empty."""
+    """What to say where the teacher of a training is asked live and kept views would ask it half as often or less; else
+    empty."""
     for spec in (s for s in specs if s.distill and not s.distill.views):
         train, images = spec.trained[1], len(dataset.transfer_set(spec.omitted, spec.data.transfer))
         k = int(min(8, different_views(train)))
-        if train.augmented and not train.mixup and k * len(dataset.train) < train.epochs * images:
+        if train.augmented and not train.mixup and 2 * k * len(dataset.train) <= train.epochs * images:
             every = f"the teacher is asked about every image in every epoch, {train.epochs} passes"
             return f"{every}; --set distill.views={k} would keep {k} views of each: {k} passes"
     return ""
