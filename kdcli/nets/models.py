@@ -62,7 +62,7 @@ class MLP(nn.Module):
 
 def dropped(x: Tensor, p: float) -> Tensor:
     """Dropout of a batch [N, ...], in place on a CPU."""
-    if has_torch_function_unary(x):  # several processes share the batch (kdcli.distributed)
+    if has_torch_function_unary(x):  # several processes share the batch (kdcli.machine.distributed)
         shared: Tensor = handle_torch_function(dropped, (x,), x, p)
         return shared
     if x.is_cuda:

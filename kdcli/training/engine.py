@@ -71,7 +71,7 @@ class _Worker:
     def __init__(self, places: Places) -> None:
         self.connection, theirs = Pipe()
         # -P and our own path: a file in the user's folder may be called random.py, or that folder hold another kd
-        same = f"import sys; sys.path[:] = {sys.path!r}; from kdcli.worker import main; main()"
+        same = f"import sys; sys.path[:] = {sys.path!r}; from kdcli.training.worker import main; main()"
         command = [sys.executable, "-P", "-c", same, str(theirs.fileno())]
         quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": 2}  # 2: what somebody's code prints
         # a group of its own: a Ctrl-C is for this process, which ends them
