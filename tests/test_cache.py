@@ -28,7 +28,8 @@ SLOWLY = """
 import sys, time
 from pathlib import Path
 from torch.utils.data._utils import worker
-from kdcli import cache, cli, images
+from kdcli import cli
+from kdcli.data import cache, images
 cache.SHARD, read, worker.MP_STATUS_CHECK_INTERVAL = 10, cache.open_image, 0.1
 
 def slow(file, least=0):
