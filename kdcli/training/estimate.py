@@ -70,7 +70,7 @@ def _timed(
         asked = nets if spec.distill and spec.distill.views else []
         teacher = live if nets and not asked else Teacher(lambda index, _: logits[:, index])
         times = list[float]()
-        while len(times) < 3 or (sum(times) < ENOUGH and len(times) < 30):  # the first one warms up
+        while len(times) < 2 or (sum(times) < ENOUGH and len(times) < 30):  # the first one warms up
             start = time.perf_counter()
             next(fit(net, images, short, 0, teacher=teacher if spec.distill else None, distill=spec.distill))
             times.append(time.perf_counter() - start)
