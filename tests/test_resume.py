@@ -22,6 +22,7 @@ import pytest
 from conftest import Shell, kd_here
 
 from kdcli import cli
+from kdcli.call import Call
 from kdcli.runs import directory
 from kdcli.runs.directory import STATES, Run, State, open_run
 
@@ -94,8 +95,8 @@ def nothing(_: pytest.MonkeyPatch) -> None:
 
 def eager(patch: pytest.MonkeyPatch) -> None:
     """Save the training state after every epoch, in workers too."""
-    places = cli.Call.places
-    patch.setattr(cli.Call, "places", lambda *call: places(*call)._replace(save_every=0.0))
+    places = Call.places
+    patch.setattr(Call, "places", lambda *call: places(*call)._replace(save_every=0.0))
 
 
 def after_two_states(patch: pytest.MonkeyPatch, then: Callable[[], None]) -> None:
