@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     ValidationInfo,
     model_validator,
@@ -177,7 +178,7 @@ class Model(Section):
     name: Annotated[str, AfterValidator(_net)] | None = Field(
         None, description="resnet8, wrn-40-2, torchvision:NAME, timm:NAME or FILE.py:FUNCTION(classes, channels, …)"
     )
-    args: dict[str, Any] = Field({}, description="arguments for the function or the library's net")
+    args: dict[str, JsonValue] = Field({}, description="arguments for the function or the library's net")
     pretrained: bool = Field(False, description="teachers only: use torchvision's or timm's weights")
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:

@@ -324,6 +324,8 @@ def find_teacher(places: Places, name: str) -> Run:
     if (kind := run.spec.command) not in TEACHERS:
         raise BadInput(f"--teacher {name}: is a {kind} run; a teacher is a train-teacher or ensemble run")
     run.result("a teacher")
+    if any(member.spec.command != "train-teacher" for member in members(run)):
+        raise BadInput(f"--teacher {name}: is an ensemble of baselines, which are no teachers")
     return run
 
 

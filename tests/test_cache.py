@@ -285,3 +285,15 @@ def test_shards_are_tasks_of_ray(photos: Path, whole: dict[str, bytes], monkeypa
     monkeypatch.setattr(cache, "in_processes", lambda *_: pytest.fail("decoded here"))
     assert built(photos, "--on", "ray") == whole
     assert not ray.is_initialized()
+
+
+def test_images_that_write_their_labels_are_decoded_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster's node the labels would be written into a copy."""
+    monkeypatch.setattr(cache, "on_cluster", lambda *_: pytest.fail("decoded elsewhere"))
+    file, form = tmp_path / "x.npy", cache.Form([1, 2, 2], None)
+    token = cache.CLUSTER.set(object())
+    try:
+        cache.fill(file, range(3), form, "squares", lambda i: Image.new("L", (2, 2), 7 * i))
+    finally:
+        cache.CLUSTER.reset(token)
+    assert np.load(file)[:, 0, 0, 0].tolist() == [0, 7, 14]

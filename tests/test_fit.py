@@ -137,6 +137,8 @@ def test_schedules_by_hand() -> None:
     assert rates["cosine"][0] == 1
     assert rates["cosine"][50] == pytest.approx(0.5)
     assert rates["cosine"][25] == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    rising = [learning_rate(train(epochs=3, lr=1.0, warmup=2.9), i, 3) for i in range(10)]  # to one step past the end
+    assert rising[8:] == [1, 1]
     warm = [learning_rate(train(epochs=10, lr=1.0, warmup=2.0), i, 10) for i in range(100)]
     assert warm[0] == pytest.approx(0.05)
     assert warm[19] == 1

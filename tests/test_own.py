@@ -383,3 +383,12 @@ def test_many_classes_are_held_out_in_their_shares(hundred: Shell) -> None:
     samples = {run["row"]: run["samples"] for run in found["points"][0]["runs"]}
     assert samples["student"] == 1200
     assert samples["omit kind 3"] == pytest.approx(1200 - held - 12 + 1, abs=1)
+
+
+def test_a_net_that_changes_while_runs_wait_is_noticed(trained_once: Shell) -> None:
+    """A net that rewrites its own file is as good as somebody who does it during the first seed's training."""
+    kd = trained_once
+    (kd.folder / "own_nets.py").write_text(OWN_NETS + "open(__file__, 'a').write('# changed')\n")
+    done = kd_here(kd.folder, "train-teacher", "own.yaml", *SHORT, "--seeds", "0,1", "--jobs", "1")
+    assert done.code == 2
+    assert "own_nets.py: has changed since own/train-teacher/" in done.err

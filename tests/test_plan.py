@@ -343,6 +343,20 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
             plan.find_teacher(places, run.name)
 
 
+def test_an_ensemble_of_baselines_is_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, places = plan.plan(described(tmp_path), DIGITS), Places(tmp_path / "runs")
+    (spec,) = {job.spec.name: job.spec for job in jobs if job.row.name == "ensemble of baselines"}.values()
+    for name in spec.parents:
+        member = next(job.spec for job in jobs if job.spec.name == name)
+        with pytest.raises(ZeroDivisionError), Run(places.runs_dir, member).writing("cpu", 1, {}):
+            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), Run(places.runs_dir, spec).writing("cpu", 1, {}):
+        raise ZeroDivisionError
+    monkeypatch.setattr(Run, "result", lambda *_: None)
+    with pytest.raises(BadInput, match="is an ensemble of baselines, which are no teachers"):
+        plan.find_teacher(places, spec.name)
+
+
 def test_a_teacher_that_is_missing_is_told_with_what_to_type(tmp_path: Path) -> None:
     jobs = plan.plan(described(tmp_path, TINY, "seed=[0, 1]"), DIGITS)
     chosen, places = plan.part(jobs, "distill"), Places(tmp_path / "runs")

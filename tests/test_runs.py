@@ -196,6 +196,10 @@ def test_an_unfinished_run_says_so_and_starts_again_clean(error: BaseException, 
         assert run.load_state(notes.append) == State(0, {})
     assert notes == [f"{run.name}: restarted from epoch 0: no training state was found"]
     assert run.metrics() == []
+    (run.path / "metrics.jsonl").write_text('{"epoch": 1, "lo')  # the disk was full
+    with run.writing("cpu", 1, {}):
+        assert run.load_state(notes.append) == State(0, {})
+    assert run.metrics() == []
 
 
 def test_training_continues_from_the_newest_state_that_is_whole(tmp_path: Path) -> None:

@@ -361,6 +361,7 @@ def test_a_table_is_rows_of_floats_normalised_column_by_column(tmp_path: Path) -
         ({"x_train": np.zeros((8, 2, 2, 3), np.float32)}, "x_train must be bytes (uint8)"),
         ({"y_train": np.eye(8)}, "y_train must be whole numbers from 0, [8]"),
         ({"y_train": np.array(list("abababab"))}, "y_train must be whole numbers from 0, [8]"),
+        ({"x_train": np.zeros((8, 9, 9, 4), np.uint8)}, "x_train must have 1 or 3 channels or, as [N, C, H, W], fewer of them than pixels on a side, not [8, 9, 9, 4]"),
         ({"x_test": np.zeros((4, 9, 9), np.uint8)}, "x_test must be like x_train, uint8 [1, 6, 5], not uint8 [1, 9, 9]"),
     ],
 )  # fmt: skip
@@ -631,3 +632,18 @@ def test_files_are_named_in_the_order_of_the_images(tmp_path: Path) -> None:
             assert stored == [list(Image.open(folder / file).getpixel((0, 0))) for file in files]  # type: ignore[arg-type]
     assert len(held.test) == 6
     assert set(held.files["test"]).isdisjoint(held.files["train"])
+
+
+def test_a_split_that_there_is_not_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(BadKeys, match=r"^data.split: Unknown value 'ballanced' for argument split\. Valid values are"):
+        open_dataset(Data(name="torchvision:EMNIST", split="ballanced"), tmp_path)
+
+
+def test_whatever_a_file_makes_pillow_raise_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*_: object, **__: object) -> None:
+        raise struct.error("required argument is not an integer")  # of odd EXIF data
+
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", odd)
+    with pytest.raises(BadInput, match=r"a\.png: is damaged or not an image"):
+        images.open_image(tmp_path / "a.png")

@@ -137,7 +137,8 @@ def fill(
     shards = [range(len(items))[i : i + SHARD] for i in range(0, len(items), SHARD)]
     done, problems = array_in(file.with_suffix(".done"), np.uint8, [len(shards)]), list[str]()
     work = partial(_decoded, file, form, what, image or partial(open_image, least=form.size or 0))
-    spread = partial(on_cluster, ray) if (ray := CLUSTER.get()) else in_processes
+    ray = CLUSTER.get() if image is None else None  # `image` may write in memory that processes share, and nodes do not
+    spread = partial(on_cluster, ray) if ray else in_processes
     with _progress(what, len(items)) as progress:
         progress(sum(len(shard) for shard, ended in zip(shards, done, strict=True) if ended))
         for part, wrong in spread(work, items, [s for s, ended in zip(shards, done, strict=True) if not ended]):

@@ -1,6 +1,7 @@
 """Image files: how one becomes bytes, and what lies in a folder of them."""
 
 import os
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadInput(f"{file}: is too large: make it smaller, {Image.MAX_IMAGE_PIXELS:,} pixels at most") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise BadInput(f"{file}: {getattr(error, 'strerror', None) or 'is damaged or not an image'}") from None
 
 

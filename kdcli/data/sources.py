@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -269,6 +269,8 @@ def _downloaded(name: str, root: Path, download: bool, get: Callable[[bool], Any
         try:
             with code.quiet():
                 return get(how)
+        except BadInput:
+            raise
         except Exception as error:  # torchvision lets through whatever the network, the disk or gzip raised
             problem = failure(error)[:200]
             absent = isinstance(error, FileNotFoundError) or "not found" in str(error)
@@ -302,10 +304,14 @@ def _torchvision(data: Data, root: Path, download: bool, folder: Path) -> Found:
 
         def get(down: bool, ways: list[dict[str, Any]] = ways) -> Any:
             more = fixed | ({"download": down} if "download" in takes else {})
-            for way in ways[:-1]:
-                with suppress(ValueError):  # of a split that it does not have
+            for way in ways:
+                try:
                     return make(**way, **more)
-            return make(**ways[-1], **more)
+                except ValueError as error:
+                    if not str(error).startswith("Unknown value"):
+                        raise
+                    wrong = str(error).rstrip(".")
+            raise BadKeys(("data.split" if data.split else "data.name", wrong))
 
         dataset = _downloaded(name, root, download, get)
         labels = _of_dataset(dataset, name, data, folder, part)
@@ -478,6 +484,9 @@ def _checked(source: str, found: Mapping[str, Any], part: str) -> tuple[Array, A
         raise BadInput(f"{source}: x_{part} {list(x.shape)} may be [N, C, H, W] or [N, H, W, C]: nothing is guessed")
     elif x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.transpose(0, 3, 1, 2)
+    elif x.shape[1] not in (1, 3) and x.shape[1] >= min(x.shape[2:]):
+        must = "must have 1 or 3 channels or, as [N, C, H, W], fewer of them than pixels on a side"
+        raise BadInput(f"{source}: x_{part} {must}, not {list(x.shape)}")
     return np.ascontiguousarray(x), y.astype(np.int64)
 
 

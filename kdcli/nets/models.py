@@ -108,10 +108,10 @@ def _perceptron(model: Model, facts: Facts) -> MLP:
 
 def _named(model: Model, channels: int, classes: int) -> nn.Module:
     """A net by its name. Raises BadInput."""
-    name = model.name or ""
+    name, args = model.name or "", dict[str, Any](model.args)
     library, _, which = name.partition(":")
     if model.file:
-        net = code.call(name, classes=classes, channels=channels, **model.args)
+        net = code.call(name, classes=classes, channels=channels, **args)
         if not isinstance(net, nn.Module):
             raise BadInput(f"{name}: must return a torch.nn.Module, not {type(net).__name__}")
         return net
@@ -120,15 +120,12 @@ def _named(model: Model, channels: int, classes: int) -> nn.Module:
 
         if which not in (known := models.list_models(models)):
             raise BadInput(f"{name}: torchvision has no such classifier{nearest(which, known)}")
-        return _made(name, lambda: models.get_model(which, weights=None, num_classes=classes, **model.args))
+        return _made(name, lambda: models.get_model(which, weights=None, num_classes=classes, **args))
     if library == "timm":
-        try:
-            import timm
-        except ImportError:
-            raise BadInput(f"{name}: timm is not installed: pip install 'kdcli[timm]'") from None
+        timm = code.library("timm", "timm")
         if which not in (known := timm.list_models()):
             raise BadInput(f"{name}: timm has no such net{nearest(which, known)}")
-        return _made(name, lambda: timm.create_model(which, num_classes=classes, in_chans=channels, **model.args))
+        return _made(name, lambda: timm.create_model(which, num_classes=classes, in_chans=channels, **args))
     return resnets.build(name, channels, classes)
 
 

@@ -204,7 +204,7 @@ class Run:
                     write_aside(log, b"".join(lines[:epochs]))
                     return State(epochs, tensors)
             note(f"{path}: is damaged and not used")
-        if self.metrics():
+        if lines:
             note(f"{self.name}: restarted from epoch 0: no training state was found")
         write_aside(log, b"")
         return State(0, {})

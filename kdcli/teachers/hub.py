@@ -47,10 +47,7 @@ def _of_torchvision(which: str) -> Any:
 
 
 def _of_timm(which: str) -> Any:
-    try:
-        import timm
-    except ImportError:
-        raise BadInput(f"timm:{which}: timm is not installed: pip install 'kdcli[timm]'") from None
+    timm = code.library("timm", "timm")
     cfg = timm.get_pretrained_cfg(which)
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise BadInput(f"timm:{which}: timm has no weights for it")

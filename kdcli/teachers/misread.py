@@ -35,7 +35,9 @@ def reading(net: nn.Module | None, logits: Tensor, data: Dataset, origin: Origin
     classes = _renamed(order, data.facts.classes, origin) if order else []
     if order:
         after = int((logits.argmax(1) != torch.tensor(order)[labels]).sum())
-        warnings.append(_of_order(order, data.facts.classes, train.errors, after, classes))
+        found = _of_order(order, data.facts.classes, train.errors, after, classes)
+        file = " or, where the file names its columns, correct them" if origin.logits and not origin.classes else ""
+        warnings.append(f"{found}{file}.")
     own = None
     if isinstance(net, Seen) and not order:
         own, text = _renormalised(net, data)
@@ -71,7 +73,7 @@ def _of_order(order: Sequence[int], classes: Sequence[str], before: int, after: 
     whole = f": [{', '.join(names)}]" if len(names) <= 20 else " in that order (--json has it whole)"
     return (
         f"Its classes seem to be in another order, with which it makes {after:,} errors on the training images, not "
-        f"{before:,}: {some}. Set teacher.classes{whole}."
+        f"{before:,}: {some}. Set teacher.classes{whole}"
     )
 
 

@@ -205,7 +205,7 @@ def learning_rate(train: Train, step: int, steps: int) -> float:
     warmup = round(train.warmup * steps)
     if step < warmup:
         return train.lr * (step + 1) / warmup
-    done = (step - warmup) / (train.epochs * steps - warmup)
+    done = (step - warmup) / max(train.epochs * steps - warmup, 1)
     match train.schedule:
         case "linear":
             return train.lr * (1 - done)

@@ -44,8 +44,9 @@ def train(spec: Spec, places: Places, tell: Tell, note: Note) -> None:
     parents = {name: weights_checksum(places.open(name)) for name in spec.parents}
     dataset = dataset_of(run, places.data_dir)
     own_code, own_loss = spec.model.file if spec.model else "", spec.distill.file if spec.distill else ""
-    if spec.distill and own_loss and not code.unchanged(spec.distill.loss, spec.loss_code):
-        raise BadInput(f"{own_loss}: has changed since {run.name} was planned: ask again")
+    for file, content in ((own_code, spec.code), (own_loss, spec.loss_code)):
+        if file and not code.unchanged(f"{file}:", content):
+            raise BadInput(f"{file}: has changed since {run.name} was planned: ask again")
     about: dict[str, Any] = {"run": run.name, "device": shown, "threads": places.threads, "parents": parents}
     about |= spec.model_dump(include={"command", "experiment", "seed", "omitted"})
     about["evaluated_on"] = "test images" if spec.data.evaluate_on == "test" else "held-out training images"
