@@ -3,6 +3,7 @@ result is shown."""
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -240,7 +241,8 @@ class Call:
         from kdcli.report.page import write_report
 
         summary = work.summary()
-        self.present(summary, show.final_table(summary), *show.remarks(summary))
+        remarks = [line for line in show.remarks(summary) if line not in self.display.noted]
+        self.present(summary, show.final_table(summary), *remarks)
         files = write_report(summary, work.dataset, work.places, work.folder, figures)
         if self.remote:
             mirror.send(self.remote, work.folder)
@@ -274,18 +276,21 @@ class Call:
         document = {"command": self.command, "dry_run": True, "device": device, "runs": runs, "resolved": resolved}
         document["seconds"] = round(spent)
         time = f"# about {show.duration(spent)} on this machine, {at_once} at once" if missing else "# nothing to train"
-        self.present(document, text, show.planned(runs), time, "# --dry-run: nothing was written")
+        self.present(document, text, show.planned(runs), time, "# --dry-run: no run was written")
 
     def present(self, document: Section | dict[str, Any], *parts: show.Table | str) -> None:
         """The document as JSON, or tables and lines for a person, on stdout."""
         if self.as_json:
             return print(to_json(document, indent=1, exclude_none=True, by_alias=True, inf_nan_mode="null").decode())
         console = Console()
-        for part in parts:
-            if isinstance(part, str):
-                show.say(console, part)
-            else:
-                console.print(part, crop=False)
+        with suppress(
+            SystemExit
+        ):  # rich's, where the reader has gone: what is still to be done is done, and shown nowhere
+            for part in parts:
+                if isinstance(part, str):
+                    show.say(console, part)
+                else:
+                    console.print(part, crop=False)
 
     def retype(self, whole: bool = False) -> str:
         """The arguments that describe the experiment; unless `whole`, those for the same teachers alone."""

@@ -290,7 +290,7 @@ def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> Non
     taken = decimal(sum(one.bytes_ for one in listed if one.run in chosen))
     lines = [*(f"orphaned: {run}" for run in orphans), *(f"remove: {run}" for run in chosen)]
     note("\n".join([*lines, f"{counted(len(chosen), 'run')}, {taken}"]))
-    if not yes and not sys.stdin.isatty():
+    if not yes and not (sys.stdin and sys.stdin.isatty()):
         raise BadInput("kd runs rm: asks before it removes, and nobody is there to answer: add --yes")
     if not yes and not typer.confirm("Remove them?", err=True):
         return note("nothing was removed")
@@ -312,7 +312,10 @@ def init(
 
     if not folder.is_dir():
         raise BadInput(f"{folder}: {'is a file, not a' if folder.exists() else 'there is no such'} folder")
-    print(experiment_file(folder, teacher, student, call.places()), end="")
+    text = experiment_file(folder, teacher, student, call.places())
+    for line in text.partition("\nname:")[0].splitlines() if not sys.stdout.isatty() else ():
+        call.display.note(line.removeprefix("# "))
+    print(text, end="")
 
 
 @command("cache", ("sets", "on", "data_dir", "as_json", "dry_run", "debug"))
@@ -406,5 +409,6 @@ def main() -> int:
             print(f"kd: failed: {line}", file=sys.stderr)
         return 1
     if code in (130, 143):
-        print(f"interrupted: to continue, type again: {shlex.join(['kd', *sys.argv[1:]])}", file=sys.stderr)
+        again = shlex.join(["kd", *sys.argv[1:]])
+        print(f"interrupted: to continue from what was saved last, type again: {again}", file=sys.stderr)
     return code

@@ -67,14 +67,14 @@ def _beside(path: str, info: ValidationInfo) -> str:
 def _file(path: str, info: ValidationInfo) -> str:
     file = _beside(path, info)
     if not (info.context or {}).get("reading") and not os.path.isfile(file):  # that of a run may be gone
-        raise problem("", f"there is no file {file}")
+        raise problem("", f"{file} is a folder, not a file" if os.path.isdir(file) else f"there is no file {file}")
     return file
 
 
 def _function(reference: str, info: ValidationInfo) -> str:
     path, _, function = reference.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
-        raise problem("", f"must be FILE.py:FUNCTION, such as nets.py:make, not {reference!r}")
+        raise problem("", f"must be FILE.py:FUNCTION, not {reference!r}")
     return f"{_file(path, info)}:{function}"
 
 
@@ -239,7 +239,8 @@ class Train(Section):
                 yield key, f"belongs to the schedule step, not to {self.schedule}: remove it"
         falls = self.milestones or []
         if self.schedule == "step" and (not falls or sorted(set(falls)) != falls):
-            yield "milestones", "must be ascending epochs, such as [60, 80]"
+            what = "must be" if falls else "is missing: the schedule step needs"
+            yield "milestones", f"{what} ascending epochs, such as [60, 80]"
         if self.warmup >= self.epochs:
             yield "warmup", f"is {self.warmup:g}, and must be less than train.epochs, {self.epochs}"
 
@@ -621,7 +622,7 @@ class Experiment(Section):
                 )
         for key, train in self.student_trains.items() if self.distill.views else ():
             if key != "baseline" and (not train.augmented or train.mixup):
-                why = "blends images anew in every batch" if train.mixup else "is not augmented: its logits are kept"
+                why = "blends images anew in every batch" if train.mixup else "is not augmented and asks once as it is"
                 yield "distill.views", f"has no use, since {key}.train {why}: remove it"
         yield from self._of_loss()
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:

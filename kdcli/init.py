@@ -78,7 +78,7 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
         omitted=dumps(look.folder.classes[0]),
         teacher=json.dumps(teacher),
         student=json.dumps(student),
-        costs=[_cost(net, look.facts) for net in (teacher, student)],
+        costs=[_cost(role, net, look.facts) for role, net in (("teacher", teacher), ("student", student))],
         each=torch.bincount(look.train).tolist(),
         sizes=sorted({(one.width, one.height) for one in look.headers}, key=lambda wh: wh[0] * wh[1]),
         epochs=epochs,
@@ -109,12 +109,12 @@ def _look(path: Path, fast: bool) -> Look:
     return look if alike else look._replace(size=min(SIZES[fast and look.median > 1.5 * SIZES[0]], round(look.median)))
 
 
-def _cost(name: str, facts: Facts) -> str:
+def _cost(role: str, name: str, facts: Facts) -> str:
     """The parameters and the multiply-adds an image of a net. Raises BadInput where it does not fit the images."""
     try:
         model = Model(name=name)
     except ValidationError as error:
-        raise BadInput(f"{name}: {error.errors()[0]['msg']}") from None
+        raise BadInput(f"--{role} {name}: {error.errors()[0]['msg']}") from None
     fits(net := build(model, facts), model, facts)
     parameters = sum(p.numel() for p in net.parameters())
     return f"{parameters / 1e6:.2g} M parameters, {multiply_adds(net, facts.shape) / 1e6:.3g} M multiply-adds per image"

@@ -20,6 +20,8 @@ def told(error: Any, teaches: bool) -> str:
     where, text = getattr(context, "command_path", "kd"), error.format_message().rstrip(".")
     if type(error).__name__ == "NoSuchOption" and context and (meant := _meant(option, context, teaches)):
         text = f"there is no option {option} here: write {meant}"
+    elif "unexpected extra argument" in text:
+        text = f"{text[0].lower()}{text[1:]}: quote what holds spaces"
     elif type(error).__name__ == "BadOptionUsage" and "requires an argument" in text:
         text = f"{option}: needs a value"
     elif hasattr(error.__cause__, "errors"):

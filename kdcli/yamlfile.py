@@ -201,7 +201,8 @@ def _read(path: Path) -> _File:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}" if mark else ""
-        raise BadInput(f"{path}{where}: not valid YAML: {error.problem or error.context}") from None
+        what = "holds a second document" if "another document" in str(error.problem) else error.problem or error.context
+        raise BadInput(f"{path}{where}: not valid YAML: {what}") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
@@ -271,6 +272,7 @@ _MESSAGES = {
     "kd": "{message}",
     "missing": "is missing",
     "too_short": "must not be empty",
+    "list_type": "must be a list, such as [{given}], not {shown}",
     "model_type": "must be a section of keys and values, not {shown}",
     "dict_type": "must be a section of keys and values, not {shown}",
     "string_pattern_mismatch": "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', "
@@ -288,7 +290,7 @@ def _problem(error: Any) -> tuple[str, str]:
     if kind == "too_short" and ctx["min_length"] > 1:
         return key, f"must have {ctx['min_length']} entries or more, not {ctx['actual_length']}"
     if kind in _MESSAGES:
-        return key, _MESSAGES[kind].format(shown=shown, **ctx)
+        return key, _MESSAGES[kind].format(shown=shown, given=given, **ctx)
     if kind != "extra_forbidden":
         return key, re.sub("^Input should ", "must ", error["msg"]) + f", not {shown}"
     section: Any = Experiment

@@ -104,7 +104,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     ),
     "teacher of other images": (
         "distill own.yaml --teacher tiny/train-teacher/TEACHER",
-        "cannot be a teacher in this experiment: data.content ",
+        "cannot be a teacher in this experiment: other images or classes",
     ),
     "runs folder is a file": (
         "train-teacher tiny.yaml --runs-dir tiny.yaml",

@@ -258,7 +258,7 @@ def test_a_signal_stops_and_the_same_command_continues(
         process.send_signal(signal.SIGCONT)
         _, errors = process.communicate()
     assert process.returncode == code
-    assert "to continue, type again: kd train-teacher tiny.yaml" in errors
+    assert "to continue from what was saved last, type again: kd train-teacher tiny.yaml" in errors
     assert "Traceback" not in errors
     assert json.loads((the_run(tmp_path) / "result.json").read_text())["status"] == "interrupted"
     assert "continued after epoch 2" in finish(shell)

@@ -389,7 +389,7 @@ def test_kd_runs_counts_the_bytes_and_removes_the_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "wanted"),
     [
-        ("distill.views=3", "has no use, since student.train is not augmented: its logits are kept: remove it"),
+        ("distill.views=3", "has no use, since student.train is not augmented and asks once as it is: remove it"),
         ("distill.half=true", "belongs to views: remove it"),
     ],
 )

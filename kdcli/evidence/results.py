@@ -322,11 +322,14 @@ def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Se
 def made(jobs: Sequence[Job], places: Places) -> Made:
     """How the runs of some jobs were made: command lines, commits, devices, versions, seconds of training."""
     runs, here = [Run(places.runs_dir, job.spec) for job in distinct(jobs)], environment(places.device, places.threads)
-    records, kept = [run.environment() for run in runs], ("git_commit", "device", "torch", "python")
+    records = sorted((run.environment() for run in runs), key=lambda record: str(record.get("started")))
+    kept = ("git_commit", "device", "torch", "python")
     seen = {key: sorted({str(record.get(key, "unknown")) for record in records}) for key in kept}
     seconds = sum(run.result().seconds for run in runs if run.spec.command != "ensemble")
-    now = {"command_line": here["command_line"], "date": here["started"][:10], "cores": here["cores"]}
-    return Made.model_validate(now | {"seconds": seconds} | seen)
+    typed = list(dict.fromkeys(str(record["command_line"]) for record in records if record.get("command_line")))
+    lines = "; ".join(typed[:3]) + (f"; and {len(typed) - 3} more" if len(typed) > 3 else "")
+    last = str(records[-1].get("started", here["started"]))[:10]
+    return Made.model_validate({"command_line": lines, "date": last, "cores": here["cores"], "seconds": seconds} | seen)
 
 
 def cost(run: Run, test: Split | None = None) -> Cost | None:

@@ -1,5 +1,6 @@
 """What a person sees in the terminal and in Markdown: progress, tables, the verdict. Reads results, trains nothing."""
 
+import math
 import statistics
 import textwrap
 import time
@@ -60,7 +61,7 @@ class Display:
         columns = ("{task.description}", BarColumn(6), "{task.fields[text]}", TimeRemainingColumn())
         self.bars = Progress(*columns, console=self.console)
         self.tasks: dict[str, TaskID] = {}
-        self.printed = time.monotonic()
+        self.printed, self.noted = time.monotonic(), set[str]()
 
     def epoch(self, run: str, epochs: int, epoch: Epoch) -> None:
         """Show one finished epoch out of `epochs`."""
@@ -83,6 +84,7 @@ class Display:
             self.note(f"{run}: epoch {done}, {loss}, {errors}, {speed}")
 
     def note(self, line: str) -> None:
+        self.noted.add(line)
         say(self.console, line)
 
     def close(self) -> None:
@@ -432,10 +434,21 @@ def _fixed(summary: "Summary") -> dict[str, str]:
 def remarks(summary: "Summary") -> list[str]:
     """The verdict, and what the reader of the table must know."""
     said = _grid_verdict(summary) if summary.grid else _verdict(summary)
-    lines = [*said, *final_table(summary).legends(), *summary.remarks]
+    lines = [*said, *([] if summary.grid else _little_to_teach(summary)), *final_table(summary).legends()]
+    lines += summary.remarks
     for point in summary.points:
         lines += notes([d for d in point.runs if not isinstance(d, str)])
     return list(dict.fromkeys(lines))
+
+
+def _little_to_teach(summary: "Summary") -> Iterator[str]:
+    """What to say of a teacher that is no better than the student's own net on hard labels."""
+    means = {row.row: row.mean for row in summary.only.table}
+    if "teacher" in means and means["teacher"] >= means.get("baseline", math.inf):
+        yield (
+            "The teacher makes no fewer errors than the baseline: it has little to teach. Train it longer, or take a "
+            "larger net."
+        )
 
 
 def _grid_verdict(summary: "Summary") -> Iterator[str]:

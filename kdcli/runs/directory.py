@@ -34,6 +34,7 @@ import yaml
 from pydantic import ValidationError
 
 from kdcli import BadInput, __version__, cores, failure
+from kdcli.config import nearest
 from kdcli.runs.spec import COMMANDS, RESULT, SCHEMA, Epoch, Result, Spec, Status, Unfinished
 
 if TYPE_CHECKING:
@@ -345,9 +346,13 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
         path = begun[0] if begun else path
     path = path if os.path.isdir(path) else Path(os.path.abspath(name))
     if not os.path.isdir(path) or path.parent.name not in COMMANDS:
-        group = os.path.isdir(path) and path.name in COMMANDS
-        missing = "is a file, not a run" if os.path.isfile(name) else "there is no such run"
-        what = "is a group of runs: name one of them" if group else missing
+        groups = [f"{one.parent.name}/{one.name}" for command in COMMANDS for one in root.glob(f"*/{command}")]
+        meant = nearest("/".join(name.split("/")[:2]), groups).partition(" (known")[0] if groups else ""
+        what = f"there is no such run{meant.rstrip('?')}{meant and '/…?'}"
+        if os.path.isdir(path) and path.name in COMMANDS:
+            what = "is a group of runs: name one of them"
+        elif os.path.isfile(name):
+            what = "is a file, not a run"
         raise BadInput(f"{said}: {what}; `kd runs` lists what there is")
     if path.parents[2] != root or path.is_symlink():
         raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {path.parents[2]}")

@@ -255,8 +255,10 @@ def changes(first: Settings, own: Settings, prefix: str = "") -> Iterator[tuple[
 
 
 def differences(wanted: Settings, found: Settings, prefix: str = "") -> list[str]:
-    """`key found instead of wanted` for every setting in which two nested documents differ, by key."""
+    """`key found instead of wanted` for every setting in which two nested documents differ, by key; of images, that
+    they are others."""
+    unlike = {"data.content": "other images or classes", "data.unlabelled": "other unlabelled images"}
     return [
-        f"{f'no {key}' if b is None else f'{key} {b}'} instead of {'none' if a is None else a}"
+        unlike.get(key) or f"{f'no {key}' if b is None else f'{key} {b}'} instead of {'none' if a is None else a}"
         for key, (a, b) in sorted(changes(wanted, found, prefix))
     ]

@@ -48,7 +48,9 @@ def read_weights(file: Path) -> Weights:
     except pickle.UnpicklingError as error:
         if _is_program(file):
             raise BadInput(f"{file}: {PROGRAM}") from None
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+        with file.open("rb") as opened:
+            pickled = opened.read(1) in (b"\x80", b"P")  # of a pickle, or of a zip file that holds one
+        if not pickled or ("weights_only" not in str(error) and "Unsupported" not in str(error)):
             raise BadInput(f"{file}: is damaged, or not a file of weights") from None
         raise BadInput(f"{file}: {_of_code(str(error))}") from None
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
