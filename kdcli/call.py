@@ -186,7 +186,13 @@ class Call:
 
     def train(self) -> None:
         """Train the nets that the command is about and print what comes out. --epochs is for every one of them."""
-        sections = ["teacher"] if self.command in TEACHERS else self.load().student_trains
+        experiment = self.load()
+        sections = ["teacher"] if self.command in TEACHERS else [*experiment.student_trains]
+        members = experiment.ensemble.members if self.command == "ensemble" and experiment.ensemble else 0
+        if isinstance(members, list):
+            sections = [f"ensemble.members.{i}" for i, member in enumerate(members) if member.train]
+            if self.epochs and not sections:
+                raise BadInput(f"--epochs {self.epochs}: no member is trained")
         self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in sections))
         work = self.prepare()
         from kdcli.evidence.results import documents
@@ -212,8 +218,7 @@ class Call:
         self.present(mine[0] if len(mine) == 1 else whole, *tables)
         apart = self.command == "ensemble" and self.load().distill.teacher != "ensemble"
         more = ["--set", "distill.teacher=ensemble"] if apart else []
-        more += ["--seeds", self.seed] if self.seed is not None else []
-        following = f"distill {self.retype()} {shlex.join(more)}"
+        following = f"distill {self.retype(whole=True)} {shlex.join(more)}"
         if self.command not in TEACHERS:
             following = shlex.join(["report", mine[0].run, *self.where()])
         self.display.note(f"next: kd {following}".rstrip())

@@ -152,7 +152,8 @@ def part(jobs: Sequence[Job], command: str, baseline: bool = True) -> list[Job]:
         chosen = [job for job in jobs if job.row.kind == "omission"]
     elif command not in rows:  # of an ensemble only that of the first seed
         others = [job for job in jobs if job.row.kind != "member"]
-        chosen = [job for job in others if job.row.kind != "ensemble" or job.spec.seed == jobs[0].spec.seed]
+        first = next((job.spec.seed for job in jobs if job.row.kind == "ensemble"), None)
+        chosen = [job for job in others if job.row.kind != "ensemble" or job.spec.seed == first]
     if command in ("ensemble", "run", "report"):
         needed = {name for job in chosen for name in job.spec.parents} - {job.spec.name for job in chosen}
         chosen = [job for job in jobs if job.row.kind == "member" and job.spec.name in needed] + chosen

@@ -73,6 +73,8 @@ def prepare(
                 others, _, before = planned([other for other in overrides if other is not override])
             except BadInput:  # the experiment cannot do without it
                 continue
+            if others[0].experiment.grid != experiment.grid:  # it picks a point
+                continue
             if [other.experiment for other in others] == [point.experiment for point in points]:
                 later = overrides[overrides.index(override) + 1 :]
                 beats = [o.origin for o in later if f"{override.key}.".startswith(f"{o.key}.")]

@@ -1012,3 +1012,11 @@ def test_the_next_command_works_as_it_is_suggested(kd: Shell) -> None:
         assert then.code == 0, then.err
         assert "finished before" not in then.err
     assert "next:" not in kd_here(kd.folder, "evaluate", "tiny.yaml", "--set", "teacher.train.epochs=2").err
+
+
+def test_epochs_of_an_ensemble_are_those_of_its_listed_members(kd: Shell) -> None:
+    own = "{model: {hidden: [8]}, train: {epochs: 4, batch_size: 50, lr: 0.1}}"
+    words = ["ensemble", "tiny.yaml", "--set", f"ensemble={{members: [{own}, {own}]}}", "--dry-run", "--json"]
+    shown = kd_here(kd.folder, *words, "--epochs", "1").json["resolved"]
+    assert [member["train"]["epochs"] for member in shown["ensemble"]["members"]] == [1, 1]
+    assert shown["teacher"]["train"]["epochs"] == 6

@@ -75,6 +75,15 @@ def test_groups_are_compared_over_the_seeds_they_share(grid: Shell) -> None:
     assert len(hidden) == 2  # the same width as A's, and the other
 
 
+def test_the_seeds_that_count_are_said_where_a_group_has_others(grid: Shell) -> None:
+    listed = [run["run"] for run in kd_here(grid.folder, "runs", "--json").json["runs"]]
+    one, other = (next(run for run in listed if f"/baseline/{seed}-" in run) for seed in (1, 2))
+    done = kd_here(grid.folder, "compare", one, "tiny/distill")
+    assert done.out.count("Seeds in both: 1. ") == 8
+    (pair,) = kd_here(grid.folder, "compare", one, other, "--json").json["comparisons"]
+    assert (pair["seeds"], pair["changed"]["seed"]) == ([], [1, 2])
+
+
 def test_the_others_are_filtered_and_sorted(grid: Shell) -> None:
     words = ["compare", "tiny/baseline", "tiny/distill", "--json"]
     found = json.loads(kd_here(grid.folder, *words, "--match", "distill.T=8.0", "--sort", "errors").out)
@@ -262,6 +271,11 @@ def test_only_run_walks_a_grid(grid: Shell) -> None:
     done = kd_here(grid.folder, "distill", "study.yaml")
     assert done.code == 2
     assert "has a grid, which `kd run` walks; for one of its points: --set distill.T=… --set student.model" in done.err
+    point = ["--set", "distill.T=8", "--set", "student.model.hidden=[8]", "--seeds", "0-2"]
+    for command in ("evaluate", "train-teacher"):  # which T changes nothing of
+        done = kd_here(grid.folder, command, "study.yaml", *point)
+        assert done.code == 0, done.err
+    assert "next: kd distill study.yaml --set distill.T=8 --set 'student.model.hidden=[8]' --seeds 0-2" in done.err
 
 
 # Several verdicts at once.

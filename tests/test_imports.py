@@ -631,6 +631,11 @@ def test_a_file_of_logits_without_test_images(tmp_path: Path) -> None:
     assert kd_here(tmp_path, "evaluate", "elsewhere.yaml").code == 0
     again = read(tmp_path, "{logits: a.npy}", "--json")
     assert again.json["reading"]["transfer"]["errors"] == 0
+    walk = ("--set", "grid={distill.T: [1, 4]}", "--set", "omit_classes=[]", "--seeds", "5,6")
+    grid = read(tmp_path, "{logits: a.npy}", *walk, command="run")
+    assert "at 1 of 2 points" in grid.out or "of 2 points" in grid.out, grid.err
+    rows = kd_here(tmp_path, "evaluate", "elsewhere.yaml", "--seeds", "5,6").out
+    assert "student teacher.seed" not in rows  # one teacher for all seeds, and so one row
 
 
 def test_a_file_of_logits_knows_no_other_view(tmp_path: Path) -> None:

@@ -187,7 +187,10 @@ def test_a_student_is_not_held_against_a_baseline_of_another_recipe(trained: She
     assert [row["row"] for row in point["table"]] == ["teacher", "student"]
     assert "verdict" not in point
     (remark,) = done.json["remarks"]
-    assert remark == "There is no baseline of its seed and recipe to compare it with: `kd distill` trains one."
+    assert (
+        remark
+        == "There is no baseline of its seed and recipe to compare it with: `kd distill` trains one, unless the file gives the baseline a recipe of its own."
+    )
     page = Page((tmp_path / "runs" / student / "report" / "report.html").read_text())
     assert remark in " ".join(page.text.split())
 
@@ -245,3 +248,18 @@ def test_telling_images_are_right_hesitant_and_of_different_classes() -> None:
     p = torch.tensor([[0.6, 0.4, 0.0], [0.9, 0.1, 0.0], [0.4, 0.6, 0.0], [0.2, 0.5, 0.3], [0.0, 0.1, 0.9]])
     labels = torch.tensor([0, 0, 0, 1, 2])
     assert telling(p.clamp_min(1e-9).log(), labels) == [3, 0, 4]
+
+
+def test_a_loss_without_a_temperature_has_none_on_the_page(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 6", "epochs: 1"))
+    short = ["--jobs", "1", "--set", "omit_classes=[]", "--set", "ensemble=null"]
+    for loss, said in (
+        ("{loss: mse, lambda1: 0.1, lambda2: 1}", "soft targets."),
+        ("{T: 3, lambda1: 0.9}", "at temperature T = 3."),
+    ):
+        done = kd_here(tmp_path, "run", "tiny.yaml", "--set", f"distill={loss}", *short)
+        assert done.code == 0, done.err
+        (page,) = {
+            line.split(":")[0].removeprefix("wrote ") for line in done.err.splitlines() if line.startswith("wrote ")
+        }
+        assert said in (tmp_path / page / "report.html").read_text()

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -341,6 +342,14 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
             raise ZeroDivisionError
         with pytest.raises(BadInput, match=message):
             plan.find_teacher(places, run.name)
+
+
+def test_the_ensembles_of_the_first_seed_are_those_where_the_teacher_has_another(tmp_path: Path) -> None:
+    """One that was trained elsewhere has seed 0."""
+    first, *others = plan.plan(described(tmp_path, TINY, "seed=[5, 6]"), DIGITS)
+    jobs = [replace(first, spec=first.spec.model_copy(update={"seed": 0})), *others]
+    found = {(job.row.name, job.spec.seed) for job in plan.part(jobs, "run") if job.row.kind == "ensemble"}
+    assert found == {("ensemble", 5), ("ensemble of baselines", 5)}
 
 
 def test_an_ensemble_of_baselines_is_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,9 +165,12 @@ def _gone(root: Path, name: str) -> Settings:
 
 
 def _way(run: Run) -> Settings:
-    """What a run is but for its seed: students have teachers of their own seeds, or one ensemble."""
+    """What a run is but for its seed: students have teachers of their own seeds or, all of them, one ensemble or one
+    that was trained elsewhere."""
     ways = _ways(run)
-    return ways[-1 if ways[0].get("teacher", {}).get("command", "").startswith("ensemble") else 0]
+    teacher = ways[0].get("teacher", {})
+    one = teacher.get("command", "").startswith("ensemble") or ("origin" in teacher and "train" not in teacher)
+    return ways[-1 if one else 0]
 
 
 def _dotted(found: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -192,6 +195,9 @@ def _compared(root: Path, first: Group, own: Group, data_dir: Path | None) -> Di
         labels = dataset_of(a, data_dir).test.labels
         one, other = (log_probabilities(run, len(labels)) for run in (b, a))
         only = score.discordant(one, other, labels)
-    fewer, seeds = [first.errors[i] - own.errors[j] for i, j in pairs], [first.seeds[i] for i, _ in pairs]
+    fewer, seeds = (
+        [first.errors[i] - own.errors[j] for i, j in pairs],
+        [first.seeds[i] for i, j in pairs if first.seeds[i] == own.seeds[j]],
+    )
     verdict = paired(fewer, *only) if pairs else None
     return Difference(group=own.group, changed=changed, seeds=seeds, verdict=verdict)

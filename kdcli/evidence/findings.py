@@ -48,7 +48,8 @@ class Knowledge:
 
     def __init__(self, teacher: Run, student: Run, data: Dataset) -> None:
         labels, how, weights = data.train.labels, teacher.spec.average, teacher.spec.weights
-        self.T = (student.spec.distill and student.spec.distill.T) or 4.0
+        self.of_loss = student.spec.distill and student.spec.distill.T  # the temperature, of a loss that has one
+        self.T = self.of_loss or 4.0
         # log p [N, C] of the test images, softened by what it is given
         self.log_p = partial(losses.average, kept_logits(teacher, "test", len(data.test)), how=how, weights=weights)
         # targets [N, C] of the training images, and their mean [C, C] by label, in per cent

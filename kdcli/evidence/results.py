@@ -265,7 +265,8 @@ def about_run(run: Run) -> tuple[Subject, list[Job]]:
         if baseline.finished():
             jobs.append(Job(Row("baseline", "baseline"), baseline.spec, teacher=taught_by))
         else:
-            remarks.append("There is no baseline of its seed and recipe to compare it with: `kd distill` trains one.")
+            absent = "There is no baseline of its seed and recipe to compare it with: `kd distill` trains one"
+            remarks.append(f"{absent}, unless the file gives the baseline a recipe of its own.")
     of_baselines = spec.command == "ensemble" and members(run)[0].spec.command == "baseline"
     name = spec.omission or ("ensemble of baselines" if of_baselines else kind)
     jobs.append(Job(Row(name, kind), spec, teacher=taught_by))

@@ -311,7 +311,7 @@ def duration(seconds: float) -> str:
 
 def compare_tables(document: "compare.Comparisons") -> Parts:
     """What `kd compare` shows: the groups, and of each the settings that differ from A's and the verdict against A."""
-    first, rows = document.groups[0], []
+    first, rows, seeds = document.groups[0], [], {g.group: g.seeds for g in document.groups}
     for g in document.groups:
         interval = "{:.1f} to {:.1f}".format(*g.interval) if g.interval else ""
         rows.append([g.group, g.name, str(len(g.errors)), spread(g), interval])
@@ -322,7 +322,11 @@ def compare_tables(document: "compare.Comparisons") -> Parts:
         changed = "; ".join(f"{key} {_value(b)} ({other}: {_value(a)})" for key, (a, b) in c.changed.items())
         none = "The groups share no seed: nothing to pair, so no verdict."
         said = c.verdict.sentence(own, other) if c.verdict else none
-        part = f"Seeds in both: {', '.join(map(str, c.seeds))}. " if c.seeds not in ([], first.seeds) else ""
+        part = (
+            f"Seeds in both: {', '.join(map(str, c.seeds))}. "
+            if c.seeds and not c.seeds == first.seeds == seeds[own]
+            else ""
+        )
         yield f"{own} differs from {other}: {changed or 'in no setting'}.\n{part}{said}\n"
     several = any(c.verdict and c.verdict.comparisons for c in document.comparisons)
     yield f"{INTERVALS} {LEGENDS['p']}" if several else INTERVALS
@@ -401,7 +405,7 @@ def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
     """A row a point and a column for each net whose errors vary; `train error` is the rate on the transfer set, shown
     where that is a part of the training images."""
     found, fixed = [{r.row: r for r in point.table} for point in summary.points], _fixed(summary)
-    part = any((nets["baseline"].samples or 0) < (nets["teacher"].samples or 0) for nets in found)
+    part = any((nets["baseline"].samples or 0) < (nets["teacher"].samples or 0) for nets in found if "teacher" in nets)
     rows = []
     for point, nets in zip(summary.points, found, strict=True):
         cells = [spread(nets[name]) if name in nets and name not in fixed else "" for name in GRID_ROWS]
