@@ -21,7 +21,7 @@ from kdcli.data.dataset import Dataset, Split, tenth
 from kdcli.data.images import Folder, Header, headers, list_folder
 from kdcli.data.sources import stratified
 from kdcli.nets.models import build, fits, multiply_adds
-from kdcli.plan import distinct, plan
+from kdcli.plan import distinct, part, plan
 from kdcli.report.show import duration
 from kdcli.runs.directory import Places
 from kdcli.runs.spec import Facts
@@ -86,7 +86,7 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
         jitter=min(4, look.facts.shape[1] // 8),
     )
     experiment, dataset = Experiment.model_validate(yaml.load(render(time=""), Loader)), look.dataset()
-    specs = [job.spec for job in distinct(plan([experiment], dataset))]
+    specs = [job.spec for job in distinct(part(plan([experiment], dataset), "run"))]
     places, at_once = share(specs, places, None, None)
     spent = sum(seconds(specs, specs, dataset, places).values()) / at_once
     several = f", {at_once} trainings at once" if at_once > 1 else ""

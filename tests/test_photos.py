@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from conftest import Shell, kd_here
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from kdcli import score, yamlfile
+from kdcli import init, score, yamlfile
 from kdcli.report.show import duration
+from kdcli.runs.spec import Spec
 
 NAMES = ("cat", "dog", "owl")
 PHOTOS = """\
@@ -116,7 +118,7 @@ def test_an_exported_net_reads_a_photograph_as_the_run_does(shell: Shell, docume
     assert np.allclose(numbered["views"][0]["p"], answers[0]["images"][0]["views"][0]["p"], atol=1e-4)
 
 
-def test_init_writes_a_file_that_runs_as_it_stands(shell: Shell) -> None:
+def test_init_writes_a_file_that_runs_as_it_stands(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     done = kd_here(shell.folder, "init", "photos")
     assert done.code == 0, done.err
     (shell.folder / "mine.yaml").write_text(done.out)
@@ -128,6 +130,15 @@ def test_init_writes_a_file_that_runs_as_it_stands(shell: Shell) -> None:
     planned = kd_here(shell.folder, "run", "mine.yaml", "--dry-run", "--json").json
     assert len(planned["runs"]) > 9
     assert planned["seconds"] > 0
+    timed: list[str] = []
+
+    def seconds(specs: Sequence[Spec], *_: Any) -> dict[str, float]:
+        timed.extend(spec.name for spec in specs)
+        return dict.fromkeys(timed, 1.0)
+
+    monkeypatch.setattr(init, "seconds", seconds)
+    kd_here(shell.folder, "init", "photos")
+    assert sorted(timed) == sorted(run["run"] for run in planned["runs"])  # the time is that of what is trained
 
 
 def test_init_keeps_names_as_they_are_read(shell: Shell, tmp_path: Path) -> None:

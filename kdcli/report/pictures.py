@@ -3,6 +3,7 @@
 import io
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdcli import counted
 from kdcli.evidence.findings import Findings, pixels
 from kdcli.evidence.results import Summary
 from kdcli.report.show import foremost, short, spread
@@ -209,15 +211,20 @@ def _draw_calibration(figure: Figure, found: Findings) -> None:
         axes.plot([x for x, _ in bins], [y for _, y in bins], "o-", color=COLOURS.get(row, BLUE), label=label)
         least = min(least, *(at for both in bins for at in both)) if bins else least
     around = least - 0.05 * (1 - least) - 0.005, 1.005 + 0.02 * (1 - least)
+    axes.set_title(f"{found.summary.file}: calibration, {counted(len(found.summary.seeds), 'seed')}")
     axes.set(xlabel="confidence (probability of the top class)", ylabel="accuracy", xlim=around, ylim=around)
     axes.legend()
 
 
 def _draw_cost(figure: Figure, found: Findings) -> None:
-    axes = figure.subplots()
+    """Errors against multiply-adds, a point a net; those of one size stand side by side."""
+    axes, drawn = figure.subplots(), Counter[int]()
     for r in found.summary.only.table:
         if r.multiply_adds and r.kind != "omission":
-            axes.errorbar(r.multiply_adds, r.mean, r.std or 0, fmt="o", color=COLOURS.get(r.row, BLUE), label=r.row)
+            at = r.multiply_adds * 1.08 ** drawn[r.multiply_adds]
+            axes.errorbar(at, r.mean, r.std or 0, fmt="o", color=COLOURS.get(r.row, BLUE), label=r.row)
+            drawn[r.multiply_adds] += 1
+    axes.set_title(f"{found.summary.file}: errors against cost, ± one std over seeds")
     _log_scale(axes.xaxis, axes.set_xscale)
     axes.legend()
     axes.set(xlabel="multiply-adds per image, logarithmic scale", ylabel=f"errors on {found.summary.evaluated_on}")
