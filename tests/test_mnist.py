@@ -47,7 +47,7 @@ def mnist(mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def test_the_student_beats_its_baseline_clearly(mnist: dict[str, dict[str, Any]]) -> None:
-    """Held-out trials of this recipe: teacher 117, baseline 163 to 167, student 131 to 138 errors of 10,000."""
+    """When this was written: teacher 116, baseline 177, student 121 errors of the 10,000 test images."""
     student = mnist["student"]
     assert student["test"]["total"] == 10_000
     assert mnist["teacher"]["test"]["errors"] < 150
