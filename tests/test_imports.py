@@ -703,7 +703,9 @@ def test_a_wrong_file_of_logits_is_named_without_test_images(tmp_path: Path) -> 
     labels = 9 - DIGITS.train.labels  # its columns are in the opposite order
     np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[labels] - 1)
     said = "what it calls 9 is 0"
-    assert said in read(tmp_path, "{logits: a.npy}").out
+    told = read(tmp_path, "{logits: a.npy}").out
+    assert said in told
+    assert "4, 3, 2, 1, 0] or, where the file names its columns, correct them." in told  # that key is refused then
     done = read(tmp_path, "{logits: a.npy}", "-v", command="distill")
     assert done.err.index(said) < done.err.index("epoch 1/6")
     run = json.loads(kd_here(tmp_path, "runs", "--match", "teacher", "--json").out)["runs"][0]
