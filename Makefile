@@ -47,7 +47,7 @@ clean:
 	@echo "3 GB to download and 6 GB of disk: three to ten minutes, once (uv, where it is installed: one)"
 ifeq ($(shell command -v uv),)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 else
 	uv venv --python $(PYTHON) --allow-existing .venv
 	uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
