@@ -73,17 +73,21 @@ def prepare(
                 others, _, before = planned([other for other in overrides if other is not override])
             except BadInput:  # the experiment cannot do without it
                 continue
-            if others[0].experiment.grid != experiment.grid:  # it picks a point
-                continue
-            if [other.experiment for other in others] == [point.experiment for point in points]:
-                later = overrides[overrides.index(override) + 1 :]
-                beats = [o.origin for o in later if f"{override.key}.".startswith(f"{o.key}.")]
-                why = f"{beats[-1]} beats it" if beats else "that is its value already"
-                raise BadInput(f"{override.origin}: changes nothing: {why}")
-            _refuse_idle(override, command, before, jobs, experiment)
+            if others[0].experiment.grid == experiment.grid:  # else it picks a point
+                if [other.experiment for other in others] == [point.experiment for point in points]:
+                    raise _of_no_effect(override, overrides)
+                _refuse_idle(override, command, before, jobs, experiment)
     subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points], dataset)
     places = places._replace(threads=experiment.threads or max(cores() // distributed.LOCAL_WORLD, 1))
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
+
+
+def _of_no_effect(override: Override, overrides: list[Override]) -> BadInput:
+    """What to say of a `--set` that leaves the experiment as it is."""
+    later = overrides[overrides.index(override) + 1 :]
+    beats = [o.origin for o in later if f"{override.key}.".startswith(f"{o.key}.")]
+    why = f"{beats[-1]} beats it" if beats else "that is its value already"
+    return BadInput(f"{override.origin}: changes nothing: {why}")
 
 
 def _folder(subject: results.Subject, overrides: list[Override], places: Places) -> Path:

@@ -195,9 +195,7 @@ def _compared(root: Path, first: Group, own: Group, data_dir: Path | None) -> Di
         labels = dataset_of(a, data_dir).test.labels
         one, other = (log_probabilities(run, len(labels)) for run in (b, a))
         only = score.discordant(one, other, labels)
-    fewer, seeds = (
-        [first.errors[i] - own.errors[j] for i, j in pairs],
-        [first.seeds[i] for i, j in pairs if first.seeds[i] == own.seeds[j]],
-    )
+    fewer = [first.errors[i] - own.errors[j] for i, j in pairs]
+    seeds = [first.seeds[i] for i, j in pairs if first.seeds[i] == own.seeds[j]]
     verdict = paired(fewer, *only) if pairs else None
     return Difference(group=own.group, changed=changed, seeds=seeds, verdict=verdict)

@@ -322,11 +322,8 @@ def compare_tables(document: "compare.Comparisons") -> Parts:
         changed = "; ".join(f"{key} {_value(b)} ({other}: {_value(a)})" for key, (a, b) in c.changed.items())
         none = "The groups share no seed: nothing to pair, so no verdict."
         said = c.verdict.sentence(own, other) if c.verdict else none
-        part = (
-            f"Seeds in both: {', '.join(map(str, c.seeds))}. "
-            if c.seeds and not c.seeds == first.seeds == seeds[own]
-            else ""
-        )
+        some = c.seeds and not c.seeds == first.seeds == seeds[own]
+        part = f"Seeds in both: {', '.join(map(str, c.seeds))}. " if some else ""
         yield f"{own} differs from {other}: {changed or 'in no setting'}.\n{part}{said}\n"
     several = any(c.verdict and c.verdict.comparisons for c in document.comparisons)
     yield f"{INTERVALS} {LEGENDS['p']}" if several else INTERVALS
