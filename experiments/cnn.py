@@ -1,13 +1,15 @@
-"""The teacher of mnist-cnn.yaml: three convolutions, small enough for a CPU."""
+"""The teacher of mnist-cnn.yaml: five convolutions, small enough for a CPU."""
 
 from torch import nn
 
+LAYERS = ((32, 5, 2), (32, 3, 1), (64, 3, 2), (64, 3, 1), (64, 3, 1))  # channels, width of the kernel, stride
+
 
 def make(classes: int, channels: int) -> nn.Module:
-    """A net that gives logits [N, classes] for images [N, channels, 28, 28]: 1.9 million multiply-adds an image."""
+    """A net that gives logits [N, classes] for images [N, channels, 28, 28]: 6.5 million multiply-adds an image."""
     layers: list[nn.Module] = []
-    for inside, outside in ((channels, 16), (16, 32), (32, 64)):
-        conv = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(outside), nn.ReLU(), nn.MaxPool2d(2)]
-    layers[-1] = nn.Dropout(0.4)  # in place of the last pooling
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 7 * 7, classes))
+    for outside, width, stride in LAYERS:
+        conv = nn.Conv2d(channels, outside, width, stride, width // 2, bias=False)
+        layers += [conv, nn.BatchNorm2d(outside), nn.ReLU()]
+        channels = outside
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
