@@ -621,8 +621,8 @@ class Experiment(Section):
                     "shows views of the images, and a file of logits has answers for none: remove them",
                 )
         for key, train in self.student_trains.items() if self.distill.views else ():
-            if key != "baseline" and (not train.augmented or train.mixup):
-                why = "blends images anew in every batch" if train.mixup else "is not augmented and asks once as it is"
+            if key != "baseline" and not train.augmented:
+                why = "is not augmented and asks once as it is"
                 yield "distill.views", f"has no use, since {key}.train {why}: remove it"
         yield from self._of_loss()
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -519,19 +520,24 @@ def test_errors_and_hard_loss_of_an_epoch_are_those_of_the_labelled_images() -> 
     assert found.t2_kl == pytest.approx(16 * float(kl), rel=1e-4)
 
 
-def test_a_sample_that_is_blended_with_an_unlabelled_one_counts_no_hard_loss() -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_sample_that_is_blended_with_an_unlabelled_one_counts_no_hard_loss(kept: bool) -> None:
     """One epoch of one batch, blended by hand: what is labelled to one part in a million counts."""
     images, taught = partly()
     settings = train(epochs=1, batch_size=1297, lr=1e-30, momentum=0, mixup=0.3)
+    how = distilling(taught, T=4, lambda1=0.7, lambda2=0.3)
     order = torch.randperm(1297, generator=generator(0, "order", 0))
-    share = augment.Views(images, settings, 0).draw(0)["mixup"][:, None]
-    x, following = DIGITS.train.inputs(order).flatten(1), order.roll(-1)
-    x = share * x + (1 - share) * x.roll(-1, 0)
+    share, following = augment.Views(images, settings, 0).draw(0)["mixup"][:, None], order.roll(-1)
+    if kept:
+        fixed = augment.Fixed(settings, 1, 1297, torch.arange(1297))
+        how["teacher"] = replace(how["teacher"], views=fixed)
+        share, following = fixed.draw(0)["mixup"][order, None], fixed.draw(0)["partner"][order]
+    x = share * DIGITS.train.inputs(order).flatten(1) + (1 - share) * DIGITS.train.inputs(following).flatten(1)
     known = share[:, 0] * (order < 900) + (1 - share[:, 0]) * (following < 900) > 1 - 1e-6
     log_p, rows = net()(x).double().log_softmax(1).detach(), torch.arange(1297)
     own, other = (-log_p[rows, DIGITS.train.labels[at]] for at in (order, following))
     wanted = (share[:, 0] * own + (1 - share[:, 0]) * other)[known].mean()
-    found = last(net(), settings, images=images, **distilling(taught, T=4, lambda1=0.7, lambda2=0.3))
+    found = last(net(), settings, images=images, **how)
     assert found.hard_loss == pytest.approx(float(wanted), rel=1e-5)
 
 

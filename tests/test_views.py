@@ -218,6 +218,48 @@ def test_kept_logits_of_an_ensemble_lie_with_its_members(folder: Path, answers: 
     assert not torch.allclose(answers[0].logits[0], answers[0].logits[1], atol=1e-2)
 
 
+MIXED = ["--set", "student.train.mixup=0.4", "--set", "student.train.flip=true", "--set", f"distill.views={K}"]
+
+
+def test_kept_logits_of_blended_images_are_those_of_the_blends_that_students_see(
+    folder: Path, asked: list[int], answers: list[Answer]
+) -> None:
+    distil(folder, *MIXED, "--no-baseline")
+    distil(folder, *MIXED, "--no-baseline", "--T", "2")
+    assert sum(asked) == K * N
+    assert len(answers) == 2 * 6 * 26
+    check_answers(answers, teacher_run(folder))
+
+
+def test_a_student_of_fewer_classes_sees_no_blend_with_another(
+    folder: Path, asked: list[int], answers: list[Answer]
+) -> None:
+    """The blends of its own transfer set are asked for, in files of their own."""
+    distil(folder, *MIXED, "--no-baseline")
+    distil(folder, *MIXED, command="omit-classes")
+    spec = teacher_run(folder, "tiny/omit-classes").spec
+    left = open_dataset(spec.data).seen(spec).labels
+    assert 3 not in left
+    assert sorted(np.load(file, mmap_mode="r").shape for file in files(folder)) == [(K, len(left), 10), (K, N, 10)]
+    assert sum(asked) == K * (N + len(left))
+    check_answers(answers, teacher_run(folder))
+
+
+def test_blends_of_images_that_nobody_labelled_are_kept_too(folder: Path) -> None:
+    images = Split(torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1), torch.tensor([0, 1, 2, 1, 0, -1, -1, -1]), 1)
+    how = recipe(mixup=0.5, batch_size=8)
+    kept_blends = Fixed(how, 2, 8, torch.arange(8))
+    for k in range(2):
+        drawn = kept_blends.draw(k)
+        assert sorted(drawn["partner"].tolist()) == list(range(8))
+        assert not (drawn["partner"] == torch.arange(8)).any()  # none is blended with itself
+    drawn = Views(images, how, 0, kept_blends).draw(0)
+    order = Views(images, how, 0, kept_blends).order(0)
+    x = Views(images, how, 0, kept_blends).view(order, drawn).flatten()
+    share, partner = drawn["mixup"], drawn["partner"]
+    torch.testing.assert_close(x, share * order + (1 - share) * partner)
+
+
 def test_students_seeds_and_losses_share_what_was_asked_once(
     folder: Path, asked: list[int], answers: list[Answer]
 ) -> None:
@@ -398,12 +440,6 @@ def test_views_without_use_are_refused(folder: Path, sets: str, wanted: str) -> 
     assert done.code == 2
     assert wanted in done.err
     assert len(done.err.splitlines()) == 1
-
-
-def test_mixup_has_no_fixed_views(folder: Path) -> None:
-    done = kd_here(folder, "distill", "own.yaml", "--set", "student.train.mixup=0.1", "--set", "distill.views=2")
-    assert done.code == 2
-    assert "has no use, since student.train blends images anew in every batch: remove it" in done.err
 
 
 def planned(folder: Path, *sets: str) -> tuple[list[Spec], Dataset]:

@@ -14,12 +14,12 @@ from kdcli.machine.device import generator, stream
 
 SHARED = -1  # a seed that no run has
 ALL = slice(None)
-AUGMENTATION = {"jitter", "flip", "crop", "cutout"}  # what a view depends on
+AUGMENTATION = {"jitter", "flip", "crop", "cutout", "mixup"}  # what a view depends on
 
 
 def different_views(train: Train) -> float:
-    """How many views of an image there are: of shifts and flips so many; crops and squares are countless, inf."""
-    return math.inf if train.crop or train.cutout else (2 * train.jitter + 1) ** 2 * (1 + train.flip)
+    """How many views of an image there are: of shifts and flips so many; of the others countless, inf."""
+    return math.inf if train.crop or train.cutout or train.mixup else (2 * train.jitter + 1) ** 2 * (1 + train.flip)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Fixed:
     among these images of the transfer set; `most`: how many views of each image are asked for.
 
     Of shifts and flips no two views of an image are the same, and those of up to 2 pixels have 25 views: with all of
-    them training is exact, since an epoch draws each with the probability that it has where it is drawn anew.
+    them training is exact, since an epoch draws each with the probability that it has where it is drawn anew. With
+    mixup the `size` images must be the transfer set: each is blended with another of them.
     """
 
     train: Train
@@ -42,10 +43,14 @@ class Fixed:
         return int(min(self.most, different_views(self.train)))
 
     def draw(self, k: int) -> dict[str, Tensor]:
-        """View k of every image: its draws, [size, ...] each."""
+        """View k of every image: its draws, [size, ...] each; with mixup also the `partner` that it is blended with."""
         train = self.train
         if different_views(train) == math.inf:
-            return _draws(train, self.size, SHARED, k)
+            drawn = _draws(train, self.size, SHARED, k)
+            if train.mixup:
+                order = torch.randperm(self.size, generator=generator(SHARED, "partner", k))
+                drawn["partner"] = torch.empty_like(order).index_copy_(0, order, order.roll(-1))
+            return drawn
         there = int(different_views(train))
         order = torch.randperm(there, generator=generator(SHARED, "order"))
         first = torch.randint(there, (self.size,), generator=generator(SHARED, "first"))
@@ -92,8 +97,16 @@ class Views:
     def view(self, index: Tensor, drawn: dict[str, Tensor], own: slice = ALL) -> Tensor:
         """Float images [B, C, H, W] in [0, 1] of the samples at `index` [B], as the draws of each say; or of its `own`
         rows alone."""
-        if "mixup" not in drawn:  # which blends neighbours
+        if "mixup" not in drawn or "partner" in drawn:  # else neighbours are blended
             index, drawn, own = index[own], {name: draws[own] for name, draws in drawn.items()}, ALL
+        x = self._alone(index, drawn)
+        if "mixup" in drawn:
+            other = self._alone(drawn["partner"], drawn) if "partner" in drawn else None
+            x = blend(x, drawn["mixup"], other)
+        return x[own]
+
+    def _alone(self, index: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        """The images before any are blended."""
         x = self.images.images(index)
         if "jitter" in drawn:
             x = shift(x, drawn["jitter"], self.train.jitter)
@@ -104,9 +117,7 @@ class Views:
             x = crop(x, drawn["crop"], self.train.crop or 1)
         if "cutout" in drawn:
             x = cut_out(x, drawn["cutout"], self.train.cutout or 0)
-        if "mixup" in drawn:
-            x = blend(x, drawn["mixup"])
-        return x[own]
+        return x
 
 
 def _draws(train: Train, n: int, seed: int, epoch: int) -> dict[str, Tensor]:
@@ -156,8 +167,8 @@ def cut_out(x: Tensor, u: Tensor, side: int) -> Tensor:
     return torch.where(inside, x.mean((2, 3), keepdim=True), x)
 
 
-def blend(x: Tensor, share: Tensor) -> Tensor:
-    """Each of B samples [B, ...] blended with the next of the batch, `share` [B] of itself: images, and in the same way
-    the rows of their labels (mixup: Zhang et al., arXiv:1710.09412)."""
+def blend(x: Tensor, share: Tensor, other: Tensor | None = None) -> Tensor:
+    """Each of B samples [B, ...] blended with its `other` [B, ...], or with the next of the batch, `share` [B] of
+    itself: images, and in the same way the rows of their labels (mixup: Zhang et al., arXiv:1710.09412)."""
     share = share.view(-1, *[1] * (x.dim() - 1))
-    return share * x + (1 - share) * x.roll(-1, 0)
+    return share * x + (1 - share) * (x.roll(-1, 0) if other is None else other)

@@ -72,9 +72,11 @@ def _answers(net: nn.Module, images: Split, fixed: Fixed, k: int, device: torch.
     """The logits [B, C] of view k of the images, batch by batch."""
     drawn = fixed.draw(k)
     for index in torch.arange(len(images)).split(BATCH):
-        views = Views(images.at(index).to(device), fixed.train, 0)
-        x = views.view(torch.arange(len(index), device=device), {n: d[index].to(device) for n, d in drawn.items()})
-        yield net(x).float().cpu()
+        draws, samples, rows = {name: d[index] for name, d in drawn.items()}, index, torch.arange(len(index))
+        if "partner" in draws:  # is sent to the device too
+            samples, draws["partner"] = torch.cat([index, draws["partner"]]), len(index) + rows
+        views = Views(images.at(samples).to(device), fixed.train, 0)
+        yield net(views.view(rows.to(device), {name: d.to(device) for name, d in draws.items()})).float().cpu()
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,10 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         steps = train.steps(len(dataset.seen(spec)))
         found[spec.name] = train.epochs * (steps * a_step + len(dataset.test) * an_image)
         views = min(spec.distill.views or 0, different_views(train)) if spec.distill else 0
-        kept = repr((spec.parents, views, train.model_dump(include=AUGMENTATION)))
+        whole = len(dataset.seen(spec)) if train.mixup else len(dataset.train) + len(dataset.unlabelled or ())
+        kept = repr((spec.parents, views, train.model_dump(include=AUGMENTATION), whole))
         if kept not in asked:  # once for all students of this teacher
-            found[spec.name] += views * (len(dataset.train) + len(dataset.unlabelled or ())) * a_view
+            found[spec.name] += views * whole * a_view
             asked.add(kept)
     return found
 

@@ -96,6 +96,11 @@ def _in_training(net: nn.Module) -> None:
             part.eval()
 
 
+def _shares(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels as proportions of the classes [B, C], float64; of label -1 none."""
+    return F.one_hot(labels + 1, logits.shape[1] + 1)[:, 1:].double()
+
+
 class _Loop:
     """A net in training, and what moves it."""
 
@@ -121,8 +126,8 @@ class _Loop:
         taught = self.teacher.logits(drawn.get("kept", index), x) if self.teacher else None
         logits = distributed.whole(self.forward, x, len(index))
         if "mixup" in drawn:
-            shares = F.one_hot(y + 1, logits.shape[1] + 1)[:, 1:]  # of label -1 none
-            y = blend(shares.double(), drawn["mixup"])
+            other = _shares(self.views.images.labels[drawn["partner"]], logits) if "partner" in drawn else None
+            y = blend(_shares(y, logits), drawn["mixup"], other)
         known = labelled(y) if self.partly else None
         how, weights = (self.teacher.average, self.teacher.weights) if self.teacher else ("arithmetic", ())
         share = min((self.rate.last_epoch + 1) / self.warmup, 1.0) if self.warmup else 1.0  # last_epoch: steps so far

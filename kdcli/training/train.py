@@ -1,6 +1,7 @@
 """One spec to one finished run: a function that needs nothing but its arguments, so that any engine can call it."""
 
 import contextlib
+import hashlib
 import signal
 import sys
 import time
@@ -160,10 +161,13 @@ def _teacher(
         return cached(source, transfer, n, device, extra.to(device) if extra else None)
     if not (distill and distill.views):
         return replace(said := live(source, device), logits=distributed.asked(said.logits))
-    whole, positions = dataset.train, transfer
-    if extra:
+    whole, positions, key = dataset.train, transfer, f"{facts.fingerprint} {facts.unlabelled}"
+    if how.mixup:  # blends no image that the student does not see
+        whole, key = dataset.seen(spec), f"{key} {hashlib.sha256(transfer.numpy().tobytes()).hexdigest()}"
+        positions = torch.arange(len(whole))
+    elif extra:
         whole, positions = whole.followed_by(extra), torch.cat([transfer, torch.arange(n, n + len(extra))])
-    fixed, key = Fixed(how, distill.views, len(whole), positions), f"{facts.fingerprint} {facts.unlabelled}"
+    fixed = Fixed(how, distill.views, len(whole), positions)
     return kept_views(source, whole, key, fixed, distill.half, device, note)
 
 
