@@ -14,8 +14,8 @@ SHORT = """\
 name: mnist
 data: {name: mnist, heldout: 5000}
 teacher:
-  model: {hidden: [400, 400], dropout: 0.2}
-  train: {epochs: 8, batch_size: 200, optimizer: adam, lr: 2e-3, jitter: 1}
+  model: {hidden: [300, 300], dropout: 0.2}
+  train: {epochs: 6, batch_size: 200, optimizer: adam, lr: 2e-3, jitter: 1}
 student:
   model: {hidden: [300, 300]}
   train: {epochs: 6, batch_size: 100, optimizer: adam, lr: 2e-3}
@@ -33,7 +33,7 @@ def mnist(mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     calls = {
         "teacher": ["train-teacher"],
         "student": ["distill"],
-        "omit": ["omit-classes", "--omit", "3", "--epochs", "5"],
+        "omit": ["omit-classes", "--omit", "3", "--epochs", "4"],
         "keep": ["omit-classes", "--keep", "7,8", "--epochs", "8"],
         "ensemble": ["ensemble", "--members", "2", "--epochs", "1"],
         "evaluation": ["evaluate"],

@@ -253,11 +253,11 @@ def test_blends_of_images_that_nobody_labelled_are_kept_too(folder: Path) -> Non
         drawn = kept_blends.draw(k)
         assert sorted(drawn["partner"].tolist()) == list(range(8))
         assert not (drawn["partner"] == torch.arange(8)).any()  # none is blended with itself
-    drawn = Views(images, how, 0, kept_blends).draw(0)
-    order = Views(images, how, 0, kept_blends).order(0)
-    x = Views(images, how, 0, kept_blends).view(order, drawn).flatten()
-    share, partner = drawn["mixup"], drawn["partner"]
-    torch.testing.assert_close(x, share * order + (1 - share) * partner)
+    views = Views(images, how, 0, kept_blends)
+    order, drawn = views.order(0), views.draw(0)
+    x, share = views.view(order, drawn), drawn["mixup"]
+    torch.testing.assert_close(x.flatten(), share * order + (1 - share) * drawn["partner"])
+    assert torch.equal(views.view(order, drawn, slice(1, None, 2)), x[1::2])  # what one of two processes computes
 
 
 def test_students_seeds_and_losses_share_what_was_asked_once(
@@ -486,9 +486,12 @@ def test_the_hint_is_told_once_on_stderr(folder: Path) -> None:
     json.loads(done.out)
 
 
-def test_an_estimate_counts_the_passes_once_for_each_teacher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("view", ["jitter=1", "mixup=0.3"])
+def test_an_estimate_counts_the_passes_once_for_each_teacher(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, view: str
+) -> None:
     monkeypatch.setattr(estimate, "_timed", lambda *_: (1.0, 0.0, 0.01))
-    sets = ["student.train.jitter=1", "student.train.epochs=2", f"distill.views={K}", "distill.teacher=ensemble"]
+    sets = [f"student.train.{view}", "student.train.epochs=2", f"distill.views={K}", "distill.teacher=ensemble"]
     specs, dataset = planned(folder, *sets, "seed=[0, 1]")
     spent = estimate.seconds(specs, specs, dataset, Places(folder / "runs"))
     assert [spent[spec.name] for spec in specs] == [pytest.approx(2 * 26 + K * N * 0.01), 2 * 26]
