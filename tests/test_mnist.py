@@ -15,7 +15,7 @@ name: mnist
 data: {name: mnist, heldout: 5000}
 teacher:
   model: {hidden: [300, 300], dropout: 0.2}
-  train: {epochs: 6, batch_size: 200, optimizer: adam, lr: 2e-3, jitter: 1}
+  train: {epochs: 8, batch_size: 200, optimizer: adam, lr: 2e-3, jitter: 1}
 student:
   model: {hidden: [300, 300]}
   train: {epochs: 6, batch_size: 100, optimizer: adam, lr: 2e-3}
@@ -33,7 +33,7 @@ def mnist(mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     calls = {
         "teacher": ["train-teacher"],
         "student": ["distill"],
-        "omit": ["omit-classes", "--omit", "3", "--epochs", "4"],
+        "omit": ["omit-classes", "--omit", "3", "--epochs", "5"],
         "keep": ["omit-classes", "--keep", "7,8", "--epochs", "8"],
         "ensemble": ["ensemble", "--members", "2", "--epochs", "1"],
         "evaluation": ["evaluate"],
@@ -47,7 +47,7 @@ def mnist(mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def test_the_student_beats_its_baseline_clearly(mnist: dict[str, dict[str, Any]]) -> None:
-    """When this was written: teacher 116, baseline 177, student 121 errors of the 10,000 test images."""
+    """When this was written: teacher 121, baseline 177, student 145 errors of the 10,000 test images."""
     student = mnist["student"]
     assert student["test"]["total"] == 10_000
     assert mnist["teacher"]["test"]["errors"] < 150
