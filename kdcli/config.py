@@ -622,8 +622,8 @@ class Experiment(Section):
                 )
         for key, train in self.student_trains.items() if self.distill.views else ():
             if key != "baseline" and not train.augmented:
-                why = "is not augmented and asks once as it is"
-                yield "distill.views", f"has no use, since {key}.train {why}: remove it"
+                why = f"has no use, since {key}.train is not augmented and asks once as it is: remove it"
+                yield "distill.views", why
         yield from self._of_loss()
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.table:
