@@ -620,10 +620,11 @@ class Experiment(Section):
                     f"{key}.train",
                     "shows views of the images, and a file of logits has answers for none: remove them",
                 )
-        for key, train in self.student_trains.items() if self.distill.views else ():
-            if key != "baseline" and not train.augmented:
-                why = f"has no use, since {key}.train is not augmented and asks once as it is: remove it"
-                yield "distill.views", why
+        if self.distill.views and not any(t.augmented for key, t in self.student_trains.items() if key != "baseline"):
+            yield (
+                "distill.views",
+                "has no use, since no student's train is augmented: remove it",
+            )
         yield from self._of_loss()
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.table:

@@ -193,16 +193,15 @@ def _own(distill: Distill, function: Callable[..., object], z: Tensor, v: Tensor
 
 
 @code.quiet()
-def try_loss(distill: Distill, classes: int, unlabelled: bool = False, shares: bool = False) -> None:
+def try_loss(distill: Distill, classes: int, unlabelled: bool = False, mixup: bool = False) -> None:
     """Raise BadInput unless the loss of a `distill` section can be computed for so many classes, with the `unlabelled`
-    and the `shares` that the training has, and moves a student."""
+    images and the `mixup` that the training has, and moves a student."""
     draws = torch.Generator().manual_seed(0)
     z, v = (torch.randn(4, classes, generator=draws) for _ in range(2))
     labels = torch.arange(4) % classes
     if unlabelled:
         labels[-1] = -1
-    given = F.one_hot(labels + 1, classes + 1)[:, 1:].double() if shares else labels
-    value = soft_loss(distill)(z.requires_grad_(), v, given)
+    value = soft_loss(distill)(z.requires_grad_(), v, shares(labels, classes) if mixup else labels)
     if not value.requires_grad:
         raise BadInput(f"{distill.loss}: does not depend on student_logits: nothing could be learned from it")
     with code.blaming(distill.file):
@@ -210,6 +209,11 @@ def try_loss(distill: Distill, classes: int, unlabelled: bool = False, shares: b
     if not value.isfinite() or (z.grad is not None and not z.grad.isfinite().all()):
         what = f"is {value.item():g}" if not value.isfinite() else "has a gradient that is not finite"
         raise BadInput(f"{distill.loss}: {what} for logits drawn from a normal distribution: it must be finite")
+
+
+def shares(labels: Tensor, classes: int) -> Tensor:
+    """Labels [N] as shares of the classes [N, C], float64; of label -1 none."""
+    return F.one_hot(labels + 1, classes + 1)[:, 1:].double()
 
 
 def labelled(labels: Tensor) -> Tensor:

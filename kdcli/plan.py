@@ -133,7 +133,9 @@ class _Planner:
     def student(self, teacher: str, entry: Omission | None, seed: int) -> list[Spec]:
         e = self.experiment
         more: dict[str, Any] = {"model": e.student.model, "train": (entry and entry.train) or e.student.train}
-        more["distill"] = e.distill.model_copy(update={"teacher": "teacher"})  # the parents say which
+        how: dict[str, Any] = {"teacher": "teacher"}  # the parents say which
+        how |= {} if more["train"].augmented else {"views": None, "half": False}
+        more["distill"] = e.distill.model_copy(update=how)
         more["parents"] = [self.taught_by(teacher, seed)]
         if e.distill.file:
             more["loss_code"] = code.digest(e.distill.loss)
@@ -227,9 +229,10 @@ def try_net(model: Model, facts: Facts) -> tuple[int, str]:
 
 
 def _of_loss(e: Experiment, classes: int) -> Iterator[tuple[str, str]]:
-    mixed = any(train.mixup for key, train in e.student_trains.items() if key != "baseline")
+    mixed = {bool(train.mixup) for key, train in e.student_trains.items() if key != "baseline"}
     try:
-        losses.try_loss(e.distill, classes, bool(e.data.unlabelled), mixed)
+        for mixup in sorted(mixed):
+            losses.try_loss(e.distill, classes, bool(e.data.unlabelled), mixup)
     except BadInput as error:
         yield "distill.standardize" if e.distill.standardize else "distill.loss", str(error)
 

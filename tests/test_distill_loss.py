@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY, Done, Shell, kd_here
 from test_unlabelled import write_images
+from torch.nn import functional as F
 
 from kdcli import losses, yamlfile
 from kdcli.config import LOSSES, Data, Distill, Train
@@ -59,6 +60,10 @@ def of_labels(student_logits, teacher_logits, labels, T):
 
 def of_three(student_logits, teacher_logits, labels):
     return F.l1_loss(student_logits, teacher_logits)
+
+
+def of_shares(student_logits, teacher_logits, labels, T):
+    return -(labels * student_logits.log_softmax(1)).sum(1).mean()
 
 
 word = "mine"
@@ -257,6 +262,15 @@ def test_a_loss_that_cannot_do_with_unlabelled_or_blended_images_is_told_at_once
     assert "mine.py:34: " in done.err
     for key in ("data.unlabelled=more", "student.train.mixup=0.2"):
         assert distil(taught, own(), "--set", key, "--dry-run").code == 0
+
+
+def test_a_loss_of_blended_labels_is_reported_too(taught: Shell) -> None:
+    done = distil(taught, own("of_shares"), "--set", "student.train.mixup=0.2")
+    run = run_in(taught.folder, done)
+    z, y = kept_logits(run, "test", 500)[0], open_dataset(run.spec.data).test.labels
+    assert done.json["teacher"]["soft"] == pytest.approx(float(F.cross_entropy(z.double(), y)))
+    refused = distil(taught, own("of_shares"), "--dry-run")  # whose labels are numbers of classes
+    assert (refused.code, "mine.py:" in refused.err) == (2, True)
 
 
 # Refusals that need the data; notes.

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from kdcli.data.augment import Fixed, Views
 from kdcli.data.dataset import Dataset, Split, open_dataset
 from kdcli.machine.device import seeded
 from kdcli.nets.models import MLP
-from kdcli.plan import plan
+from kdcli.plan import Job, plan
 from kdcli.runs.directory import Places, Run, State, open_run
 from kdcli.runs.spec import Spec
 from kdcli.teachers import kept
@@ -200,7 +200,10 @@ def check_answers(answers: list[Answer], run: Run) -> None:
 
 def test_kept_logits_are_those_of_the_views_that_students_see(folder: Path, answers: list[Answer]) -> None:
     said = distil(folder, *SHIFTED)
-    assert f"is asked about {K} views of each of 1,297 images, once for all epochs, seeds and students\n" in said
+    assert (
+        f"is asked about {K} views of each of 1,297 images, once for all epochs and all students that see these\n"
+        in said
+    )
     assert len(answers) == 6 * 26
     check_answers(answers, teacher_run(folder))
     one, other = (torch.cat([a.rows for a in answers[i : i + 26]]) for i in (0, 26))
@@ -260,6 +263,18 @@ def test_blends_of_images_that_nobody_labelled_are_kept_too(folder: Path) -> Non
     assert torch.equal(views.view(order, drawn, slice(1, None, 2)), x[1::2])  # what one of two processes computes
 
 
+def test_each_image_of_a_kept_blend_is_augmented_by_draws_of_its_own() -> None:
+    stored = torch.randint(1, 256, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images, all_of_them = Split(stored, torch.zeros(6, dtype=torch.long), 255), torch.arange(6)
+    both = recipe(mixup=0.5, cutout=4, jitter=1, flip=True, batch_size=6)
+    for k in range(3):
+        drawn = Fixed(both, 3, 6, all_of_them).draw(k)
+        alone = {name: drawn[name] for name in ("cutout", "jitter", "flip")}  # of a view of each image, unblended
+        augmented, share = Views(images, both, 0).view(all_of_them, alone), drawn["mixup"].view(6, 1, 1, 1)
+        blended = Views(images, both, 0).view(all_of_them, drawn)
+        torch.testing.assert_close(blended, share * augmented + (1 - share) * augmented[drawn["partner"]])
+
+
 def test_students_seeds_and_losses_share_what_was_asked_once(
     folder: Path, asked: list[int], answers: list[Answer]
 ) -> None:
@@ -275,7 +290,10 @@ def test_students_seeds_and_losses_share_what_was_asked_once(
     assert len(omitted) == 6 * 20  # without 3 and the held-out images 982 are left
     check_answers(answers, teacher_run(folder))
     other = distil(folder, "--set", "student.train.jitter=1", "--set", "distill.views=50")
-    assert "9 views of each of 1,297 images, once for all epochs, seeds and students, all that there are: " in other
+    assert (
+        "9 views of each of 1,297 images, once for all epochs and all students that see these, all that there are: "
+        in other
+    )
     assert sum(asked) == (K + 9) * N
 
 
@@ -431,7 +449,7 @@ def test_kd_runs_counts_the_bytes_and_removes_the_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "wanted"),
     [
-        ("distill.views=3", "has no use, since student.train is not augmented and asks once as it is: remove it"),
+        ("distill.views=3", "has no use, since no student's train is augmented: remove it"),
         ("distill.half=true", "belongs to views: remove it"),
     ],
 )
@@ -442,11 +460,16 @@ def test_views_without_use_are_refused(folder: Path, sets: str, wanted: str) -> 
     assert len(done.err.splitlines()) == 1
 
 
-def planned(folder: Path, *sets: str) -> tuple[list[Spec], Dataset]:
-    """The students of the tiny experiment."""
+def all_planned(folder: Path, *sets: str) -> tuple[list[Job], Dataset]:
     experiment = load(str(folder / "tiny.yaml"), [parse_set(text) for text in sets]).experiment
     dataset = open_dataset(experiment.data)
-    return [job.spec for job in plan([experiment], dataset) if job.row.name == "student"], dataset
+    return plan([experiment], dataset), dataset
+
+
+def planned(folder: Path, *sets: str) -> tuple[list[Spec], Dataset]:
+    """The students of the tiny experiment."""
+    jobs, dataset = all_planned(folder, *sets)
+    return [job.spec for job in jobs if job.row.name == "student"], dataset
 
 
 @pytest.mark.parametrize(
@@ -477,6 +500,14 @@ def test_a_hint_where_kept_views_would_ask_less(folder: Path, more: list[str], h
     assert said == (f"the teacher is asked about every image in every epoch, {hint}" if hint else "")
 
 
+def test_a_hint_where_kept_views_ask_more(folder: Path) -> None:
+    more = ["student.train.crop=0.8", "student.train.epochs=3"]
+    said = "distill.views asks the teacher about 6 views of every image; without it, in 3 passes"
+    assert estimate.cheaper(*planned(folder, *more, "distill.views=6")) == said
+    assert estimate.cheaper(*planned(folder, *more, "distill.views=5")) == ""
+    assert estimate.cheaper(*planned(folder, *more, "distill.views=6", "distill.teacher=ensemble", "seed=[0, 1]")) == ""
+
+
 def test_the_hint_is_told_once_on_stderr(folder: Path) -> None:
     flip = ["--set", "student.train.flip=true", "--epochs", "4", "--jobs", "1"]
     done = kd_here(folder, "distill", "tiny.yaml", "--json", "--no-baseline", *flip)
@@ -492,9 +523,37 @@ def test_an_estimate_counts_the_passes_once_for_each_teacher(
 ) -> None:
     monkeypatch.setattr(estimate, "_timed", lambda *_: (1.0, 0.0, 0.01))
     sets = [f"student.train.{view}", "student.train.epochs=2", f"distill.views={K}", "distill.teacher=ensemble"]
-    specs, dataset = planned(folder, *sets, "seed=[0, 1]")
-    spent = estimate.seconds(specs, specs, dataset, Places(folder / "runs"))
+    jobs, dataset = all_planned(folder, *sets, "seed=[0, 1]")
+    specs = [job.spec for job in jobs if job.row.name == "student"]
+    spent = estimate.seconds(specs, [job.spec for job in jobs], dataset, Places(folder / "runs"))
     assert [spent[spec.name] for spec in specs] == [pytest.approx(2 * 26 + K * N * 0.01), 2 * 26]
+
+
+def test_an_estimate_counts_blends_of_other_images_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two omissions that leave as many images."""
+    monkeypatch.setattr(estimate, "_timed", lambda *_: (0.0, 0.0, 1.0))
+    more = [f"distill.views={K}", "data.heldout=200", "omit_classes=[{omit: [0]}, {omit: [2]}]"]
+    for view, counted in (("mixup=0.3", [True, True]), ("jitter=1", [True, False])):
+        jobs, dataset = all_planned(folder, f"student.train.{view}", *more)
+        students = [job.spec for job in jobs if job.spec.omitted]
+        spent = estimate.seconds(students, [job.spec for job in jobs], dataset, Places(folder / "runs"))
+        assert [spent[spec.name] > 0 for spec in students] == counted
+
+
+def test_an_estimate_knows_a_teacher_that_is_not_planned(folder: Path) -> None:
+    """Of a run that was named, from another experiment."""
+    name, asked = teacher_run(folder).name, list[Sequence[Model]]()
+
+    def timed(_: Model, __: Train, ___: Spec, teachers: Sequence[Model], *____: object) -> estimate.Times:
+        asked.append(teachers)
+        return 1.0, 0.0, 0.01
+
+    specs, dataset = planned(folder, "student.train.jitter=1", f"distill.views={K}")
+    (spec,) = (spec.model_copy(update={"parents": [name]}) for spec in specs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "_timed", timed)
+        estimate.seconds([spec], [spec], dataset, Places(folder / "runs"))
+    assert asked == [[teacher_run(folder).spec.model]]
 
 
 def test_kept_views_are_timed_apart_from_the_steps(folder: Path) -> None:

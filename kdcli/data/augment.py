@@ -14,6 +14,7 @@ from kdcli.machine.device import generator, stream
 
 SHARED = -1  # a seed that no run has
 ALL = slice(None)
+OTHER = "partner's "
 AUGMENTATION = {"jitter", "flip", "crop", "cutout", "mixup"}  # what a view depends on
 
 
@@ -43,13 +44,16 @@ class Fixed:
         return int(min(self.most, different_views(self.train)))
 
     def draw(self, k: int) -> dict[str, Tensor]:
-        """View k of every image: its draws, [size, ...] each; with mixup also the `partner` that it is blended with."""
+        """View k of every image: its draws, [size, ...] each; with mixup also the `partner` that it is blended with,
+        and the draws of that, `partner's ...`."""
         train = self.train
         if different_views(train) == math.inf:
             drawn = _draws(train, self.size, SHARED, k)
             if train.mixup:
                 order = torch.randperm(self.size, generator=generator(SHARED, "partner", k))
-                drawn["partner"] = torch.empty_like(order).index_copy_(0, order, order.roll(-1))
+                partner = torch.empty_like(order).index_copy_(0, order, order.roll(-1))
+                drawn |= {OTHER + name: draws[partner] for name, draws in drawn.items() if name != "mixup"}
+                drawn["partner"] = partner
             return drawn
         there = int(different_views(train))
         order = torch.randperm(there, generator=generator(SHARED, "order"))
@@ -101,7 +105,8 @@ class Views:
             index, drawn, own = index[own], {name: draws[own] for name, draws in drawn.items()}, ALL
         x = self._alone(index, drawn)
         if "mixup" in drawn:
-            other = self._alone(drawn["partner"], drawn) if "partner" in drawn else None
+            others = {name.removeprefix(OTHER): draws for name, draws in drawn.items() if name.startswith(OTHER)}
+            other = self._alone(drawn["partner"], others) if "partner" in drawn else None
             x = blend(x, drawn["mixup"], other)
         return x[own]
 

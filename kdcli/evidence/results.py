@@ -191,7 +191,8 @@ def _soft(spec: Spec, student: Run, teacher: Run, labels: Tensor) -> float | Non
     if not distill or distill.plain or (distill.file and not code.unchanged(distill.loss, spec.loss_code)):
         return None
     z, members = kept_logits(student, "test", len(labels))[0], kept_logits(teacher, "test", len(labels))
-    return float(losses.objective(z, labels, members, distill, how, weights).soft)
+    y = losses.shares(labels, z.shape[1]) if spec.train and spec.train.mixup else labels
+    return float(losses.objective(z, y, members, distill, how, weights).soft)
 
 
 def _follows(own: _Net, teacher: _Net, soft: float | None) -> Follows:

@@ -5,6 +5,7 @@ idea of FKD: Shen and Xing, arXiv:2112.01528).
                    written last: a view that was not asked to the end, or is damaged, is asked again
 """
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -61,7 +62,7 @@ def _of(
             (net,), some = nets(run, device), f"{len(missing)} of " if len(missing) < fixed.count else ""
             what = f"{some}{fixed.count} views of each of {len(images):,} images"
             exact = ", all that there are: training is exact" if fixed.count == different_views(fixed.train) else ""
-            note(f"{run.name}: is asked about {what}, once for all epochs, seeds and students{exact}")
+            note(f"{run.name}: is asked about {what}, once for all epochs and all students that see these{exact}")
             for k in missing:
                 file.write(k, _answers(net, images, fixed, k, device))
     return file.mapped().reshape(-1, file.shape[2])
@@ -110,7 +111,7 @@ class _File:
         size = self.at(count) + count * DIGEST
         if not self.path.exists() or self.path.stat().st_size != size or not self._begins_right():
             self.path.unlink(missing_ok=True)  # another process may have it mapped, so it is not cut short
-            with self.path.open("wb") as file:
+            with self._naming(), self.path.open("wb") as file:
                 file.write(self.header)
                 file.truncate(size)
         views = self.mapped()
@@ -126,16 +127,21 @@ class _File:
     def write(self, k: int, logits: Iterator[Tensor]) -> None:
         """Write a view, then its checksum. Raises OSError with the file's name, BadInput where a logit is too large."""
         digest = hashlib.sha256()
+        with self._naming(), self.path.open("r+b") as file:
+            file.seek(self.at(k))
+            for part in logits:
+                if self.dtype == "<f2" and not bool(part.half().isfinite().all()):
+                    raise BadInput("distill.half: float16 does not hold the teacher's logits: remove it")
+                content = part.numpy().astype(self.dtype).tobytes()
+                digest.update(content)
+                file.write(content)
+            file.seek(self.at(self.shape[0]) + k * DIGEST)
+            file.write(digest.digest())
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """An OSError names the file."""
         try:
-            with self.path.open("r+b") as file:
-                file.seek(self.at(k))
-                for part in logits:
-                    if self.dtype == "<f2" and not bool(part.half().isfinite().all()):
-                        raise BadInput("distill.half: float16 does not hold the teacher's logits: remove it")
-                    content = part.numpy().astype(self.dtype).tobytes()
-                    digest.update(content)
-                    file.write(content)
-                file.seek(self.at(self.shape[0]) + k * DIGEST)
-                file.write(digest.digest())
+            yield
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None

@@ -31,7 +31,7 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
     for spec in (s for s in specs if s.model and s.train):
         model, train = spec.trained
         live = spec.distill and train.augmented
-        teacher = [s.model for s in _members(by_name, spec.parents[0]) if s.model] if live else []
+        teacher = [s.model for s in _members(by_name, places, spec.parents[0]) if s.model] if live else []
         how = train.model_dump(include={"batch_size", "optimizer", "ema", "crop", "cutout", "mixup"})
         asks = spec.distill and (bool(spec.distill.views), spec.distill.loss)
         kind = repr((model, how, train.augmented, asks, teacher))
@@ -42,19 +42,20 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         found[spec.name] = train.epochs * (steps * a_step + len(dataset.test) * an_image)
         views = min(spec.distill.views or 0, different_views(train)) if spec.distill else 0
         whole = len(dataset.seen(spec)) if train.mixup else len(dataset.train) + len(dataset.unlabelled or ())
-        kept = repr((spec.parents, views, train.model_dump(include=AUGMENTATION), whole))
-        if kept not in asked:  # once for all students of this teacher
+        own = spec.omitted if train.mixup else None  # blends no image that the student does not see
+        kept = repr((spec.parents, views, train.model_dump(include=AUGMENTATION), whole, own))
+        if kept not in asked:  # once for all that learn from this teacher on these images
             found[spec.name] += views * whole * a_view
             asked.add(kept)
     return found
 
 
-def _members(by_name: dict[str, Spec], name: str) -> list[Spec]:
-    """The spec of a run, or those of an ensemble's members; none of a run that is not planned."""
-    if name not in by_name:
-        return []
-    spec = by_name[name]
-    return [by_name[parent] for parent in spec.parents if parent in by_name] if spec.command == "ensemble" else [spec]
+def _members(planned: dict[str, Spec], places: Places, name: str) -> list[Spec]:
+    """The spec of a run that is planned or there, or those of an ensemble's members."""
+    spec = planned[name] if name in planned else places.open(name).spec
+    if spec.command != "ensemble":
+        return [spec]
+    return [member for parent in spec.parents for member in _members(planned, places, parent)]
 
 
 def _timed(
@@ -88,12 +89,15 @@ def _an_image(nets: Sequence[nn.Module], images: Split) -> float:
 
 
 def cheaper(specs: Sequence[Spec], dataset: Dataset) -> str:
-    """What to say where the teacher of a training is asked live and kept views would ask it half as often or less; else
-    empty."""
-    for spec in (s for s in specs if s.distill and not s.distill.views):
+    """What to say where the teacher of a training is asked live and kept views would ask it half as often or less, or
+    the other way round; else empty."""
+    for spec in (s for s in specs if s.distill and s.trained[1].augmented):
         train, images = spec.trained[1], len(dataset.transfer_set(spec.omitted, spec.data.transfer))
-        k = int(min(8, different_views(train)))
-        if train.augmented and not train.mixup and 2 * k * len(dataset.train) <= train.epochs * images:
+        views, k = spec.distill.views if spec.distill else None, int(min(8, different_views(train)))
+        live = sum(other.trained[1].epochs for other in specs if other.parents == spec.parents)
+        if views and 2 * live <= (kept := min(views, different_views(train))):
+            return f"distill.views asks the teacher about {kept} views of every image; without it, in {live} passes"
+        if not views and not train.mixup and 2 * k * len(dataset.train) <= train.epochs * images:
             every = f"the teacher is asked about every image in every epoch, {train.epochs} passes"
             return f"{every}; --set distill.views={k} would keep {k} views of each: {k} passes"
     return ""

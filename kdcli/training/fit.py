@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -16,7 +15,7 @@ from kdcli import BadInput
 from kdcli.config import Distill, Train
 from kdcli.data.augment import Views, blend
 from kdcli.data.dataset import Split
-from kdcli.losses import Loss, labelled, objective, soft_loss
+from kdcli.losses import Loss, labelled, objective, shares, soft_loss
 from kdcli.machine import distributed
 from kdcli.machine.device import forward_of, seeded
 from kdcli.nets.models import MLP
@@ -96,11 +95,6 @@ def _in_training(net: nn.Module) -> None:
             part.eval()
 
 
-def _shares(labels: Tensor, logits: Tensor) -> Tensor:
-    """Labels as proportions of the classes [B, C], float64; of label -1 none."""
-    return F.one_hot(labels + 1, logits.shape[1] + 1)[:, 1:].double()
-
-
 class _Loop:
     """A net in training, and what moves it."""
 
@@ -126,8 +120,9 @@ class _Loop:
         taught = self.teacher.logits(drawn.get("kept", index), x) if self.teacher else None
         logits = distributed.whole(self.forward, x, len(index))
         if "mixup" in drawn:
-            other = _shares(self.views.images.labels[drawn["partner"]], logits) if "partner" in drawn else None
-            y = blend(_shares(y, logits), drawn["mixup"], other)
+            classes, labels = logits.shape[1], self.views.images.labels
+            other = shares(labels[drawn["partner"]], classes) if "partner" in drawn else None
+            y = blend(shares(y, classes), drawn["mixup"], other)
         known = labelled(y) if self.partly else None
         how, weights = (self.teacher.average, self.teacher.weights) if self.teacher else ("arithmetic", ())
         share = min((self.rate.last_epoch + 1) / self.warmup, 1.0) if self.warmup else 1.0  # last_epoch: steps so far
