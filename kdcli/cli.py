@@ -1,6 +1,7 @@
 """The `kd` command: each subcommand, its own options, and how the program ends."""
 
 import inspect
+import math
 import os
 import shlex
 import signal
@@ -106,7 +107,7 @@ def evaluate(
     from kdcli.plan import evaluable, unfinished
 
     seeds = work.subject.seeds if call.seed is not None else None
-    jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(), call.display.note)
+    jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(whole=True), call.display.note)
     order = [row.name for row in work.subject.rows]
     jobs = in_rows(jobs, work.planned, call.runs_dir)
     jobs.sort(key=lambda job: order.index(job.row.name) if job.row.name in order else len(order))
@@ -204,6 +205,8 @@ def export_(
     """Write a net for others to run, or its logits for others to learn from, with a model card; verified on all test
     images."""
     found = Places(call.runs_dir).open(run)
+    import yaml
+
     from kdcli.use.export import export
 
     d = export(found, form, out, call.data_dir, top_k, half, int8)
@@ -214,7 +217,8 @@ def export_(
     hint = [f"try it: kd predict {shlex.quote(d.file)} IMAGE.png"] if of_images else []
     if q := d.int8:
         proved += f"; {q.ms:g} ms an image, float32 {q.float32_ms:g} ms and {q.float32_bytes:,} bytes"
-    hint += [f"learn from it: teacher: {{logits: {d.file}}}"] if form == "logits" else []
+    learn = yaml.safe_dump({"logits": d.file}, default_flow_style=True, width=math.inf, allow_unicode=True)
+    hint += [f"learn from it: teacher: {learn.strip()}"] if form == "logits" else []
     call.present(d, f"wrote {d.file}: {d.bytes:,} bytes, {proved}", f"wrote {d.card}", *hint)
 
 

@@ -174,6 +174,16 @@ def test_kd_evaluate_shows_the_means_of_rows_over_seeds(taught: Shell) -> None:
         assert name not in means
 
 
+def test_runs_of_a_command_that_is_not_planned_share_a_row_only_where_they_are_alike(kd: Shell) -> None:
+    for members in "23":
+        assert kd("ensemble", "tiny.yaml", "--members", members, "--epochs", "1", "--jobs", "1").code == 0
+    text = (kd.folder / "tiny.yaml").read_text()
+    (kd.folder / "tiny.yaml").write_text("".join(line for line in text.splitlines(True) if "members" not in line))
+    rows = [run["row"] for run in kd("evaluate", "tiny.yaml", "--json").json["runs"]]
+    assert [row.partition(" ")[0] for row in rows].count("ensemble") == 2
+    assert len({row for row in rows if row.startswith("ensemble")}) == 2
+
+
 @pytest.mark.parametrize(("command", "key"), [("ensemble", "members"), ("distill", "teacher.members")])
 def test_ensembles_that_differ_in_a_later_member_are_two_groups(command: str, key: str, taught: Shell) -> None:
     found = kd_here(taught.folder, "compare", f"later/{command}", "--json").json

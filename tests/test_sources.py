@@ -358,6 +358,8 @@ def test_a_table_is_rows_of_floats_normalised_column_by_column(tmp_path: Path) -
     [
         ({"x_train": None}, "must hold x_train, y_train, x_test, y_test and, if they have names, classes, not y_train, x_test, y_test"),
         ({"x_train": np.full((8, 3), np.nan)}, "x_train holds nan in row 0, column 0: fill it in or leave it out"),
+        ({"x_train": np.full((8, 3), 1e300)}, "x_train holds 1e+300 in row 0, column 0: float32 does not hold that: scale the column"),
+        ({"y_train": np.array([0, 1] * 3 + [0, 10**12])}, "y_train holds 1000000000000 among 8 labels: it must hold every class from 0 to the last"),
         ({"x_train": np.zeros((8, 2, 2, 3), np.float32)}, "x_train must be bytes (uint8)"),
         ({"y_train": np.eye(8)}, "y_train must be whole numbers from 0, [8]"),
         ({"y_train": np.array(list("abababab"))}, "y_train must be whole numbers from 0, [8]"),

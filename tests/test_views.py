@@ -556,6 +556,20 @@ def test_an_estimate_knows_a_teacher_that_is_not_planned(folder: Path) -> None:
     assert asked == [[teacher_run(folder).spec.model]]
 
 
+def test_a_batch_larger_than_the_images_is_timed_as_it_is_trained(folder: Path) -> None:
+    (spec,), dataset = planned(folder, "student.train.batch_size=100000")
+    sizes = list[int]()
+
+    def fitted(_: nn.Module, images: Split, *__: object, **___: object) -> Iterator[None]:
+        sizes.append(len(images))
+        yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "fit", fitted)
+        estimate.seconds([spec], [spec], dataset, Places(folder / "runs"))
+    assert set(sizes) == {N}
+
+
 def test_kept_views_are_timed_apart_from_the_steps(folder: Path) -> None:
     """Of a teacher that takes many times as long as its student."""
     times = []

@@ -440,6 +440,9 @@ def _arrays(found: Any, source: str) -> Found:
     names = found.get("classes")
     if names is not None and (isinstance(names, str) or not isinstance(names, Sequence | np.ndarray)):
         raise BadInput(f"{source}: classes must be a list of names, not {type(names).__name__}")
+    if names is None and int(y_train.max()) >= len(y_train):
+        holds = f"holds {y_train.max()} among {len(y_train)} labels"
+        raise BadInput(f"{source}: y_train {holds}: it must hold every class from 0 to the last")
     classes = [str(c) for c in (range(int(y_train.max()) + 1) if names is None else names)]
     if twice := [c for c in classes if classes.count(c) > 1]:
         raise BadInput(f"{source}: classes names {twice[0]} twice")
@@ -465,11 +468,15 @@ def _checked(source: str, found: Mapping[str, Any], part: str) -> tuple[Array, A
     if not x.size or not (table or (x.dtype == np.uint8 and x.ndim in (3, 4))):
         kinds = "bytes (uint8) [N, C, H, W], [N, H, W, C] or [N, H, W], or a table of floats [N, columns]"
         raise BadInput(f"{source}: x_{part} must be {kinds}, not {is_x}")
-    if table and not np.isfinite(x).all():
-        row, column = np.argwhere(~np.isfinite(x))[0]
-        raise BadInput(
-            f"{source}: x_{part} holds {x[row, column]} in row {row}, column {column}: fill it in or leave it out"
-        )
+    if table:
+        with np.errstate(over="ignore"):
+            as_kept = x.astype(np.float32)
+        for row, column in np.argwhere(~np.isfinite(as_kept))[:1]:
+            holds = f"x_{part} holds {x[row, column]} in row {row}, column {column}"
+            too_large = "float32 does not hold that: scale the column"
+            raise BadInput(
+                f"{source}: {holds}: {too_large if np.isfinite(x[row, column]) else 'fill it in or leave it out'}"
+            )
     if y.shape == (len(x), 1):
         y = y[:, 0]
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
@@ -477,7 +484,7 @@ def _checked(source: str, found: Mapping[str, Any], part: str) -> tuple[Array, A
     if y.min() < 0:
         raise BadInput(f"{source}: y_{part} must be whole numbers from 0, and holds {y.min()}")
     if table:
-        x = x.astype(np.float32)[:, :, None, None]
+        x = as_kept[:, :, None, None]
     elif x.ndim == 3:
         x = x[:, None]
     elif x.shape[1] in (1, 3) and x.shape[3] in (1, 3):

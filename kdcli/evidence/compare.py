@@ -114,12 +114,13 @@ def _with(name: str, unlike: dict[str, Any]) -> str:
 
 def in_rows(jobs: "Sequence[Job]", planned: "Sequence[Job]", root: Path) -> "list[Job]":
     """Jobs in the rows of a plan, whatever their seeds; one that is not of the plan, in a row that says how it differs
-    from the closest there."""
+    from the closest there or, of a command without any, from the first."""
     from kdcli.plan import distinct
 
     last = sorted(planned, key=lambda job: job.row.kind == "member")  # most are teachers with other seeds
     rows = {job.spec.name: job for job in distinct(last)}
     way = cache(lambda name: _way(Run(root, rows[name].spec)))
+    first: dict[str, Settings] = {}
 
     def row(job: "Job") -> str:
         own = rows.get(job.spec.name)
@@ -129,7 +130,10 @@ def in_rows(jobs: "Sequence[Job]", planned: "Sequence[Job]", root: Path) -> "lis
         for name, other in rows.items():
             if other.spec.command == job.spec.command:
                 close.append((other.row.name, {key: value for key, (_, value) in changes(way(name), mine)}))
-        return _with(*min(close, key=lambda pair: len(pair[1]), default=(job.row.name, {})))
+        if not close:
+            unlike = changes(first.setdefault(job.spec.command, mine), mine)
+            close.append((job.row.name, {key: value for key, (_, value) in unlike}))
+        return _with(*min(close, key=lambda pair: len(pair[1])))
 
     return [replace(job, row=Row(row(job), job.row.kind)) for job in jobs]
 

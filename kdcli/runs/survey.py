@@ -1,6 +1,7 @@
 """All runs of a folder: listed, who was made from whom, removed."""
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -65,6 +66,8 @@ def remove(folders: Sequence[Path]) -> None:
     with contextlib.ExitStack() as held:
         try:
             for folder in folders:
+                if not os.access(folder.parent, os.W_OK | os.X_OK):
+                    raise BadInput(f"{folder}: cannot be removed: {os.strerror(errno.EACCES)}; nothing was removed")
                 lock = folder / "lock"
                 if lock.is_file() and not hold(held.enter_context(lock.open("a")).fileno()):
                     raise BadInput(f"{folder}: is being written by a kd: stop that first; nothing was removed")

@@ -62,9 +62,10 @@ def _timed(
     model: Model, train: Train, spec: Spec, taught_by: Sequence[Model], dataset: Dataset, device: torch.device
 ) -> Times:
     """Seconds of a step; of an image that errors are counted on; and of a view that is kept."""
-    images = dataset.train.at(torch.zeros(train.batch_size, dtype=torch.int64)).to(device)
-    short = train.model_copy(update={"epochs": 1, "warmup": 0.0, "milestones": [1]})
-    logits = torch.zeros(1, train.batch_size, len(dataset.facts.classes), device=device)
+    batch = min(train.batch_size, len(dataset.seen(spec)))
+    images = dataset.train.at(torch.zeros(batch, dtype=torch.int64)).to(device)
+    short = train.model_copy(update={"epochs": 1, "batch_size": batch, "warmup": 0.0, "milestones": [1]})
+    logits = torch.zeros(1, batch, len(dataset.facts.classes), device=device)
     with seeded(0, "estimate"):
         net = place(build(model, dataset.facts), device)
         nets = [place(build(m, dataset.facts), device).eval().requires_grad_(False) for m in taught_by]
