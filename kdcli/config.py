@@ -621,10 +621,7 @@ class Experiment(Section):
                     "shows views of the images, and a file of logits has answers for none: remove them",
                 )
         if self.distill.views and not any(t.augmented for key, t in self.student_trains.items() if key != "baseline"):
-            yield (
-                "distill.views",
-                "has no use, since no student's train is augmented: remove it",
-            )
+            yield "distill.views", "has no use, since no student's train is augmented: remove it"
         yield from self._of_loss()
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
             if row not in self.table:

@@ -472,11 +472,9 @@ def _checked(source: str, found: Mapping[str, Any], part: str) -> tuple[Array, A
         with np.errstate(over="ignore"):
             as_kept = x.astype(np.float32)
         for row, column in np.argwhere(~np.isfinite(as_kept))[:1]:
-            holds = f"x_{part} holds {x[row, column]} in row {row}, column {column}"
-            too_large = "float32 does not hold that: scale the column"
-            raise BadInput(
-                f"{source}: {holds}: {too_large if np.isfinite(x[row, column]) else 'fill it in or leave it out'}"
-            )
+            value = x[row, column]
+            why = "float32 does not hold that: scale the column" if np.isfinite(value) else "fill it in or leave it out"
+            raise BadInput(f"{source}: x_{part} holds {value} in row {row}, column {column}: {why}")
     if y.shape == (len(x), 1):
         y = y[:, 0]
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
