@@ -187,11 +187,12 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     teachers = {"teacher": e.teacher} | {f"ensemble.members.{i}": t for i, t in enumerate(described)}
     of_teachers = {section: teacher.train for section, teacher in teachers.items() if teacher.train}
     for section, train in {**of_teachers, **e.student_trains}.items():
-        if 2 * train.jitter >= min(height, width) and not dataset.facts.table:
-            yield f"{section}.train.jitter", f"is too far for images of {height} x {width} pixels"
+        for key in ("jitter", "elastic"):
+            if 2 * (getattr(train, key) or 0) >= min(height, width) and not dataset.facts.table:
+                yield f"{section}.train.{key}", f"is too far for images of {height} x {width} pixels"
         if (train.cutout or 0) >= min(height, width) and not dataset.facts.table:
             yield f"{section}.train.cutout", f"must be less than the {height} x {width} pixels of the images"
-        for key in ("jitter", "flip", "crop", "cutout") if dataset.facts.table else ():
+        for key in ("jitter", "flip", "crop", "elastic", "cutout") if dataset.facts.table else ():
             if getattr(train, key):
                 yield f"{section}.train.{key}", "belongs to images, and this is a table: remove it"
         net = teachers[section].model if section in teachers else student

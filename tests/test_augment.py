@@ -93,6 +93,39 @@ def test_a_crop_shows_nothing_that_is_not_in_the_image(least: float, seed: int) 
     assert float(heights.min()) > (least * 0.75) ** 0.5 - 0.05
 
 
+@given(st.integers(1, 3), st.integers(5, 9), st.integers(5, 9), st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_elastic_bends_as_torchvision_does_with_the_same_field(c: int, h: int, w: int, seed: int) -> None:
+    """Its `elastic_transform`, given the field that bicubic interpolation by hand, as torch's manual defines it, makes
+    of the 4 x 4 places; within the image, since what lies beyond is black there and the border's colour here."""
+    draws = np.random.default_rng(seed)
+    x, u = torch.from_numpy(draws.random((2, c, h, w), np.float32)), torch.from_numpy(draws.random((2, 32), np.float32))
+
+    def weights(size: int) -> np.ndarray:
+        found, a = np.zeros((size, 4)), -0.75
+        for i in range(size):
+            at = i * 3 / (size - 1)
+            for k in range(int(at) - 1, int(at) + 3):
+                d = abs(at - k)
+                near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+                found[i, min(max(k, 0), 3)] += near if d <= 1 else far if d < 2 else 0
+        return found
+
+    places = 0.8 * (2 * u.numpy().reshape(2, 2, 4, 4) - 1)  # pixels to the side; down
+    field = np.einsum("hi,bcij,wj->bchw", weights(h), places, weights(w))
+    found = augment.bend(x, u, 0.8)
+    for i in range(2):
+        scaled = torch.from_numpy(np.stack([field[i, 0] * 2 / w, field[i, 1] * 2 / h], -1)).float()
+        wanted = reference.elastic_transform(x[i], scaled[None])
+        assert torch.allclose(found[i, :, 1:-1, 1:-1], wanted[:, 1:-1, 1:-1], atol=1e-4)
+
+
+def test_elastic_by_hand() -> None:
+    """All places a pixel to the right and none down show each pixel's right neighbour; the last repeats the border."""
+    x, u = torch.arange(16.0).view(1, 1, 4, 4), torch.tensor([[0.75] * 16 + [0.5] * 16])
+    torch.testing.assert_close(augment.bend(x, u, 2), x[..., [1, 2, 3, 3]])
+
+
 def test_cutout_blots_a_square_out_by_hand() -> None:
     x = torch.arange(16.0).view(1, 1, 4, 4)
     found = augment.cut_out(x, torch.tensor([[0.5, 0.0]]), 2)  # rows 1 and 2, columns -1 and 0
@@ -114,14 +147,14 @@ def test_mixup_shares_follow_beta() -> None:
     assert kstest(drawn.numpy(), beta(0.3, 0.3).cdf).pvalue > 0.001
 
 
-ALL = {"jitter": 1, "flip": True, "crop": 0.5, "cutout": 2, "mixup": 0.4}
+ALL = {"jitter": 1, "flip": True, "crop": 0.5, "elastic": 1, "cutout": 2, "mixup": 0.4}
 
 
 def test_draws_depend_on_seed_and_epoch_alone_and_are_each_samples_own() -> None:
     images = split(40)
     views = Views(images, train(**ALL), 3)
     one, again, later, other = views.draw(1), views.draw(1), views.draw(2), Views(images, train(**ALL), 4).draw(1)
-    assert list(one) == ["jitter", "flip", "crop", "cutout", "mixup"]
+    assert list(one) == ["jitter", "flip", "crop", "elastic", "cutout", "mixup"]
     for name, draws in one.items():
         assert torch.equal(draws, again[name])
         assert not torch.equal(draws, later[name])

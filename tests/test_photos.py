@@ -239,7 +239,7 @@ def test_durations_for_a_reader(seconds: float, said: str) -> None:
     assert duration(seconds) == ("1 h 0 min" if said == "60 min" else said)
 
 
-@pytest.mark.parametrize("key", ["flip=true", "crop=0.5", "cutout=1", "jitter=1"])
+@pytest.mark.parametrize("key", ["flip=true", "crop=0.5", "elastic=1", "cutout=1", "jitter=1"])
 def test_a_table_is_taken_as_one(key: str, shell: Shell) -> None:
     """scikit-learn's breast cancer, 30 columns of very different sizes: perceptrons make few errors on it."""
     from sklearn.datasets import load_breast_cancer

@@ -244,6 +244,7 @@ MISTAKES = {
     "all classes": ("omit_classes=[{omit: [cat, dog, cow]}]", "omit_classes.0.omit: must leave one class out and one in, not ['cat', 'dog', 'cow']"),
     "the same classes in two ways": ("omit_classes=[{omit: [cat]}, {keep: [dog, cow]}]", "omit_classes: names the same classes twice: omit cat, keep cow,dog"),
     "jitter over the edge": ("teacher.train.jitter=3", "teacher.train.jitter: is too far for images of 6 x 9 pixels"),
+    "bent too far": ("teacher.train.elastic=3", "teacher.train.elastic: is too far for images of 6 x 9 pixels"),
     "jitter of an omission": ("omit_classes.0.train={epochs: 1, lr: 1, jitter: 3}", "omit_classes.0.train.jitter: is too far for images of 6 x 9 pixels"),
     "too many students' images": ("data.transfer=61", "data.transfer: must be at most 60; the default is all images"),
     "too few students' images": ("data.transfer=2", "data.transfer: 2 of 60 images: must leave one of each of 3 classes, on either side"),

@@ -80,7 +80,7 @@ def test_where_there_are_few_views_each_image_has_all_of_them_once(how: dict[str
 def test_shifts_by_up_to_2_pixels_are_25_views_and_crops_are_countless() -> None:
     assert fixed(1_000, jitter=2).count == 25
     assert fixed(24, jitter=2).count == 24
-    assert fixed(1_000, jitter=2, cutout=1).count == fixed(1_000, crop=0.5).count == 1_000
+    assert fixed(1_000, jitter=2, cutout=1).count == fixed(1_000, elastic=1).count == 1_000
 
 
 def test_fewer_views_differ_within_an_image_and_are_all_equally_likely() -> None:
@@ -99,7 +99,7 @@ def test_views_of_crops_differ_by_image_and_by_number() -> None:
 
 
 def test_an_epoch_sees_each_sample_in_one_of_its_own_views() -> None:
-    how = recipe(jitter=1, flip=True, crop=0.5, cutout=2)
+    how = recipe(jitter=1, flip=True, crop=0.5, elastic=2, cutout=2)
     transfer = torch.tensor([7, 3, 19, 0, 11] * 40)
     views = Views(Split(torch.zeros(200), torch.zeros(200), 255), how, 5, Fixed(how, 6, 20, transfer))
     drawn, order, numbers = views.draw(2), views.order(2), list[int]()
@@ -107,7 +107,7 @@ def test_an_epoch_sees_each_sample_in_one_of_its_own_views() -> None:
         k, position = divmod(int(drawn["kept"][j]), 20)
         assert position == transfer[order[j]]
         one = views.fixed.draw(k) if views.fixed else {}
-        assert list(one) == ["jitter", "flip", "crop", "cutout"]
+        assert list(one) == ["jitter", "flip", "crop", "elastic", "cutout"]
         assert all(torch.equal(draws[position], drawn[name][j]) for name, draws in one.items())
         numbers.append(k)
     assert all(15 < numbers.count(k) < 60 for k in range(6))  # of 33 on average

@@ -12,15 +12,17 @@ from kdcli.config import Train
 from kdcli.data.dataset import Split
 from kdcli.machine.device import generator, stream
 
+PLACES = 4  # along each side, by which elastic bends an image
 SHARED = -1  # a seed that no run has
 ALL = slice(None)
 OTHER = "partner's "
-AUGMENTATION = {"jitter", "flip", "crop", "cutout", "mixup"}  # what a view depends on
+AUGMENTATION = {"jitter", "flip", "crop", "elastic", "cutout", "mixup"}  # what a view depends on
 
 
 def different_views(train: Train) -> float:
     """How many views of an image there are: of shifts and flips so many; of the others countless, inf."""
-    return math.inf if train.crop or train.cutout or train.mixup else (2 * train.jitter + 1) ** 2 * (1 + train.flip)
+    countless = train.crop or train.elastic or train.cutout or train.mixup
+    return math.inf if countless else (2 * train.jitter + 1) ** 2 * (1 + train.flip)
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,12 @@ class Views:
         rows alone."""
         if "mixup" not in drawn or "partner" in drawn:  # else neighbours are blended
             index, drawn, own = index[own], {name: draws[own] for name, draws in drawn.items()}, ALL
-        x = self._alone(index, drawn)
+        if "partner" not in drawn:
+            x, other = self._alone(index, drawn), None
+        else:  # in one pass, which takes a third less time than two
+            pairs = {name: torch.cat([drawn[name], drawn[OTHER + name]]) for name in drawn if OTHER + name in drawn}
+            x, other = self._alone(torch.cat([index, drawn["partner"]]), pairs).chunk(2)
         if "mixup" in drawn:
-            others = {name.removeprefix(OTHER): draws for name, draws in drawn.items() if name.startswith(OTHER)}
-            other = self._alone(drawn["partner"], others) if "partner" in drawn else None
             x = blend(x, drawn["mixup"], other)
         return x[own]
 
@@ -120,6 +124,8 @@ class Views:
         x = self.images.scaled(x)
         if "crop" in drawn:
             x = crop(x, drawn["crop"], self.train.crop or 1)
+        if "elastic" in drawn:
+            x = bend(x, drawn["elastic"], self.train.elastic or 0)
         if "cutout" in drawn:
             x = cut_out(x, drawn["cutout"], self.train.cutout or 0)
         return x
@@ -131,7 +137,7 @@ def _draws(train: Train, n: int, seed: int, epoch: int) -> dict[str, Tensor]:
     if train.jitter:
         source = generator(seed, "jitter", epoch)
         drawn["jitter"] = torch.randint(2 * train.jitter + 1, (2, n), generator=source).T
-    for name, k in (("flip", 1), ("crop", 4), ("cutout", 2)):
+    for name, k in (("flip", 1), ("crop", 4), ("elastic", 2 * PLACES**2), ("cutout", 2)):
         if getattr(train, name):
             drawn[name] = torch.rand(n, k, generator=generator(seed, name, epoch))
     if train.mixup:
@@ -157,6 +163,18 @@ def crop(x: Tensor, u: Tensor, least: float) -> Tensor:
     zero = torch.zeros_like(area)
     theta = torch.stack([width, zero, right, zero, height, down], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def bend(x: Tensor, u: Tensor, most: float) -> Tensor:
+    """Images [B, C, H, W] seen through a bent glass: 4 x 4 places from border to border show what lies up to `most`
+    pixels to the side and above or below, as `u` [B, 32] in [0, 1) chooses, and those between them what bicubic
+    interpolation makes of that (Ronneberger et al., arXiv:1505.04597, section 3.1: 3 x 3 places, Gaussian)."""
+    height, width = x.shape[2:]
+    moved = most * (2 * u.view(-1, 2, PLACES, PLACES) - 1)
+    moved = F.interpolate(moved, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    still = F.affine_grid(torch.eye(2, 3, device=x.device)[None], [1, 1, height, width], align_corners=False)
+    grid = still + moved * torch.tensor([2 / width, 2 / height], device=x.device)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 

@@ -32,7 +32,7 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         model, train = spec.trained
         live = spec.distill and train.augmented
         teacher = [s.model for s in _members(by_name, places, spec.parents[0]) if s.model] if live else []
-        how = train.model_dump(include={"batch_size", "optimizer", "ema", "crop", "cutout", "mixup"})
+        how = train.model_dump(include={"batch_size", "optimizer", "ema", "crop", "elastic", "cutout", "mixup"})
         asks = spec.distill and (bool(spec.distill.views), spec.distill.loss)
         kind = repr((model, how, train.augmented, asks, teacher))
         if kind not in timed:
