@@ -84,9 +84,12 @@ def test_classes_sort_by_number_then_name(tmp_path: Path) -> None:
     assert opened(photos(tmp_path / "photos", ("10", "9", "b", "a"))).facts.classes == ["9", "10", "a", "b"]
 
 
-@pytest.mark.parametrize("part", ["val", "valid"])
-def test_other_names_of_the_test_folder_are_said(part: str, tmp_path: Path) -> None:
-    found = opened(photos(tmp_path / "photos", parts=("train", part)))
+@pytest.mark.parametrize(
+    ("train", "part"), [("train", "val"), ("train", "valid"), ("Train", "Test"), ("Training", "Testing")]
+)
+def test_other_names_of_the_folders_are_known_and_said(train: str, part: str, tmp_path: Path) -> None:
+    found = opened(photos(tmp_path / "photos", parts=(train, part)))
+    assert found.facts.classes == ["cat", "dog"]
     assert len(found.test) == 6
     assert found.notes == [f"The test images are those of {tmp_path}/photos/{part}."]
 

@@ -18,7 +18,8 @@ from kdcli import BadInput, cores
 
 T = TypeVar("T")
 FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-TESTS = ("test", "val", "valid")  # what the folder of the test images may be called, the first that is there
+TRAINS = ("train", "training")  # what the folder of a part may be called, the first that is there, in any capitals
+TESTS = ("test", "testing", "val", "valid", "validation")
 GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L"}
 
 
@@ -134,8 +135,8 @@ class Folder(NamedTuple):
 
 
 def list_folder(path: Path) -> Folder:
-    """What lies in `train/<class>/…` and `test/<class>/…` (or `val`, or `valid`), at any depth below a class; or in
-    `<class>/…`. Raises BadInput with all that is wrong with the classes."""
+    """What lies in `train/<class>/…` and `test/<class>/…` (or as else they may be called), at any depth below a class;
+    or in `<class>/…`. Raises BadInput with all that is wrong with the classes."""
     train, *tests = _parts(path)
     classes, ignored = _classes(train), Counter[str]()
     if len(classes) < 2:
@@ -169,9 +170,10 @@ def _left_out(path: Path, ignored: Counter[str]) -> list[str]:
 
 def _parts(path: Path) -> list[Path]:
     """The folder of the training images, and those of test images that there are; a class may be called train."""
-    train, tests = path / "train", [path / name for name in TESTS if (path / name).is_dir()]
-    if train.is_dir() and _classes(train):
-        return [train, *tests]
+    named = {name.lower(): path / name for name in _classes(path)}
+    trains, tests = ([named[name] for name in names if name in named] for names in (TRAINS, TESTS))
+    if trains and _classes(trains[0]):
+        return [trains[0], *tests]
     if tests and all(map(_classes, tests)):
         raise BadInput(f"{path}: has {tests[0].name}/<class>/… but no train/<class>/… beside it")
     return [path]

@@ -447,8 +447,8 @@ def _little_to_teach(summary: "Summary") -> Iterator[str]:
     means = {row.row: row.mean for row in summary.only.table}
     if "teacher" in means and means["teacher"] >= means.get("baseline", math.inf):
         yield (
-            "The teacher makes no fewer errors than the baseline: it has little to teach. Train it longer, or take a "
-            "larger net."
+            "The teacher makes no fewer errors than the baseline: it has little to teach. Take one that was "
+            "trained longer, or a larger net."
         )
 
 
