@@ -171,11 +171,14 @@ def bend(x: Tensor, u: Tensor, most: float) -> Tensor:
     pixels to the side and above or below, as `u` [B, 32] in [0, 1) chooses, and those between them what bicubic
     interpolation makes of that (Ronneberger et al., arXiv:1505.04597, section 3.1: 3 x 3 places, Gaussian)."""
     height, width = x.shape[2:]
-    moved = most * (2 * u.view(-1, 2, PLACES, PLACES) - 1)
-    moved = F.interpolate(moved, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    one = torch.eye(PLACES**2, device=x.device).view(-1, 1, PLACES, PLACES)
+    parts = F.interpolate(one, (height, width), mode="bicubic", align_corners=True).flatten(1)  # of each place
+    pixel = torch.diag(torch.tensor([2 / width, 2 / height], device=x.device))  # in each direction of the grid
+    between = (parts[None, ..., None] * pixel[:, None, None]).view(2 * PLACES**2, -1)
     still = F.affine_grid(torch.eye(2, 3, device=x.device)[None], [1, 1, height, width], align_corners=False)
-    grid = still + moved * torch.tensor([2 / width, 2 / height], device=x.device)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    # what lies between is linear in the places: one product, where to interpolate each field takes four times as long
+    grid = torch.addmm(still.view(1, -1), most * (2 * u - 1), between)
+    return F.grid_sample(x, grid.view(-1, height, width, 2), padding_mode="border", align_corners=False)
 
 
 def cut_out(x: Tensor, u: Tensor, side: int) -> Tensor:
