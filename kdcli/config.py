@@ -615,13 +615,10 @@ class Experiment(Section):
         if self.ensemble and isinstance(self.ensemble.members, int) and not self.teacher.train:
             yield "ensemble.members", "would all be the same net, which is not trained: name a list of teachers"
         members = self.ensemble.members if self.ensemble and isinstance(self.ensemble.members, list) else []
-        for key, train in self.student_trains.items() if any(t.logits for t in (self.teacher, *members)) else ():
-            if key != "baseline" and train.augmented:
-                yield (
-                    f"{key}.train",
-                    "shows views of the images, and a file of logits has answers for none: remove them",
-                )
-        if self.distill.views and not any(t.augmented for key, t in self.student_trains.items() if key != "baseline"):
+        augmented = [key for key, train in self.taught_trains.items() if train.augmented]
+        for key in augmented if any(t.logits for t in (self.teacher, *members)) else ():
+            yield f"{key}.train", "shows views of the images, and a file of logits has answers for none: remove them"
+        if self.distill.views and not augmented:
             yield "distill.views", "has no use, since no student's train is augmented: remove it"
         yield from self._of_loss()
         for section, row in [*(("expect", row) for row in self.expect), *(("paper", row) for row in self.paper)]:
@@ -642,10 +639,10 @@ class Experiment(Section):
         needs = loss in LOSSES and LOSSES[loss].labels
         if needs and self.data.unlabelled:
             yield "distill.loss", f"{loss} needs the label of every image, and data.unlabelled has none: use another"
-        for key, train in self.student_trains.items():
-            if needs and train.mixup and key != "baseline":
+        for key, train in self.taught_trains.items():
+            if needs and train.mixup:
                 yield "distill.loss", f"{loss} needs one label per image, and {key}.train.mixup blends two: use another"
-            if key != "baseline" and self.distill.warmup >= train.epochs:
+            if self.distill.warmup >= train.epochs:
                 yield "distill.warmup", f"must be less than {key}.train.epochs, {train.epochs}"
 
     @property
@@ -671,6 +668,11 @@ class Experiment(Section):
         own = {"baseline": self.baseline.train}
         own |= {f"omit_classes.{i}": entry.train for i, entry in enumerate(self.omit_classes)}
         return {"student": self.student.train} | {section: train for section, train in own.items() if train}
+
+    @property
+    def taught_trains(self) -> dict[str, Train]:
+        """Those among them of nets that learn from a teacher."""
+        return {section: train for section, train in self.student_trains.items() if section != "baseline"}
 
     @property
     def table(self) -> list[str]:

@@ -230,7 +230,7 @@ def try_net(model: Model, facts: Facts) -> tuple[int, str]:
 
 
 def _of_loss(e: Experiment, classes: int) -> Iterator[tuple[str, str]]:
-    mixed = {bool(train.mixup) for key, train in e.student_trains.items() if key != "baseline"}
+    mixed = {bool(train.mixup) for train in e.taught_trains.values()}
     try:
         for mixup in sorted(mixed):
             losses.try_loss(e.distill, classes, bool(e.data.unlabelled), mixup)
