@@ -216,7 +216,7 @@ class Train(Section):
     jitter: int = Field(0, ge=0, le=7, description="largest shift of an image in pixels, anew every epoch")
     flip: bool = Field(False, description="each image is mirrored left to right half of the time")
     crop: float | None = Field(None, gt=0, lt=1, description="each image is cropped to at least this share of it")
-    elastic: float | None = Field(None, gt=0, le=4096, description="parts of each image move by up to so many pixels")
+    elastic: float | None = Field(None, gt=0, le=4096, description="4 x 4 places of an image move up to so many pixels")
     cutout: int | None = Field(None, ge=1, le=4096, description="side of the square blotted out of each image")
     mixup: float | None = Field(None, gt=0, le=100, description="alpha: two images are blended, by Beta(alpha, alpha)")
     max_norm: float | None = Field(None, ge=1e-3, le=1e38, description="bound on the norm of a hidden unit's weights")

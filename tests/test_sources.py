@@ -97,7 +97,24 @@ def test_other_names_of_the_folders_are_known_and_said(train: str, part: str, tm
 def test_of_test_and_val_the_test_images_are_read_and_that_is_said(tmp_path: Path) -> None:
     found = opened(photos(tmp_path / "photos", parts=("train", "val", "test")))
     root = tmp_path / "photos"
-    assert found.notes == [f"{root}/val is not read: the test images are those of {root}/test."]
+    assert found.notes == [f"{root}: not read beside train: val."]
+
+
+@pytest.mark.parametrize("other", ["Train", "training", "Test", "bird"])
+def test_what_is_not_read_beside_the_parts_is_said(other: str, tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", parts=("train", "test", other))
+    draw(root / "train" / "loose.png")
+    found = opened(root)
+    assert found.notes == [
+        f"{root}: not read beside train: {other}.",
+        f"{root}: images outside the folders of classes left out: 1.",
+    ]
+
+
+def test_a_part_without_classes_makes_room_for_the_next(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", parts=("training", "test"))
+    draw(root / "train" / "loose.png")
+    assert opened(root).notes == [f"{root}: not read beside training: train."]
 
 
 def test_classes_directly_below_give_a_fixed_stratified_share(tmp_path: Path) -> None:
@@ -141,8 +158,10 @@ def test_what_is_hidden_and_what_is_no_image_is_left_out_and_counted(tmp_path: P
     ("spoil", "said"),
     [
         (lambda r: (r / "train" / "owl").mkdir(), ["train/owl: contains no images"]),
-        (lambda r: draw(r / "test" / "owl" / "0.png"), ["test/owl: is no class of {r}/train"]),
-        (lambda r: [f.unlink() for f in (r / "test").rglob("*.png")], ["test: contains no images"]),
+        (lambda r: draw(r / "test" / "owl" / "0.png"), ["test/owl: is no class of {r}/train (known: cat, dog)"]),
+        (lambda r: [f.unlink() for f in (r / "test").rglob("*.png")], ["test: has no images in folders of classes"]),
+        (lambda r: os.rename(r / "test" / "cat", r / "test" / "Cat"), ["test/Cat: is no class of {r}/train; did you mean cat?"]),
+        (lambda r: [(r / part).rename(r / f"{part}_set") for part in ("train", "test")], ["test_set, train_set seem to be parts of a dataset, not classes: call them train and test, and"]),
         (lambda r: os.rename(r / "train", r / "tran"), ["has test/<class>/… but no train/<class>/… beside it"]),
         (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b"GIF89a"), ["train/cat/0.png: is damaged or not an image"]),
         (lambda r: (r / "train" / "cat" / "0.png").write_bytes(b""), ["train/cat/0.png: is damaged or not an image"]),

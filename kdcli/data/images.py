@@ -1,6 +1,7 @@
 """Image files: how one becomes bytes, and what lies in a folder of them."""
 
 import os
+import re
 import struct
 import warnings
 from collections import Counter
@@ -15,11 +16,13 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from kdcli import BadInput, cores
+from kdcli.config import nearest
 
 T = TypeVar("T")
 FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 TRAINS = ("train", "training")  # what the folder of a part may be called, the first that is there, in any capitals
 TESTS = ("test", "testing", "val", "valid", "validation")
+PART = re.compile(rf"(.*[-_ ])?({'|'.join(TRAINS + TESTS)})([-_ ].*)?", re.IGNORECASE)  # `seg_train`, `test_set`
 GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L"}
 
 
@@ -137,18 +140,25 @@ class Folder(NamedTuple):
 def list_folder(path: Path) -> Folder:
     """What lies in `train/<class>/…` and `test/<class>/…` (or as else they may be called), at any depth below a class;
     or in `<class>/…`. Raises BadInput with all that is wrong with the classes."""
-    train, *tests = _parts(path)
+    train, test, beside = _parts(path)
     classes, ignored = _classes(train), Counter[str]()
     if len(classes) < 2:
         raise BadInput(f"{train}: must hold two or more folders of classes, each with its images, not {len(classes)}")
+    if all(map(PART.fullmatch, classes)):
+        instead = "call them train and test, and put the images of each into folders of their classes"
+        raise BadInput(f"{train}: {_some(classes)} seem to be parts of a dataset, not classes: {instead}")
     of_train = [(file, i) for i, name in enumerate(classes) for file in _files(train / name, ignored)]
-    of_test = [(file, i) for i, name in enumerate(classes) for t in tests[:1] for file in _files(t / name, ignored)]
+    of_test = [(file, i) for i, name in enumerate(classes) if test for file in _files(test / name, ignored)]
+    loose = [file for part in {path, train, test or train} for file in part.iterdir() if file.is_file()]
+    ignored["images outside the folders of classes"] += sum(file.suffix.lower() in FORMATS for file in loose)
     have, notes = {i for _, i in of_train}, list[str]()
     problems = [f"{train / c}: contains no images" for i, c in enumerate(classes) if i not in have]
-    if tests:
-        problems += [f"{tests[0] / c}: is no class of {train}" for c in _classes(tests[0]) if c not in classes]
-        notes += _of_tests(tests, classes, {i for _, i in of_test})
-        problems += [] if of_test else [f"{tests[0]}: contains no images"]
+    if test:
+        strange = [c for c in _classes(test) if c not in classes]
+        problems += [f"{test / c}: is no class of {train}{nearest(c, classes)}" for c in strange]
+        problems += [] if of_test or strange else [f"{test}: has no images in folders of classes"]
+        notes += _of_test(test, classes, {i for _, i in of_test})
+    notes += [f"{path}: not read beside {train.name}: {_some(beside)}."] if beside else []
     left = _left_out(path, ignored)
     refuse([*problems, *left] if problems else [])
     return Folder(path, classes, of_train, of_test, [*notes, *left])
@@ -168,27 +178,30 @@ def _left_out(path: Path, ignored: Counter[str]) -> list[str]:
     return [f"{path}: {what} left out: {n:,}." for what, n in ignored.items() if n]
 
 
-def _parts(path: Path) -> list[Path]:
-    """The folder of the training images, and those of test images that there are; a class may be called train."""
-    named = {name.lower(): path / name for name in _classes(path)}
-    trains, tests = ([named[name] for name in names if name in named] for names in (TRAINS, TESTS))
-    if trains and _classes(trains[0]):
-        return [trains[0], *tests]
+def _parts(path: Path) -> tuple[Path, Path | None, list[str]]:
+    """The folder of the training images, that of the test images if there is one, and the folders beside these; a class
+    may be called train."""
+    there, named = _classes(path), dict[str, list[Path]]()
+    for name in sorted(there, key=lambda name: name != name.lower()):  # of train and Train it is train
+        named.setdefault(name.lower(), []).append(path / name)
+    trains, tests = ([part for name in names for part in named.get(name, [])] for names in (TRAINS, TESTS))
+    for train in filter(_classes, trains):
+        return train, tests[0] if tests else None, [name for name in there if path / name not in (train, *tests[:1])]
     if tests and all(map(_classes, tests)):
         raise BadInput(f"{path}: has {tests[0].name}/<class>/… but no train/<class>/… beside it")
-    return [path]
+    return path, None, []
 
 
-def _of_tests(tests: Sequence[Path], classes: Sequence[str], have: set[int]) -> Iterator[str]:
+def _of_test(test: Path, classes: Sequence[str], have: set[int]) -> Iterator[str]:
     """What to say of the folder of the test images."""
-    chosen, *others = tests
-    if chosen.name != "test":
-        yield f"The test images are those of {chosen}."
-    for other in others:
-        yield f"{other} is not read: the test images are those of {chosen}."
+    if test.name != "test":
+        yield f"The test images are those of {test}."
     if absent := [c for i, c in enumerate(classes) if i not in have]:
-        more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
-        yield f"{chosen} has no images of {', '.join(absent[:10])}{more}."
+        yield f"{test} has no images of {_some(absent)}."
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _classes(path: Path) -> list[str]:
