@@ -40,6 +40,11 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f" (known: {among}{', …' if len(known) > 20 else ''})"
 
 
+def some(names: Sequence[str], most: int = 10) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class Section(BaseModel):
     """A part of the experiment file: unknown keys are errors, "5" is not 5, and of `one_of` one key is given."""
 
@@ -197,6 +202,10 @@ class Model(Section):
         return path if path.endswith(".py") else ""
 
 
+COUNTLESS = ("crop", "elastic", "cutout", "mixup")  # of these no view of an image is like another
+AUGMENTATION = ("jitter", "flip", *COUNTLESS)  # what a view depends on
+
+
 class Train(Section):
     """How a net is trained."""
 
@@ -252,7 +261,7 @@ class Train(Section):
     @property
     def augmented(self) -> bool:
         """Whether a net never sees an image twice as it is: its teacher must see what it sees."""
-        return bool(self.jitter or self.flip or self.crop or self.elastic or self.cutout or self.mixup)
+        return any(getattr(self, key) for key in AUGMENTATION)
 
 
 class Network(Section):

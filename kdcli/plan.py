@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli import BadInput, BadKeys, code, losses, yamlfile
-from kdcli.config import Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
+from kdcli.config import AUGMENTATION, Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
 from kdcli.data.dataset import Dataset
 from kdcli.machine.device import seeded
 from kdcli.nets import models
@@ -192,8 +192,8 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
                 yield f"{section}.train.{key}", f"is too far for images of {height} x {width} pixels"
         if (train.cutout or 0) >= min(height, width) and not dataset.facts.table:
             yield f"{section}.train.cutout", f"must be less than the {height} x {width} pixels of the images"
-        for key in ("jitter", "flip", "crop", "elastic", "cutout") if dataset.facts.table else ():
-            if getattr(train, key):
+        for key in AUGMENTATION if dataset.facts.table else ():
+            if key != "mixup" and getattr(train, key):
                 yield f"{section}.train.{key}", "belongs to images, and this is a table: remove it"
         net = teachers[section].model if section in teachers else student
         if train.max_norm and net and net.name:

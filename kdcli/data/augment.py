@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli.config import Train
+from kdcli.config import COUNTLESS, Train
 from kdcli.data.dataset import Split
 from kdcli.machine.device import generator, stream
 
@@ -16,13 +16,11 @@ PLACES = 4  # along each side, by which elastic bends an image
 SHARED = -1  # a seed that no run has
 ALL = slice(None)
 OTHER = "partner's "
-AUGMENTATION = {"jitter", "flip", "crop", "elastic", "cutout", "mixup"}  # what a view depends on
 
 
 def different_views(train: Train) -> float:
     """How many views of an image there are: of shifts and flips so many; of the others countless, inf."""
-    countless = train.crop or train.elastic or train.cutout or train.mixup
-    return math.inf if countless else (2 * train.jitter + 1) ** 2 * (1 + train.flip)
+    return math.inf if any(getattr(train, key) for key in COUNTLESS) else (2 * train.jitter + 1) ** 2 * (1 + train.flip)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from kdcli import BadInput, cores
-from kdcli.config import nearest
+from kdcli.config import nearest, some
 
 T = TypeVar("T")
 FORMATS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -146,11 +146,12 @@ def list_folder(path: Path) -> Folder:
         raise BadInput(f"{train}: must hold two or more folders of classes, each with its images, not {len(classes)}")
     if all(map(PART.fullmatch, classes)):
         instead = "call them train and test, and put the images of each into folders of their classes"
-        raise BadInput(f"{train}: {_some(classes)} seem to be parts of a dataset, not classes: {instead}")
+        raise BadInput(f"{train}: {some(classes)} seem to be parts of a dataset, not classes: {instead}")
     of_train = [(file, i) for i, name in enumerate(classes) for file in _files(train / name, ignored)]
     of_test = [(file, i) for i, name in enumerate(classes) if test for file in _files(test / name, ignored)]
-    loose = [file for part in {path, train, test or train} for file in part.iterdir() if file.is_file()]
-    ignored["images outside the folders of classes"] += sum(file.suffix.lower() in FORMATS for file in loose)
+    lying = [file for part in {path, train, test or train} for file in part.iterdir()]
+    loose = sum(file.suffix.lower() in FORMATS and file.is_file() for file in lying)  # few are asked the disk about
+    ignored["images outside the folders of classes"] += loose
     have, notes = {i for _, i in of_train}, list[str]()
     problems = [f"{train / c}: contains no images" for i, c in enumerate(classes) if i not in have]
     if test:
@@ -158,7 +159,7 @@ def list_folder(path: Path) -> Folder:
         problems += [f"{test / c}: is no class of {train}{nearest(c, classes)}" for c in strange]
         problems += [] if of_test or strange else [f"{test}: has no images in folders of classes"]
         notes += _of_test(test, classes, {i for _, i in of_test})
-    notes += [f"{path}: not read beside {train.name}: {_some(beside)}."] if beside else []
+    notes += [f"{path}: not read beside {train.name}: {some(beside)}."] if beside else []
     left = _left_out(path, ignored)
     refuse([*problems, *left] if problems else [])
     return Folder(path, classes, of_train, of_test, [*notes, *left])
@@ -197,11 +198,7 @@ def _of_test(test: Path, classes: Sequence[str], have: set[int]) -> Iterator[str
     if test.name != "test":
         yield f"The test images are those of {test}."
     if absent := [c for i, c in enumerate(classes) if i not in have]:
-        yield f"{test} has no images of {_some(absent)}."
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        yield f"{test} has no images of {some(absent)}."
 
 
 def _classes(path: Path) -> list[str]:

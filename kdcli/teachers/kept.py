@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdcli import BadInput
-from kdcli.data.augment import AUGMENTATION, Fixed, Views, different_views
+from kdcli.config import AUGMENTATION
+from kdcli.data.augment import Fixed, Views, different_views
 from kdcli.data.dataset import Split
 from kdcli.runs.directory import Run
 from kdcli.teachers.teacher import Teacher, members, nets, weights_checksum
@@ -50,7 +51,7 @@ def _of(
     run: Run, images: Split, key: str, fixed: Fixed, half: bool, device: torch.device, note: Callable[[str], None]
 ) -> Logits:
     """The logits [K * N, C] of a lone net, mapped into memory; those that are not there yet are asked for."""
-    how = fixed.train.model_dump(include=AUGMENTATION)
+    how = fixed.train.model_dump(include={*AUGMENTATION})
     # Another torch may draw other views from the same generators.
     drawn = [hashlib.sha256(draws.numpy().tobytes()).hexdigest() for draws in fixed.draw(0).values()]
     about = json.dumps([VERSION, key, weights_checksum(run), how, fixed.count, half, drawn])

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kdcli import BadInput
+from kdcli.config import some
 
 # What a checkpoint may call its weights, the first that is there counts: averaged ones are those that were scored.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
@@ -60,7 +61,7 @@ def read_weights(file: Path) -> Weights:
         raise BadInput(f"{file}: {why}") from None
     tensors, said = _unwrapped(content, file)
     if bad := [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        raise BadInput(f"{file}: holds values that are not finite, in {_some(bad)}")
+        raise BadInput(f"{file}: holds values that are not finite, in {some(bad, SHOWN)}")
     if narrow := {tensor.dtype for tensor in tensors.values() if tensor.dtype in (torch.float16, torch.bfloat16)}:
         kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
         said.append(f"Its weights are {kinds}; the net computes in float32.")
@@ -93,7 +94,11 @@ def _unwrapped(content: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
         content = content[there[0]]
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
-        held = f"its keys are {_some([str(key) for key in content])}" if isinstance(content, dict) and content else ""
+        held = (
+            f"its keys are {some([str(key) for key in content], SHOWN)}"
+            if isinstance(content, dict) and content
+            else ""
+        )
         raise BadInput(f"{file}: holds no weights{f': {held}' if held else ''}")
     return tensors, [f"Its weights were found under {', '.join(path)}."] if path else []
 
@@ -110,7 +115,7 @@ def fit_weights(net: nn.Module, found: Weights, file: Path, fresh: str = "") -> 
     misshapen = [f"{key} is {its}, not {own}" for key, (its, own) in shapes.items() if its != own]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
-        parts = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems.items() if keys]
+        parts = [f"{len(keys)} {what}: {some(keys, SHOWN)}" for what, keys in problems.items() if keys]
         of_head = misshapen and not (missing or unexpected) and not fresh
         if of_head and all(key.startswith(f"{last_layer(net)}.") for key in misshapen):
             parts.append("name its classes, all of them, in teacher.classes, or replace its last layer with head: new")
@@ -148,7 +153,3 @@ def last_layer(net: nn.Module) -> str:
     if not named and not layers:
         raise BadInput("head, freeze: the net has no linear or convolutional layer that could be its head")
     return str(named[0] if named else list(layers)[-1])
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kdcli import code
-from kdcli.config import Model, Train
-from kdcli.data.augment import AUGMENTATION, different_views
+from kdcli.config import AUGMENTATION, COUNTLESS, Model, Train
+from kdcli.data.augment import different_views
 from kdcli.data.dataset import Dataset, Split
 from kdcli.machine.device import place, seeded
 from kdcli.nets.models import build
@@ -32,7 +32,7 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         model, train = spec.trained
         live = spec.distill and train.augmented
         teacher = [s.model for s in _members(by_name, places, spec.parents[0]) if s.model] if live else []
-        how = train.model_dump(include={"batch_size", "optimizer", "ema", "crop", "elastic", "cutout", "mixup"})
+        how = train.model_dump(include={"batch_size", "optimizer", "ema", *COUNTLESS})
         asks = spec.distill and (bool(spec.distill.views), spec.distill.loss)
         kind = repr((model, how, train.augmented, asks, teacher))
         if kind not in timed:
@@ -43,7 +43,7 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         views = min(spec.distill.views or 0, different_views(train)) if spec.distill else 0
         whole = len(dataset.seen(spec)) if train.mixup else len(dataset.train) + len(dataset.unlabelled or ())
         own = spec.omitted if train.mixup else None  # blends no image that the student does not see
-        kept = repr((spec.parents, views, train.model_dump(include=AUGMENTATION), whole, own))
+        kept = repr((spec.parents, views, train.model_dump(include={*AUGMENTATION}), whole, own))
         if kept not in asked:  # once for all that learn from this teacher on these images
             found[spec.name] += views * whole * a_view
             asked.add(kept)
