@@ -258,6 +258,12 @@ class Train(Section):
         """Batches an epoch: a lone last sample joins the batch before, since BatchNorm cannot be trained on one."""
         return max(samples // self.batch_size + (samples % self.batch_size > 1), 1)
 
+    def tested_every(self, samples: int, tested: int) -> int:
+        """After how many epochs on so many samples the errors on so many other images are counted: some twenty times in
+        a training, and of no more images than it was trained on meanwhile; else counting would take most of the time
+        where these are few. After the last epoch they are counted in any case."""
+        return max(self.epochs // 20, -(-tested // samples), 1)
+
     @property
     def augmented(self) -> bool:
         """Whether a net never sees an image twice as it is: its teacher must see what it sees."""

@@ -189,7 +189,7 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     for section, train in {**of_teachers, **e.student_trains}.items():
         for key in ("jitter", "elastic"):
             if 2 * (getattr(train, key) or 0) >= min(height, width) and not dataset.facts.table:
-                yield f"{section}.train.{key}", f"is too far for images of {height} x {width} pixels"
+                yield f"{section}.train.{key}", f"must be less than half of the {height} x {width} pixels of the images"
         if (train.cutout or 0) >= min(height, width) and not dataset.facts.table:
             yield f"{section}.train.cutout", f"must be less than the {height} x {width} pixels of the images"
         for key in AUGMENTATION if dataset.facts.table else ():

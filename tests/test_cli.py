@@ -301,7 +301,11 @@ def test_a_broken_file_is_told_with_its_line(kd: Shell) -> None:
         ("heldout: 200", "heldout: 9", "tiny.yaml:3: data.heldout: 9 of 1297 images: must leave one of each"),
         ("heldout: 200", "transfer: 9", "tiny.yaml:3: data.transfer: 9 of 1297 images: must leave one of each"),
         ("omit: [3]", "omit: [12]", "tiny.yaml:13: omit_classes.0.omit: there is no class 12"),
-        ("jitter: 1", "jitter: 4", "tiny.yaml:6: teacher.train.jitter: is too far for images of 8 x 8 pixels"),
+        (
+            "jitter: 1",
+            "jitter: 4",
+            "tiny.yaml:6: teacher.train.jitter: must be less than half of the 8 x 8 pixels of the images",
+        ),
     ],
 )
 def test_what_the_images_do_not_allow_is_told_with_its_line(old: str, new: str, line: str, kd: Shell) -> None:

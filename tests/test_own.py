@@ -124,7 +124,10 @@ def test_classes_are_omitted_by_name(own: Shell, flag: str, omitted: list[str]) 
         ),
         ("omit-classes own.yaml --keep 3", "--keep 3: omit_classes.0.keep: there is no class 3 (known: cat, dog, owl)"),
         ("omit-classes own.yaml --omit cat,dog,owl", "omit_classes.0.omit: must leave one class out and one in"),
-        ("train-teacher own.yaml --set teacher.train.jitter=3", "teacher.train.jitter: is too far for images of 6 x 9"),
+        (
+            "train-teacher own.yaml --set teacher.train.jitter=3",
+            "teacher.train.jitter: must be less than half of the 6 x 9",
+        ),
         ("run own.yaml --set student.train.max_norm=3", "student.train.max_norm: is for multi-layer perceptrons"),
         ("run own.yaml --set data.heldout=2", "data.heldout: 2 of 120 images: must leave one of each of 3 classes"),
         ("run own.yaml --set data.transfer=2", "data.transfer: 2 of 120 images: must leave one of each of 3 classes"),

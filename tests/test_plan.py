@@ -243,9 +243,9 @@ MISTAKES = {
     "misspelled class": ("omit_classes=[{keep: [cta, dog]}]", "omit_classes.0.keep: there is no class cta; did you mean cat?"),
     "all classes": ("omit_classes=[{omit: [cat, dog, cow]}]", "omit_classes.0.omit: must leave one class out and one in, not ['cat', 'dog', 'cow']"),
     "the same classes in two ways": ("omit_classes=[{omit: [cat]}, {keep: [dog, cow]}]", "omit_classes: names the same classes twice: omit cat, keep cow,dog"),
-    "jitter over the edge": ("teacher.train.jitter=3", "teacher.train.jitter: is too far for images of 6 x 9 pixels"),
-    "bent too far": ("teacher.train.elastic=3", "teacher.train.elastic: is too far for images of 6 x 9 pixels"),
-    "jitter of an omission": ("omit_classes.0.train={epochs: 1, lr: 1, jitter: 3}", "omit_classes.0.train.jitter: is too far for images of 6 x 9 pixels"),
+    "jitter over the edge": ("teacher.train.jitter=3", "teacher.train.jitter: must be less than half of the 6 x 9 pixels of the images"),
+    "bent too far": ("teacher.train.elastic=3", "teacher.train.elastic: must be less than half of the 6 x 9 pixels of the images"),
+    "jitter of an omission": ("omit_classes.0.train={epochs: 1, lr: 1, jitter: 3}", "omit_classes.0.train.jitter: must be less than half of the 6 x 9 pixels of the images"),
     "too many students' images": ("data.transfer=61", "data.transfer: must be at most 60; the default is all images"),
     "too few students' images": ("data.transfer=2", "data.transfer: 2 of 60 images: must leave one of each of 3 classes, on either side"),
     "a net for other images": ("student.model={name: nets.py:make, args: {width: -1}}", "student.model.name: "),
@@ -288,8 +288,8 @@ def test_problems_are_told_all_at_once_with_the_lines_of_the_file(tmp_path: Path
     small = Split(plain.train.store[..., :2, :2], plain.train.labels, 255)
     tiny = Dataset(small, small, 6, plain.facts.model_copy(update={"shape": [3, 2, 2]}))
     assert checked(tmp_path, tiny, "student.train.jitter=2") == [
-        "f:6: teacher.train.jitter: is too far for images of 2 x 2 pixels",
-        "--set student.train.jitter=2: student.train.jitter: is too far for images of 2 x 2 pixels",
+        "f:6: teacher.train.jitter: must be less than half of the 2 x 2 pixels of the images",
+        "--set student.train.jitter=2: student.train.jitter: must be less than half of the 2 x 2 pixels of the images",
         "f:13: omit_classes.0.omit: there is no class 3 (known: cat, dog, cow)",
     ]
 

@@ -312,40 +312,45 @@ def measure(case: Case, optimizer: Optimizer, rounds: int) -> Figures:
 
 
 def shipped(rounds: int) -> list[Shipped]:
-    """The commands' own trainings of mnist.yaml, one epoch of each a round, an epoch's products after each; none where
-    MNIST is not at hand."""
-    epochs = [Override(f"{net}.train.epochs", rounds + 1, "bench") for net in ("teacher", "student")]
-    mnist = yamlfile.load("mnist", epochs).experiment
+    """The commands' own trainings of mnist.yaml, a few epochs long; none where MNIST is not at hand."""
+    mnist = yamlfile.load("mnist").experiment
     try:
         dataset = open_dataset(mnist.data, download=False)
     except BadInput:
         return []
-    jobs = {job.row.name: job for job in reversed(plan([mnist], dataset))}
+    images, tested = len(dataset.train), len(dataset.test)
+    teacher, student = mnist.teacher.train or Train(epochs=1, lr=1), mnist.student.train
+    every = {"teacher": teacher.tested_every(images, tested), "student": student.tested_every(images, tested)}
+    epochs = [Override(f"{net}.train.epochs", every[net] * (rounds + 1), "bench") for net in every]
+    jobs = {job.row.name: job for job in reversed(plan([yamlfile.load("mnist", epochs).experiment], dataset))}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         places = Places(Path(folder), None, "cpu", 1)
-        return [epochs_of(f"kd {c} mnist", jobs[row].spec, len(dataset.train), places) for c, row in SHIPPED.items()]
+        return [epochs_of(f"kd {c} mnist", jobs[row].spec, images, every[row], places) for c, row in SHIPPED.items()]
 
 
-def epochs_of(command: str, spec: Spec, images: int, places: Places) -> Shipped:
-    """The epochs of one training but the first, whose time has the reading of the images in it."""
+def epochs_of(command: str, spec: Spec, images: int, every: int, places: Places) -> Shipped:
+    """A training in rounds of `every` epochs, after which errors are counted, with products after each epoch; without
+    the first round, whose time has the reading of the images in it."""
     model, how = spec.trained
-    arm, taken = products(Case("", model), how.batch_size), list[tuple[Time, Time]]()
+    arm, taken = products(Case("", model), how.batch_size), list[tuple[float, float]]()
     began = time.process_time()
 
     def tell(_: str, __: int, epoch: Epoch) -> None:
         nonlocal began
         cpu = time.process_time() - began
-        own = timed(arm).cpu * images / how.batch_size
-        taken.append((Time(cpu, cpu), Time(own, own)))
+        taken.append((cpu, timed(arm).cpu * images / how.batch_size))
         began = time.process_time()
 
-    train_run(spec, places, tell, lambda line: None)
-    found, alone = zip(*taken[1:], strict=True)
+    with mock.patch.object(Train, "tested_every", return_value=every):  # as seldom as in the whole training
+        train_run(spec, places, tell, lambda line: None)
+    own, alone = (
+        [statistics.mean(c[i : i + every]) for i in range(every, len(c), every)] for c in zip(*taken, strict=True)
+    )
     return Shipped(
         command=command,
         batch=how.batch_size,
-        s_cpu=quartiles([t.cpu for t in found]),
-        over_products_cpu=ratio(found, alone, lambda t: t.cpu),
+        s_cpu=quartiles(own),
+        over_products_cpu=quartiles([a / b for a, b in zip(own, alone, strict=True)]),
     )
 
 
@@ -524,7 +529,7 @@ def report(rounds: int) -> Report:
         load_at_start=round(load, 2),
         contended=load > 0.5 or any(r.contended for r in results),
         results=results,
-        shipped=shipped(rounds),
+        shipped=shipped(rounds // 2 + 1),
         bought=bought(rounds),
         saving=saving(rounds),
         started=started(rounds),

@@ -152,7 +152,7 @@ class Epoch(Section):
     t2_kl: float | None = None  # T^2 KL(teacher || student), of students
     soft: float | None = None  # the value of their loss, where that is another
     train_errors: int
-    test_errors: int | None = None  # of some epochs, where there are more test images than it trains on
+    test_errors: int | None = None  # of some epochs, and of the last
     seconds: float  # since the training began
     images_per_s: int
 

@@ -38,10 +38,11 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
         if kind not in timed:
             timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
         a_step, an_image, a_view = timed[kind]
-        steps = train.steps(len(dataset.seen(spec)))
-        found[spec.name] = train.epochs * (steps * a_step + len(dataset.test) * an_image)
+        images, tested = len(dataset.seen(spec)), len(dataset.test)
+        tests = -(-train.epochs // train.tested_every(images, tested))
+        found[spec.name] = train.epochs * train.steps(images) * a_step + tests * tested * an_image
         views = min(spec.distill.views or 0, different_views(train)) if spec.distill else 0
-        whole = len(dataset.seen(spec)) if train.mixup else len(dataset.train) + len(dataset.unlabelled or ())
+        whole = images if train.mixup else len(dataset.train) + len(dataset.unlabelled or ())
         own = spec.omitted if train.mixup else None  # blends no image that the student does not see
         kept = repr((spec.parents, views, train.model_dump(include={*AUGMENTATION}), whole, own))
         if kept not in asked:  # once for all that learn from this teacher on these images

@@ -174,10 +174,10 @@ def _teacher(
 def _counted(
     epochs: Iterable[Fitted], how: Train, images: int, test: Split, before: float
 ) -> Iterator[tuple[Epoch, Fitted]]:
-    """Each epoch of a training on so many images, `before` seconds of which came before a continuation. The errors on
-    the test images are counted once for as many training images, and at the end: else, with few images to train on,
-    counting would take most of the time. Raises Diverged where the loss, or what the net says then, is not finite."""
-    steps, every = how.steps(images), -(-len(test) // images)
+    """Each epoch of a training on so many images, `before` seconds of which came before a continuation; the errors on
+    the test images after some of them, and after the last. Raises Diverged where the loss, or what the net says then,
+    is not finite."""
+    steps, every = how.steps(images), how.tested_every(images, len(test))
     began = last = time.perf_counter()
     for fitted in epochs:
         now = time.perf_counter()
