@@ -911,6 +911,18 @@ def test_few_training_images_are_not_tested_every_epoch(kd: Shell) -> None:
     assert set(map(tuple, tested.values())) == {(1, 2, 3, 4, 5, 6)}
 
 
+def test_in_a_long_training_each_line_says_after_which_epoch_errors_were_counted(kd: Shell) -> None:
+    """Of 40 epochs after every second one."""
+    done = here(kd, "train-teacher", "tiny.yaml", "-v", "--set", "teacher.train.epochs=40")
+    errors = [
+        found[1] for line in done.err.splitlines() if (found := re.search(r"epoch \d+/40, loss [^,]+, ([^,]+)", line))
+    ]
+    assert len(errors) == 40
+    assert errors[0] == "not tested"
+    assert all(re.fullmatch(r"\d+ errors", counted) for counted in errors[1::2])
+    assert errors[2::2] == [f"{counted} after epoch {2 * i}" for i, counted in enumerate(errors[1:-1:2], 1)]
+
+
 def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
     document = kd_here(kd.folder, "evaluate", "tiny.yaml", "--json").json
     assert {run["command"] for run in document["runs"]} == {

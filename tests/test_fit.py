@@ -479,8 +479,17 @@ def test_a_last_batch_of_one_sample_joins_the_one_before() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "samples", "tested", "every"),
-    [(1, 60_000, 10_000, 1), (39, 60_000, 10_000, 1), (40, 60_000, 10_000, 2), (60, 55_000, 10_000, 3)]
-    + [(6, 100, 500, 5), (6, 101, 500, 5), (6, 99, 500, 6), (200, 100, 500, 10), (25, 1_200, 0, 1)],
+    [
+        (1, 60_000, 10_000, 1),
+        (39, 60_000, 10_000, 1),
+        (40, 60_000, 10_000, 2),
+        (60, 55_000, 10_000, 3),
+        (6, 100, 500, 5),
+        (6, 101, 500, 5),
+        (6, 99, 500, 6),
+        (200, 100, 500, 10),
+        (25, 1_200, 0, 1),
+    ],
 )
 def test_errors_are_counted_twenty_times_in_a_training_and_of_no_more_images_than_it_sees(
     epochs: int, samples: int, tested: int, every: int

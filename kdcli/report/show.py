@@ -61,6 +61,7 @@ class Display:
         columns = ("{task.description}", BarColumn(6), "{task.fields[text]}", TimeRemainingColumn())
         self.bars = Progress(*columns, console=self.console)
         self.tasks: dict[str, TaskID] = {}
+        self.tested: dict[str, Epoch] = {}  # of each run the last one after which errors were counted
         self.printed, self.noted = time.monotonic(), set[str]()
 
     def epoch(self, run: str, epochs: int, epoch: Epoch) -> None:
@@ -68,7 +69,10 @@ class Display:
         if self.quiet:
             return
         last, done = epoch.epoch == epochs, f"{epoch.epoch}/{epochs}"
-        errors = "not tested" if epoch.test_errors is None else f"{epoch.test_errors} errors"
+        if epoch.test_errors is not None:
+            self.tested[run] = epoch
+        tested = self.tested.get(run)
+        errors = f"{tested.test_errors} errors" if tested else "not tested"
         loss = f"loss {epoch.loss:.3g}" if epoch.t2_kl is None else f"T²KL {epoch.t2_kl:.3g}"
         loss = loss if epoch.soft is None else f"soft {epoch.soft:.3g}"
         if self.console.is_terminal:  # the same in 80 columns, beside the bar and the time left
@@ -80,8 +84,9 @@ class Display:
         due = not self.console.is_terminal and time.monotonic() - self.printed > 60
         if last or due or self.verbose:
             self.printed = time.monotonic()
+            after = f" after epoch {tested.epoch}" if tested and tested != epoch else ""
             speed = f"{epoch.seconds:.1f} s, {epoch.images_per_s:,} images/s"
-            self.note(f"{run}: epoch {done}, {loss}, {errors}, {speed}")
+            self.note(f"{run}: epoch {done}, {loss}, {errors}{after}, {speed}")
 
     def note(self, line: str) -> None:
         self.noted.add(line)
