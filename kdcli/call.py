@@ -115,15 +115,14 @@ class Call:
 
     def prepare(self) -> "Work":
         """What the command is to do. Raises BadInput for all that can be known before a run is trained."""
-        if (own := Path(f"{self.experiment}.yaml")).is_file() and self.experiment in yamlfile.experiments():
+        if self.experiment in yamlfile.experiments() and (own := Path(f"{self.experiment}.yaml")).is_file():
             self.display.note(f"{self.experiment} is kd's own experiment; for the file here type {own}")
         self.load()  # what is wrong in the file is told before a second goes by with imports
         from kdcli.work import prepare
 
         places, named = self.places(), self.teacher
         work = prepare(self.command, self.experiment, self.overrides, places, named, self.baseline, self.dry_run)
-        for line in work.dataset.notes:
-            self.display.note(line)
+        self.display.note(*work.dataset.notes)
         return work
 
     def missing(self, work: "Work") -> "list[Spec]":
@@ -133,8 +132,7 @@ class Call:
         runs = unfinished(work.jobs, work.places)
         for run in runs:
             run.check_writable()
-        for line in cautions(work.jobs, work.planned, work.places):
-            self.display.note(line)
+        self.display.note(*cautions(work.jobs, work.planned, work.places))
         return [run.spec for run in runs]
 
     def obtain(self, work: "Work") -> None:
@@ -153,8 +151,8 @@ class Call:
         try:
             for jobs in filter(None, (elsewhere, others)):
                 obtain(work, jobs, experiment.threads, engine, self.display.epoch, note)
-                for line in doubts(jobs, work.subject.expect, work.places) if others and jobs is elsewhere else ():
-                    note(line)
+                if others and jobs is elsewhere:
+                    note(*doubts(jobs, work.subject.expect, work.places))
         finally:
             self.display.close()
 
@@ -202,8 +200,7 @@ class Call:
             key, flag = ("ensemble", "--members 5") if self.command == "ensemble" else ("omit_classes", "--omit 3")
             raise BadInput(f"{self.experiment}: {key}: there is none: add the section, or {flag}")
         work, finished = self.teachers(work)
-        for line in doubts(finished, work.subject.expect, work.places):
-            self.display.note(line)
+        self.display.note(*doubts(finished, work.subject.expect, work.places))
         if self.dry_run:
             return self.describe(work)
         self.obtain(work)
@@ -285,12 +282,12 @@ class Call:
 
     def present(self, document: Section | dict[str, Any], *parts: show.Table | str) -> None:
         """The document as JSON, or tables and lines for a person, on stdout."""
-        if self.as_json:
-            return print(to_json(document, indent=1, exclude_none=True, by_alias=True, inf_nan_mode="null").decode())
         console = Console()
-        with suppress(
-            SystemExit
-        ):  # rich's, where the reader has gone: what is still to be done is done, and shown nowhere
+        # rich's, where the reader has gone: what is still to be done is done, and shown nowhere
+        with suppress(SystemExit):
+            if self.as_json:
+                text = to_json(document, indent=1, exclude_none=True, inf_nan_mode="null").decode()
+                return console.out(text, highlight=False)
             for part in parts:
                 if isinstance(part, str):
                     show.say(console, part)

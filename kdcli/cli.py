@@ -106,7 +106,7 @@ def evaluate(
     from kdcli.evidence.results import documents
     from kdcli.plan import evaluable, unfinished
 
-    seeds = work.subject.seeds if call.seed is not None else None
+    seeds = work.subject.seeds if any(override.key == "seed" for override in call.overrides) else None
     jobs = evaluable(work.planned, work.places, run or [], seeds, call.retype(whole=True), call.display.note)
     order = [row.name for row in work.subject.rows]
     jobs = in_rows(jobs, work.planned, call.runs_dir)
@@ -119,7 +119,7 @@ def evaluate(
     call.present(whole, *show.evaluations(found, classes, every))
     with suppress(BadInput):  # a damaged run is told of already
         if not unfinished(work.jobs, work.places):
-            call.display.note(f"next: kd report {call.retype()}")
+            call.display.note(f"next: kd report {call.retype(whole=True)}")
 
 
 @command("run", (*DESCRIBED, *WORKING))
@@ -135,8 +135,7 @@ def run(
     call.obtain(work)
     summary, _ = call.report(work)
     missed = show.missed(summary)
-    for line in missed:
-        call.display.note(line)
+    call.display.note(*missed)
     if check and missed:
         raise typer.Exit(3)
 
@@ -272,7 +271,7 @@ def runs(
 
     def rank(one: Listed) -> Any:
         errors = (one.errors is None, one.errors)
-        return {"name": one.run, "errors": errors, "age": one.age_s, "size": -one.bytes_}[sort]
+        return {"name": one.run, "errors": errors, "age": one.age_s, "size": -one.bytes}[sort]
 
     listed = [one for one in survey(call.runs_dir) if match.lower() in f"{one.run} {one.status}".lower()]
     if call.runs_at != "runs" and not call.runs_dir.is_dir():
@@ -291,7 +290,7 @@ def remove_runs(call: Call, names: Sequence[str], force: bool, yes: bool) -> Non
     orphans = dependents(listed, chosen)
     if orphans and not force:
         raise BadInput("these runs were made from them; remove them too, or add --force:", *(f"  {o}" for o in orphans))
-    taken = decimal(sum(one.bytes_ for one in listed if one.run in chosen))
+    taken = decimal(sum(one.bytes for one in listed if one.run in chosen))
     lines = [*(f"orphaned: {run}" for run in orphans), *(f"remove: {run}" for run in chosen)]
     note("\n".join([*lines, f"{counted(len(chosen), 'run')}, {taken}"]))
     if not yes and not (sys.stdin and sys.stdin.isatty()):
@@ -314,8 +313,8 @@ def init(
     """Print an experiment file for a folder of images: kd init photos > photos.yaml."""
     from kdcli.init import experiment_file
 
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: {'is a file, not a' if folder.exists() else 'there is no such'} folder")
+    if not os.path.isdir(folder):  # false too of an unusable name
+        raise BadInput(f"{folder}: {'is a file, not a' if os.path.exists(folder) else 'there is no such'} folder")
     text = experiment_file(folder, teacher, student, call.places())
     for line in text.partition("\nname:")[0].splitlines() if not sys.stdout.isatty() else ():
         call.display.note(line.removeprefix("# "))
@@ -350,8 +349,7 @@ def cache(
             return call.present(document, f"{counted(images, 'image')}, {decimal(taken)} decoded, {free()}")
         with on_ray(call.address) if call.address else nullcontext():
             dataset = open_dataset(data, call.data_dir)
-    for line in dataset.notes:
-        call.display.note(line)
+    call.display.note(*dataset.notes)
     document["folders"] = folders = [listing.parent for listing in dataset.listings if listing]
     document["bytes"] = taken = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
     document["seconds"] = round(time.monotonic() - started, 1)
@@ -390,14 +388,24 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+class Terminated(BaseException):
+    """By SIGTERM: unlike SystemExit it is nothing that somebody's own code would raise."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def main() -> int:
     """Run `kd`: 0 done, 1 failed, 2 wrong usage or input, 3 an expectation missed, 130 or 143 interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, _interrupt)
     try:
         code = app(standalone_mode=False) or 0  # typer makes 130 of Ctrl-C
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Terminated:
+        code = 143
     except SystemExit as stopped:
         code = int(stopped.code or 0)
     except Exception as error:

@@ -318,12 +318,10 @@ class TeacherSection(Origin):
         library = bool(self.model and self.model.pretrained)
         if self.weights and library:
             yield "weights", "and model.pretrained name two sources of weights: remove one"
-        if self.weights and not self.model:
-            yield "weights", "belongs to a model: add its `model` section"
         for key in ("head", "freeze", "input", "classes"):
             if getattr(self, key) is not None and not (self.file or library):
                 yield key, "belongs to a net that was trained elsewhere: name its weights, or remove it"
-        for key in ("head", "freeze", "train"):
+        for key in ("weights", "head", "freeze", "train"):
             if getattr(self, key) is not None and not self.model:
                 yield key, f"belongs to a model and its weights, not to {'onnx' if self.onnx else 'logits'}: remove it"
         if not self.train and (self.head or self.freeze):

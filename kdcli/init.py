@@ -73,7 +73,7 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
     render = partial(
         template.render,
         look=look,
-        name=name.strip("-") or "photos",
+        name=name.strip("-")[:100].rstrip("-") or "photos",
         path=dumps(os.path.abspath(path)),
         omitted=dumps(look.folder.classes[0]),
         teacher=json.dumps(teacher),

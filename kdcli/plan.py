@@ -187,23 +187,22 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     teachers = {"teacher": e.teacher} | {f"ensemble.members.{i}": t for i, t in enumerate(described)}
     of_teachers = {section: teacher.train for section, teacher in teachers.items() if teacher.train}
     for section, train in {**of_teachers, **e.student_trains}.items():
-        for key in ("jitter", "elastic"):
-            if 2 * (getattr(train, key) or 0) >= min(height, width) and not dataset.facts.table:
-                yield f"{section}.train.{key}", f"must be less than half of the {height} x {width} pixels of the images"
-        if (train.cutout or 0) >= min(height, width) and not dataset.facts.table:
-            yield f"{section}.train.cutout", f"must be less than the {height} x {width} pixels of the images"
+        for key, times, of in (("jitter", 2, "half of "), ("elastic", 2, "half of "), ("cutout", 1, "")):
+            if times * (getattr(train, key) or 0) >= min(height, width) and not dataset.facts.table:
+                yield f"{section}.train.{key}", f"must be less than {of}the {height} x {width} pixels of the images"
         for key in AUGMENTATION if dataset.facts.table else ():
             if key != "mixup" and getattr(train, key):
                 yield f"{section}.train.{key}", "belongs to images, and this is a table: remove it"
-        net = teachers[section].model if section in teachers else student
-        if train.max_norm and net and net.name:
+        nets = [teachers[section].model if section in teachers else student]
+        nets += (e.ensemble and e.ensemble.models) or [] if section == "teacher" else []
+        if train.max_norm and any(net and net.name for net in nets):
             yield f"{section}.train.max_norm", "is for multi-layer perceptrons (hidden: …): remove it"
-    nets = {f"{key}.model": t.model for key, t in teachers.items() if t.model and not t.origin}
-    nets |= {"student.model": student}
-    nets |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
+    own = {f"{key}.model": t.model for key, t in teachers.items() if t.model and not t.origin}
+    own |= {"student.model": student}
+    own |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
     for key, teacher in teachers.items():
         yield from imports.problems(key, teacher, dataset)
-    for key, model in nets.items():
+    for key, model in own.items():
         if message := try_net(model, dataset.facts)[1]:
             yield f"{key}.name", message
 

@@ -147,6 +147,7 @@ def _labels(values: Sequence[Any]) -> list[str]:
     if len(sections) < len(values):
         return [shown(value) for value in values]
     alike = {key for key in sections[0] if all(key in s and s[key] == sections[0][key] for s in sections)}
+    alike = alike if all(own.keys() - alike for own in sections) else set()
     return [" ".join(f"{key}={shown(v)}" for key, v in own.items() if key not in alike) for own in sections]
 
 

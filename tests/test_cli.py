@@ -923,6 +923,19 @@ def test_in_a_long_training_each_line_says_after_which_epoch_errors_were_counted
     assert errors[2::2] == [f"{counted} after epoch {2 * i}" for i, counted in enumerate(errors[1:-1:2], 1)]
 
 
+def test_what_reads_the_json_may_go_before_the_report_is_written(trained: Shell, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    shutil.copy(trained.folder / "tiny.yaml", tmp_path)
+    shutil.rmtree(tmp_path / "runs/tiny/report")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "kdcli", "report", "tiny.yaml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert "wrote runs/tiny/report: report.html" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
     document = kd_here(kd.folder, "evaluate", "tiny.yaml", "--json").json
     assert {run["command"] for run in document["runs"]} == {

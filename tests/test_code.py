@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcli import BadInput, code
+from kdcli import BadInput, cli, code
 
 
 def written(folder: Path, text: str, name: str = "own.py") -> str:
@@ -92,3 +92,10 @@ def test_errors_of_others_and_of_kd_itself_pass(tmp_path: Path) -> None:
         _ = 1 / 0
     with pytest.raises(BadInput, match=r"^as it is$"), code.blaming(__file__):
         raise BadInput("as it is")
+
+
+def test_a_signal_in_somebodys_code_ends_the_command(tmp_path: Path) -> None:
+    """It is no failure of that file."""
+    path = written(tmp_path, "def make(stop): stop()\n")
+    with pytest.raises(cli.Terminated), code.blaming(path.partition(":")[0], "own.py"):
+        code.call(path, stop=cli._terminate)

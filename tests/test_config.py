@@ -407,3 +407,9 @@ def test_any_value_anywhere_is_valid_or_a_clear_error(
     within = ("data.function", "student.model.hidden", "omit_classes.0.omit")  # a key beside it may be the wrong one
     start = ("--set x: ", f"{path}:") if key in within or key == "grid" else "--set x: "
     assert all(line.startswith(start) for line in lines)
+
+
+def test_a_section_of_a_grid_that_has_nothing_of_its_own_is_told_apart_by_all_that_it_has() -> None:
+    plain, more = {"T": 4, "lambda1": 0.9}, {"T": 4, "lambda1": 0.9, "standardize": True}
+    assert yamlfile._labels([plain, more]) == ["T=4 lambda1=0.9", "T=4 lambda1=0.9 standardize=True"]
+    assert yamlfile._labels([plain, {**more, "T": 8}]) == ["T=4", "T=8 standardize=True"]

@@ -534,6 +534,8 @@ def test_torchvision_offline_and_from_a_file_laid_where_the_hub_puts_it(hubs: Pa
 
     place.parent.mkdir(parents=True, exist_ok=True)
     torch.save(models.squeezenet1_1().state_dict(), place)
+    planned = read(hubs, source + HEAD, "--dry-run")
+    assert (planned.code, " on this machine, 1 at once" in planned.out) == (0, True), planned.err
     assert read(hubs, source + HEAD).code == 0
 
 

@@ -7,12 +7,18 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from conftest import TINY, Shell, kd_here
+from matplotlib.figure import Figure
 
+from kdcli.evidence.findings import Findings
+from kdcli.report import pictures
 from kdcli.report.pictures import telling
+from kdcli.runs.spec import Epoch
 
 
 class Page(HTMLParser):
@@ -114,6 +120,22 @@ def test_report_trains_nothing(trained: Shell, tmp_path: Path) -> None:
     done = kd_here(tmp_path, "report", "tiny.yaml", "--seeds", "0-1")
     assert done.code == 2
     assert re.search(r"runs are not finished, the first is tiny/.*; train them: kd run tiny.yaml --seeds 0-1", done.err)
+
+
+def test_seeds_whose_errors_were_counted_after_different_epochs_share_a_curve() -> None:
+    """By two versions of kd; of the epochs that both counted after."""
+
+    def counted(*after: int) -> list[Epoch]:
+        about: dict[str, Any] = {"loss": 1, "hard_loss": 1, "train_errors": 1, "seconds": 1, "images_per_s": 1}
+        return [Epoch(epoch=i, test_errors=10 * i if i in after else None, **about) for i in range(1, 7)]
+
+    curves = [("teacher", counted(1, 2, 3, 4, 5, 6)), ("teacher", counted(3, 6)), ("student", counted(2, 4, 6))]
+    summary = SimpleNamespace(seeds=[0, 1], file="tiny", evaluated_on="test images")
+    figure = Figure()
+    pictures._draw_curves(figure, cast(Findings, SimpleNamespace(curves=curves, summary=summary)))
+    teacher, student = figure.axes[0].lines
+    assert torch.as_tensor(teacher.get_xydata()).tolist() == [[3, 30], [6, 60]]
+    assert torch.as_tensor(student.get_xydata()).tolist() == [[2, 20], [4, 40], [6, 60]]
 
 
 RUN_REPORTS = {  # by command: what the page begins with, and a heading that it has

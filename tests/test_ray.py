@@ -308,6 +308,21 @@ def test_a_bucket_is_one_runs_folder_for_nodes_that_share_none(
     assert [run["run"] for run in done.json["runs"]] == names[1:]
 
 
+def test_a_run_that_was_sent_in_part_is_sent_again(kd: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network failed before its result was there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    there = tmp_path / "there"
+    there.mkdir()
+    words = ["--runs-dir", f"local://{there}"]
+    assert kd_here(kd.folder, "train-teacher", "tiny.yaml", "--epochs", "1", *words).code == 0
+    (result,) = there.rglob("result.json")
+    whole = result.read_bytes()
+    result.unlink()
+    (listed,) = kd_here(kd.folder, "runs", "--json", *words).json["runs"]
+    assert listed["status"] == "completed"
+    assert result.read_bytes() == whole
+
+
 def test_an_address_of_no_runs_folder_is_told_in_a_line(kd: Shell, bucket: dict[str, str]) -> None:
     """That of a folder here is the folder."""
     for address, said in (

@@ -480,7 +480,7 @@ def test_a_survey_says_how_far_each_run_is(tmp_path: Path) -> None:
     assert (found[begun.name].epoch, found[begun.name].epochs, found[begun.name].parents) == (1, 2, [done.name])
     assert found["exp/baseline/0-0000000000"].status == "missing"
     assert len(found) == 3
-    assert found[done.name].bytes_ == sum(file.stat().st_size for file in done.path.iterdir())
+    assert found[done.name].bytes == sum(file.stat().st_size for file in done.path.iterdir())
     assert 0 <= found[done.name].age_s < 60
     assert dependents(list(found.values()), [done.name]) == [begun.name]
     assert dependents(list(found.values()), [done.name, begun.name]) == []

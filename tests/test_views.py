@@ -575,7 +575,8 @@ def test_kept_views_are_timed_apart_from_the_steps(folder: Path) -> None:
     times = []
     for views in ([], [f"distill.views={K}"]):
         (spec,), dataset = planned(folder, "student.train.jitter=1", *views)
-        times.append(estimate._timed(*spec.trained, spec, [Model(hidden=[4_000, 4_000])], dataset, CPU))
+        teacher = spec.model_copy(update={"model": Model(hidden=[4_000, 4_000])})
+        times.append(estimate._timed(spec, [teacher], dataset, CPU))
     (live, _, nothing), (step, _, view) = times
     assert 3 * step < live
     assert 3 * nothing * 50 < step < view * 50

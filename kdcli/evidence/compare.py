@@ -126,13 +126,10 @@ def in_rows(jobs: "Sequence[Job]", planned: "Sequence[Job]", root: Path) -> "lis
         own = rows.get(job.spec.name)
         if own and own.row.kind != "member":
             return own.row.name
-        mine, close = _way(Run(root, job.spec)), list[tuple[str, Settings]]()
-        for name, other in rows.items():
-            if other.spec.command == job.spec.command:
-                close.append((other.row.name, {key: value for key, (_, value) in changes(way(name), mine)}))
-        if not close:
-            unlike = changes(first.setdefault(job.spec.command, mine), mine)
-            close.append((job.row.name, {key: value for key, (_, value) in unlike}))
+        mine = _way(Run(root, job.spec))
+        ways = [(other.row.name, way(name)) for name, other in rows.items() if other.spec.command == job.spec.command]
+        ways = ways or [(job.row.name, first.setdefault(job.spec.command, mine))]
+        close = [(named, {key: value for key, (_, value) in changes(theirs, mine)}) for named, theirs in ways]
         return _with(*min(close, key=lambda pair: len(pair[1])))
 
     return [replace(job, row=Row(row(job), job.row.kind)) for job in jobs]

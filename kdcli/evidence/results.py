@@ -259,9 +259,8 @@ def about_run(run: Run) -> tuple[Subject, list[Job]]:
         teacher = open_run(run.root, taught_by).spec
         jobs.append(Job(Row(KINDS[teacher.command], KINDS[teacher.command]), teacher))
     if kind == "student":
-        recipe = spec.model_dump(exclude={"distill": True, "loss_code": True, "parents": True, **UNLABELLED}) | {
-            "command": "baseline"
-        }
+        recipe = spec.model_dump(exclude=UNLABELLED)
+        recipe |= {"command": "baseline", "distill": None, "loss_code": None, "parents": []}
         baseline = Run(run.root, Spec.model_validate(recipe, context={"reading": True}))
         if baseline.finished():
             jobs.append(Job(Row("baseline", "baseline"), baseline.spec, teacher=taught_by))
@@ -323,15 +322,16 @@ def _rows(subject: Subject, row: Row, documents: Sequence[Document], classes: Se
 
 def made(jobs: Sequence[Job], places: Places) -> Made:
     """How the runs of some jobs were made: command lines, commits, devices, versions, seconds of training."""
-    runs, here = [Run(places.runs_dir, job.spec) for job in distinct(jobs)], environment(places.device, places.threads)
-    records = sorted((run.environment() for run in runs), key=lambda record: str(record.get("started")))
+    runs = [Run(places.runs_dir, job.spec) for job in distinct(jobs)]
+    records = sorted((run.environment() for run in runs), key=lambda record: str(record.get("started", "")))
     kept = ("git_commit", "device", "torch", "python")
     seen = {key: sorted({str(record.get(key, "unknown")) for record in records}) for key in kept}
     seconds = sum(run.result().seconds for run in runs if run.spec.command != "ensemble")
     typed = list(dict.fromkeys(str(record["command_line"]) for record in records if record.get("command_line")))
     lines = "; ".join(typed[:3]) + (f"; and {len(typed) - 3} more" if len(typed) > 3 else "")
-    last = str(records[-1].get("started", here["started"]))[:10]
-    return Made.model_validate({"command_line": lines, "date": last, "cores": here["cores"], "seconds": seconds} | seen)
+    last = environment(places.device, places.threads) | records[-1]
+    about = {"command_line": lines, "date": str(last["started"])[:10], "cores": last["cores"], "seconds": seconds}
+    return Made.model_validate(about | seen)
 
 
 def cost(run: Run, test: Split | None = None) -> Cost | None:

@@ -161,9 +161,14 @@ def _draw_curves(figure: Figure, found: Findings) -> None:
     deviation on either side; an ensemble has none."""
     axes, n = figure.subplots(), len(found.summary.seeds)
     for row in dict.fromkeys(row for row, _ in found.curves):
-        tested = [[e for e in epochs if e.test_errors is not None] for own, epochs in found.curves if own == row]
-        errors = np.array([[e.test_errors for e in epochs] for epochs in tested])
-        x, mean, colour = [e.epoch for e in tested[0]], errors.mean(0), COLOURS.get(row, BLUE)
+        curves = [
+            {e.epoch: e.test_errors for e in epochs if e.test_errors is not None}
+            for own, epochs in found.curves
+            if own == row
+        ]
+        x = sorted(set.intersection(*map(set, curves)))  # an older kd counted them after other epochs
+        errors = np.array([[counted[epoch] for epoch in x] for counted in curves])
+        mean, colour = errors.mean(0), COLOURS.get(row, BLUE)
         axes.plot(x, mean, color=colour, label=short(row, 40))
         if len(errors) > 1:
             std = errors.std(0, ddof=1)

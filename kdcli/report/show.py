@@ -88,9 +88,10 @@ class Display:
             speed = f"{epoch.seconds:.1f} s, {epoch.images_per_s:,} images/s"
             self.note(f"{run}: epoch {done}, {loss}, {errors}{after}, {speed}")
 
-    def note(self, line: str) -> None:
-        self.noted.add(line)
-        say(self.console, line)
+    def note(self, *lines: str) -> None:
+        for line in lines:
+            self.noted.add(line)
+            say(self.console, line)
 
     def close(self) -> None:
         if self.bars.live.is_started:
@@ -235,7 +236,7 @@ def largest(matrix: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
 
 def short(name: str, most: int = 18) -> str:
     """A name without its middle where it is long."""
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"
 
 
 def evaluations(documents: Sequence["Document"], classes: Sequence[str], every: bool) -> Parts:
@@ -263,7 +264,8 @@ def evaluations(documents: Sequence["Document"], classes: Sequence[str], every: 
     columns = (first, "n", "errors", "balanced", "top-5", "NLL", "Brier", "ECE", "agrees", "KL", "soft")
     yield table(title, columns, scores)
     title = f"Cost per image, and milliseconds for a batch of 1 and of 128 on this machine ({on})"
-    yield table(title, (first, "params", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
+    if costs:  # of nets of torch's alone
+        yield table(title, (first, "params", "mult-adds", "1: p50", "p95", "128: p50", "p95"), costs)
     where = (first, "errors by class, most first", "most frequent confusions")
     yield Table("Where the errors are", where, by_class)
 
@@ -300,7 +302,7 @@ def runs_table(listed: Sequence[Listed]) -> Table:
     for d in listed:
         done = f" {d.epoch}/{d.epochs}" if d.status != "completed" and d.epoch else ""
         errors = "" if d.errors is None else str(d.errors)
-        rows.append([d.run, d.status + done, errors, duration(d.age_s), decimal(d.bytes_)])
+        rows.append([d.run, d.status + done, errors, duration(d.age_s), decimal(d.bytes)])
     return Table(counted(len(listed), "run"), ("run", "status", "errors", "age", "size"), rows)
 
 

@@ -249,10 +249,6 @@ class Run:
         """Write `<kind>.safetensors`."""
         write_aside(self.path / f"{kind}.safetensors", _packed(tensors))
 
-    def keep(self, file: Path) -> None:
-        """Write a copy of an ONNX file."""
-        write_aside(self.path / ONNX, file.read_bytes())
-
     def load(self, kind: str) -> "dict[str, Tensor]":
         """The tensors of `<kind>.safetensors`. Raises BadInput unless the run is completed and the file as it was."""
         from safetensors.torch import load

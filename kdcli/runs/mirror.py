@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kdcli import BadInput, cache_folder, failure
-from kdcli.runs.directory import Places, hold, open_run
+from kdcli.runs.directory import Places, hold, run_in
 from kdcli.runs.spec import COMMANDS, Spec
 
 RESULT = "result.json"
-LAST = ("state", RESULT)  # copied after what they speak of
 
 
 def elsewhere(address: str) -> bool:
@@ -68,10 +67,10 @@ def _make_alike(fs: Any, there: str, run: Path, sizes: dict[str, int]) -> None:
     wrong half-way."""
     result, finished = run / RESULT, False
     with suppress(BadInput):  # it is not there, or damaged
-        finished = open_run(run.parents[2], str(run.relative_to(run.parents[2]))).finished() is not None
+        finished = run_in(run).finished() is not None
     if not sizes:  # another kd has removed it
         shutil.rmtree(run)
-    elif finished and RESULT in sizes and b'"completed"' not in fs.cat_file(f"{there}/{RESULT}"):
+    elif finished and (RESULT not in sizes or b'"completed"' not in fs.cat_file(f"{there}/{RESULT}")):
         _put(fs, run, there)
     elif not finished or sizes.get(RESULT) != result.stat().st_size:
         for file in sorted(sizes, key=_order):
@@ -80,7 +79,7 @@ def _make_alike(fs: Any, there: str, run: Path, sizes: dict[str, int]) -> None:
 
 
 def _order(file: str) -> int:
-    return LAST.index(file) if file in LAST else -1
+    return {"state": 1, RESULT: 2}.get(file, 0)  # copied after what they speak of
 
 
 def _put(fs: Any, run: Path, there: str) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
 from kdcli import BadInput
 from kdcli.config import Section
 from kdcli.runs.directory import hold, run_in
@@ -26,7 +24,7 @@ class Listed(Section):
     parents: list[str] = []
     epoch: int | None = None
     epochs: int | None = None
-    bytes_: int = Field(0, serialization_alias="bytes")
+    bytes: int = 0
     age_s: int = 0
 
 
@@ -48,7 +46,7 @@ def survey(root: Path) -> list[Listed]:
             errors = result.test.errors if result and result.test.total else None
             one |= {"parents": run.spec.parents, "status": run.status(), "errors": errors} | more
         age = time.time() - max((file.st_mtime for file in files.values()), default=time.time())
-        found.append(Listed(**one, bytes_=sum(file.st_size for file in files.values()), age_s=round(age)))
+        found.append(Listed(**one, bytes=sum(file.st_size for file in files.values()), age_s=round(age)))
     return found
 
 

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from kdcli import code
-from kdcli.config import AUGMENTATION, COUNTLESS, Model, Train
+from kdcli.config import AUGMENTATION, COUNTLESS
 from kdcli.data.augment import different_views
 from kdcli.data.dataset import Dataset, Split
 from kdcli.machine.device import place, seeded
 from kdcli.nets.models import build
 from kdcli.runs.directory import Places
-from kdcli.runs.spec import Spec
+from kdcli.runs.spec import Facts, Spec
+from kdcli.teachers.imports import imported
 from kdcli.teachers.teacher import Teacher, predict
 from kdcli.training.fit import fit
 
@@ -31,12 +32,12 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
     for spec in (s for s in specs if s.model and s.train):
         model, train = spec.trained
         live = spec.distill and train.augmented
-        teacher = [s.model for s in _members(by_name, places, spec.parents[0]) if s.model] if live else []
+        teachers = [s for s in _members(by_name, places, spec.parents[0]) if s.model] if live else []
         how = train.model_dump(include={"batch_size", "optimizer", "ema", *COUNTLESS})
         asks = spec.distill and (bool(spec.distill.views), spec.distill.loss)
-        kind = repr((model, how, train.augmented, asks, teacher))
+        kind = repr((model, spec.origin, how, train.augmented, asks, [(s.model, s.origin) for s in teachers]))
         if kind not in timed:
-            timed[kind] = _timed(model, train, spec, teacher, dataset, torch.device(places.device))
+            timed[kind] = _timed(spec, teachers, dataset, torch.device(places.device))
         a_step, an_image, a_view = timed[kind]
         images, tested = len(dataset.seen(spec)), len(dataset.test)
         tests = -(-train.epochs // train.tested_every(images, tested))
@@ -59,17 +60,21 @@ def _members(planned: dict[str, Spec], places: Places, name: str) -> list[Spec]:
     return [member for parent in spec.parents for member in _members(planned, places, parent)]
 
 
-def _timed(
-    model: Model, train: Train, spec: Spec, taught_by: Sequence[Model], dataset: Dataset, device: torch.device
-) -> Times:
+def _net(spec: Spec, facts: Facts) -> nn.Module:
+    """The net of a spec, with any weights."""
+    return imported(spec.origin, spec.model, facts, load=False).net if spec.origin else build(spec.trained[0], facts)
+
+
+def _timed(spec: Spec, teachers: Sequence[Spec], dataset: Dataset, device: torch.device) -> Times:
     """Seconds of a step; of an image that errors are counted on; and of a view that is kept."""
+    train = spec.trained[1]
     batch = min(train.batch_size, len(dataset.seen(spec)))
     images = dataset.train.at(torch.zeros(batch, dtype=torch.int64)).to(device)
     short = train.model_copy(update={"epochs": 1, "batch_size": batch, "warmup": 0.0, "milestones": [1]})
     logits = torch.zeros(1, batch, len(dataset.facts.classes), device=device)
     with seeded(0, "estimate"):
-        net = place(build(model, dataset.facts), device)
-        nets = [place(build(m, dataset.facts), device).eval().requires_grad_(False) for m in taught_by]
+        net = place(_net(spec, dataset.facts), device)
+        nets = [place(_net(s, dataset.facts), device).eval().requires_grad_(False) for s in teachers]
         live = Teacher(lambda _, x: torch.stack([teacher(x) for teacher in nets]))
         asked = nets if spec.distill and spec.distill.views else []
         teacher = live if nets and not asked else Teacher(lambda index, _: logits[:, index])

@@ -20,7 +20,7 @@ from kdcli.data.dataset import Dataset, Split
 from kdcli.machine import distributed
 from kdcli.machine.device import place, seeded, select_device
 from kdcli.nets.models import build
-from kdcli.runs.directory import Diverged, Places, Run, State
+from kdcli.runs.directory import ONNX, Diverged, Places, Run, State, write_aside
 from kdcli.runs.spec import STUDENTS, Brief, Correction, Counted, Epoch, Gain, Reading, Result, Spec
 from kdcli.teachers import misread
 from kdcli.teachers.imports import Imported, answers, imported, resolved
@@ -229,7 +229,7 @@ def _imported(run: Run, dataset: Dataset, device: torch.device, note: Note) -> d
         splits = {"train": dataset.train, "test": dataset.test}
         logits = {name: predict(net, split.to(device)).cpu() for name, split in splits.items()}
     if origin.onnx:
-        run.keep(Path(origin.onnx))
+        write_aside(run.path / ONNX, Path(origin.onnx).read_bytes())
     if bad := next((name for name, z in logits.items() if not bool(z.isfinite().all())), None):
         raise BadInput(f"{origin.file or run.name}: gives logits of {bad} images that are not finite")
     run.save("weights", net.state_dict() if net else {})

@@ -75,7 +75,7 @@ def predict(
     if invert and not grey:
         raise BadInput(f"--invert: is for nets of grey images, and those of {name} have {shape[0]} channels")
     read = [(file, read_image(file, shape, invert, middle)) for file in files]
-    nearer = _nearer(there(places.runs_dir, made_of), places.data_dir, note) if files else None
+    nearer = _nearer(places, made_of, note) if files else None
     for file, inputs in read:
         light = grey and float(inputs.mean()) > 0.5
         share = nearer(inputs) if nearer else None
@@ -107,13 +107,13 @@ def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]
     return [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
 
 
-def _nearer(run: Run | None, data_dir: Path | None, note: Callable[[str], None]) -> Callable[[Tensor], float] | None:
+def _nearer(places: Places, name: str, note: Callable[[str], None]) -> Callable[[Tensor], float] | None:
     """What gives the share of a run's test images that are nearer to its training images than an image [1, C, H, W]:
     near is what correlates most with one of them, pixel for pixel, of a sample of both. None where they are gone."""
     try:
-        if not run:
+        if not (run := there(places.runs_dir, name)):
             raise BadInput("the run that it was exported from is not in the runs folder")
-        dataset = dataset_of(run, data_dir)
+        dataset = dataset_of(run, places.data_dir)
     except BadInput as error:
         note(f"cannot say how unlike the training images these are: {error}")
         return None
