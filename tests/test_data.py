@@ -224,6 +224,10 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
         ("found['y_train'] = y_train[1:]", "y_train must be whole numbers from 0, [18], not int64 [17]"),
         ("found['y_train'] = y_train / 1", "y_train must be whole numbers from 0, [18], not float64 [18]"),
         ("found['y_test'] = y_test.astype(int) - 1", "y_test must be whole numbers from 0, and holds -1"),
+        (
+            "found['y_test'] = (y_test.astype(int) - 1).astype('uint64')",
+            "y_test must be whole numbers from 0, and holds -1",
+        ),
         ("found['y_train'] = y_train[None]", "y_train must be whole numbers from 0, [18], not int64 [1, 18]"),
         ("found['y_train'] = y_train * 2", "y_train must hold every one of two or more classes, 0 to 2"),
         ("del found['classes']; found['y_train'] = y_train * 2", "y_train must hold every one of two or more classes, 0 to 4"),

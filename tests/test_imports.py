@@ -562,6 +562,12 @@ def test_a_library_says_how_its_net_sees() -> None:
     assert origin.input == Input(size=64, channels=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fcn_resnet50"])
+def test_a_net_of_a_library_that_does_not_classify_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match=f"^torchvision:{name}: does not classify images$"):
+        imports.resolved(Origin(), Model(name=f"torchvision:{name}", pretrained=True))
+
+
 def test_the_classes_of_a_library_are_picked_by_name() -> None:
     data = facts([3, 32, 32], 2).model_copy(update={"classes": ["tabby", "zebra"]})
     model = Model(name="torchvision:squeezenet1_1", pretrained=True)

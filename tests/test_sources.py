@@ -273,6 +273,14 @@ def test_a_photograph_is_turned_as_it_was_held(tmp_path: Path) -> None:
     assert images.headers([tmp_path / "x.png"]) == [images.Header(4, 8, False)]
 
 
+@pytest.mark.parametrize("orientation", [1, 2, 4, 5, 8, 9])  # the last one is in no standard
+def test_a_header_has_the_size_that_the_image_has(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
+    assert images.headers([tmp_path / "x.jpg"])[0][:2] == images.open_image(tmp_path / "x.jpg").size
+
+
 def test_the_shorter_side_is_resized_and_the_middle_kept() -> None:
     wide = Image.new("RGB", (40, 10), "white")
     wide.paste((0, 0, 0), (15, 0, 25, 10))

@@ -50,12 +50,13 @@ def entry(key: str, make: Callable[[Path], None]) -> Path:
         with _alone(cache / f"{key}.lock"):
             if not _is_whole(folder):
                 aside.mkdir(exist_ok=True)
-                make(aside)
+                try:
+                    make(aside)
+                except BadInput:
+                    shutil.rmtree(aside, ignore_errors=True)  # files that are made good make another key
+                    raise
                 shutil.rmtree(folder, ignore_errors=True)
                 aside.replace(folder)
-    except BadInput:
-        shutil.rmtree(aside, ignore_errors=True)  # files that are made good make another key
-        raise
     except OSError as error:
         where = f"decoded images go to {cache}; XDG_CACHE_HOME names another folder"
         raise BadInput(f"{error.filename or cache}: {error.strerror}: {where}") from None

@@ -88,10 +88,9 @@ class Dataset:
         """The files of the samples of `train`, `test` and `unlabelled`, relative to `data.folder` or `data.unlabelled`:
         `train/cat/1.jpg`. None of a source that is no folder."""
         found = listed(self.listings)
-        own = {"train": self.train, "test": self.test}
         if self.test.store is self.train.store:  # the held-out training images
             found["test"] = found["train"]
-        for name, split in own.items():
+        for name, split in (("train", self.train), ("test", self.test)):
             if split.positions is not None and found[name]:
                 found[name] = [found[name][i] for i in split.positions.tolist()]
         return found
@@ -148,14 +147,10 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     whole = Dataset(train, test, held, facts.model_copy(update=given), notes, unlabelled, listings)
     if data.evaluate_on == "test":
         return whole
-    return replace(whole, train=train.at(_others(len(train), whole.heldout)), test=train.at(whole.heldout))
+    others = (~torch.isin(torch.arange(len(train)), whole.heldout)).nonzero()[:, 0]
+    return replace(whole, train=train.at(others), test=train.at(whole.heldout))
 
 
 def tenth(images: int, classes: int) -> int:
     """How many of so many training images are held out unless an experiment says so: a tenth, one a class or more."""
     return min(max(images // 10, classes), images // 3)
-
-
-def _others(n: int, index: Tensor) -> Tensor:
-    """The positions below `n` that are not in `index`."""
-    return torch.ones(n, dtype=torch.bool).index_fill(0, index, False).nonzero()[:, 0]

@@ -84,7 +84,8 @@ def headers(files: Sequence[Path]) -> list[Header]:
 
     def header(file: Path) -> Header:
         with _opened(file) as image:
-            width, height = image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # orientation
+            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # orientation
+            width, height = image.size[::-1] if turned else image.size
             return Header(width, height, image.mode in GREY)
 
     parts = [part for _, part in in_processes(lambda _, some: tried(header, some), files, [range(len(files))])]

@@ -419,11 +419,7 @@ def _npz(file: Path) -> Found:
     if file.is_file() and file.suffix.lower() != ".npz":
         raise BadInput(f"{file}: data.arrays is an .npz file: np.savez writes one")
     content = arrays_of(file)
-    names = {
-        f"{part}_{what}": f"{axis}_{part}"
-        for part in ("train", "test")
-        for what, axis in (("images", "x"), ("labels", "y"))
-    }
+    names = dict(zip(("train_images", "train_labels", "test_images", "test_labels"), ARRAYS, strict=True))
     found = _arrays({names.get(name, name): array for name, array in content.items()}, str(file))
     left = sorted(set(content) - set(ARRAYS) - set(names) - {"classes"})
     notes = [f"{file}: {', '.join(left)} are left out."] if left else []
@@ -479,7 +475,7 @@ def _checked(source: str, found: Mapping[str, Any], part: str) -> tuple[Array, A
         y = y[:, 0]
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
         raise BadInput(f"{source}: y_{part} must be whole numbers from 0, [{len(x)}], not {is_y}")
-    if y.min() < 0:
+    if (y := y.astype(np.int64)).min() < 0:  # of numbers too large for it as well
         raise BadInput(f"{source}: y_{part} must be whole numbers from 0, and holds {y.min()}")
     if table:
         x = as_kept[:, :, None, None]
@@ -492,7 +488,7 @@ def _checked(source: str, found: Mapping[str, Any], part: str) -> tuple[Array, A
     elif x.shape[1] not in (1, 3) and x.shape[1] >= min(x.shape[2:]):
         must = "must have 1 or 3 channels or, as [N, C, H, W], fewer of them than pixels on a side"
         raise BadInput(f"{source}: x_{part} {must}, not {list(x.shape)}")
-    return np.ascontiguousarray(x), y.astype(np.int64)
+    return np.ascontiguousarray(x), y
 
 
 def stratified(labels: Array, count: int, classes: Sequence[str]) -> NDArray[np.int64]:

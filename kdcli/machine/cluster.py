@@ -32,7 +32,9 @@ class Cluster(NamedTuple):
         local = {"include_dashboard": False, "object_store_memory": 80_000_000} if self.address == "local" else {}
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # Ray prints on stdout what befalls a node
             try:
-                self._answers()
+                if self.address != "local":  # where nothing listens Ray would try for minutes
+                    host, _, port = self.address.removeprefix("ray://").rpartition(":")
+                    socket.create_connection((host, int(port)), 5).close()
                 with chdir(here):  # Ray lets workers import from here: not from the user's folder, with a random.py
                     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
                     ray.init(self.address, runtime_env={"env_vars": variables}, **quiet, **local)
@@ -48,12 +50,6 @@ class Cluster(NamedTuple):
                 yield ray, Queue(actor_options={"num_cpus": 0, "scheduling_strategy": pinned})
             finally:
                 ray.shutdown()
-
-    def _answers(self) -> None:
-        """Raise OSError where nothing listens: Ray would try for minutes."""
-        if self.address != "local":
-            host, _, port = self.address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), 5).close()
 
     def lacking(self, ray: Any) -> str:
         """What to say where no node is large enough for a job; else empty."""

@@ -30,6 +30,8 @@ def pretrained(name: str) -> Pretrained:
     if library == "torchvision":
         weights = _of_torchvision(which)
         how = weights.transforms()
+        if not hasattr(how, "crop_size"):
+            raise BadInput(f"{name}: does not classify images")
         return Pretrained(str(weights), list(how.mean), list(how.std), how.crop_size[0], weights.meta["categories"])
     cfg = _of_timm(which)
     classes = [str(c) for c in range(cfg.num_classes)]

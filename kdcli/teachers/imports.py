@@ -137,11 +137,14 @@ def answers(origin: Origin, dataset: Dataset) -> Answers:
     return found
 
 
-def imported(origin: Origin, model: Model | None, facts: Facts, load: bool = True) -> Imported:
+def imported(
+    origin: Origin, model: Model | None, facts: Facts, load: bool = True, content: bytes | None = None
+) -> Imported:
     """The net of an origin for the images of a dataset, with its weights unless `load` is false, when they are to come
-    from a run. Raises BadInput when the file or the library does not give such a net."""
+    from a run; of ONNX they come with the file, or its `content`. Raises BadInput when the file or the library does not
+    give such a net."""
     if origin.onnx:
-        return _of_onnx(Path(origin.onnx).read_bytes(), origin, facts)
+        return _of_onnx(content or Path(origin.onnx).read_bytes(), origin, facts)
     assert model
     own = _facts_of(origin, model, facts)
     said: list[str] = []
@@ -312,10 +315,3 @@ def _sized(origin: Origin, dims: list[int]) -> Origin:
 def _channels_last(dims: list[Any]) -> bool:
     """Whether inputs are [N, H, W, C], not [N, C, H, W]."""
     return len(dims) == 4 and dims[3] in (1, 3) and dims[1] not in (1, 3)
-
-
-def reopened(origin: Origin, model: Model | None, facts: Facts, content: bytes | None) -> nn.Module:
-    """The net of an imported run, whose weights are still to be loaded or, of ONNX, come with the file's content."""
-    if content is not None:
-        return _of_onnx(content, origin, facts).net
-    return imported(origin, model, facts, load=False).net

@@ -94,14 +94,9 @@ class _File:
         np.lib.format.write_array_header_1_0(content, about)
         return content.getvalue()
 
-    @property
-    def view(self) -> int:
-        """Bytes of a view."""
-        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
-
     def at(self, k: int) -> int:
         """Where view k begins; behind the last one, the checksums."""
-        return len(self.header) + k * self.view
+        return len(self.header) + k * math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     def mapped(self) -> Logits:
         return np.memmap(self.path, self.dtype, "r", len(self.header), self.shape)

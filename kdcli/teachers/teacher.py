@@ -16,7 +16,7 @@ from kdcli.machine import distributed
 from kdcli.machine.device import place
 from kdcli.nets.models import build
 from kdcli.runs.directory import ONNX, Run, open_run
-from kdcli.teachers.imports import reopened
+from kdcli.teachers.imports import imported
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def nets(run: Run, device: torch.device) -> list[nn.Module]:
             raise BadInput(f"{member.name}: is a file of logits: it can be asked about no other image or view")
         if spec.origin:
             content = member.content(ONNX) if spec.origin.onnx else None
-            net = reopened(spec.origin, model, spec.dataset, content)
+            net = imported(spec.origin, model, spec.dataset, False, content).net
         elif model:
             net = build(model, spec.dataset)
         try:
