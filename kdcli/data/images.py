@@ -82,26 +82,19 @@ class Header(NamedTuple):
 def headers(files: Sequence[Path]) -> list[Header]:
     """The headers of image files. Raises BadInput with those that cannot be read."""
 
-    def header(file: Path) -> Header:
-        with _opened(file) as image:
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # orientation
-            width, height = image.size[::-1] if turned else image.size
-            return Header(width, height, image.mode in GREY)
-
-    parts = [part for _, part in in_processes(lambda _, some: tried(header, some), files, [range(len(files))])]
-    refuse([problem for _, problems in parts for problem in problems])
-    return [found for made, _ in parts for found in made]
-
-
-def tried(one: Callable[[Any], T], items: Iterable[Any]) -> tuple[list[T], list[str]]:
-    """What `one` makes of each item, and what is wrong with those of which it raises BadInput."""
-    made, problems = list[T](), list[str]()
-    for item in items:
+    def header(file: Path) -> Header | BadInput:
         try:
-            made.append(one(item))
+            with _opened(file) as image:
+                turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # orientation
+                width, height = image.size[::-1] if turned else image.size
+                return Header(width, height, image.mode in GREY)
         except BadInput as error:
-            problems += error.lines
-    return made, problems
+            return error
+
+    parts = in_processes(lambda _, some: [*map(header, some)], files, [range(len(files))])
+    found = [one for _, part in parts for one in part]
+    refuse([line for one in found if isinstance(one, BadInput) for line in one.lines])
+    return [one for one in found if isinstance(one, Header)]
 
 
 Work = Callable[[int, Sequence[Any]], T]  # on some items, of which the first has this number

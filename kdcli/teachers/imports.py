@@ -59,10 +59,10 @@ class Seen(nn.Module):
         logits: Tensor = self.net((x * self.scale - self.mean) / self.std)
         return logits.index_select(1, self.pick)
 
-    def normalised(self, mean: list[float], std: list[float], bytes_: bool) -> "Seen":
+    def normalised(self, how: Input) -> "Seen":
         """The same net with another normalisation of its inputs."""
-        own = self.own.model_copy(update={"mean": mean, "std": std})
-        return Seen(self.net, own, bytes_, self.pick.tolist()).to(self.pick.device)
+        own = self.own.model_copy(update={"mean": how.mean, "std": how.std})
+        return Seen(self.net, own, how.range == 255, self.pick.tolist()).to(self.pick.device)
 
 
 def resolved(origin: Origin, model: Model | None) -> tuple[Origin, str]:

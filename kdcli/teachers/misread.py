@@ -1,25 +1,25 @@
 """Was a teacher that was trained elsewhere misread? What its answers on labelled images say of that."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kdcli import score
 from kdcli.config import Input, Origin
-from kdcli.data.dataset import Dataset, Split
-from kdcli.runs.spec import Facts, Reading
+from kdcli.data.dataset import Dataset
+from kdcli.runs.spec import Reading
 from kdcli.teachers.imports import Seen
 from kdcli.teachers.teacher import predict
 
 TRIED = 1_000  # training images that another normalisation is tried on
-# The usual normalisations by name: mean and standard deviation of inputs in [0, 1].
-USUAL = {
-    "ImageNet's": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    "CIFAR-10's": ([0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]),
-    "MNIST's": ([0.1307], [0.3081]),
-    "from -1 to 1": ([0.5], [0.5]),
-    "none": ([0.0], [1.0]),
+USUAL = {  # how nets usually see images, by name
+    "ImageNet's": Input(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+    "CIFAR-10's": Input(mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),
+    "MNIST's": Input(mean=[0.1307], std=[0.3081]),
+    "from -1 to 1": Input(mean=[0.5], std=[0.5]),
+    "none": Input(mean=[0.0], std=[1.0]),
+    "bytes, from 0 to 255": Input(range=255, mean=[0.0], std=[1.0]),
 }
 
 
@@ -80,33 +80,22 @@ def _of_order(order: Sequence[int], classes: Sequence[str], before: int, after: 
 def _renormalised(net: Seen, data: Dataset) -> tuple[Input | None, str]:
     """The usual normalisation with which a net makes far fewer errors than with its own: two thirds at most, and ten
     fewer; and what to say of it."""
-    step = max(len(data.train) // TRIED, 1)
-    images = data.train.at(torch.arange(0, len(data.train), step)).to(next(net.buffers(), torch.empty(0)).device)
-    before = score.count_errors(predict(net, images), images.labels).errors
-    found = [
-        (_errors(net, images, mean, std, range_), name, mean, std, range_)
-        for name, mean, std, range_ in _usual(data.facts, net.own.shape[0])
-    ]
-    fewest, name, mean, std, range_ = min(found, key=lambda one: one[0])
+    images = data.train.at(torch.arange(0, len(data.train), max(len(data.train) // TRIED, 1))).to(net.pick.device)
+
+    def errors(seen: Seen) -> int:
+        return score.count_errors(predict(seen, images), images.labels).errors
+
+    ways = {"the data's": Input(mean=data.facts.mean, std=data.facts.std)} if data.facts.mean else {}
+    ways |= {} if data.facts.table else USUAL
+    tried = {
+        name: errors(net.normalised(way)) for name, way in ways.items() if len(way.mean or []) in (1, net.own.shape[0])
+    }
+    before, name = errors(net), min(tried, key=lambda name: tried[name])
+    fewest, way = tried[name], ways[name]
     if 3 * fewest > 2 * before or before - fewest <= 10:
         return None, ""
-    given = Input(range=255 if range_ == 255 else 1, mean=mean, std=std)
-    key = "{range: 255}" if range_ == 255 else f"{{mean: {mean}, std: {std}}}"
-    return given, (
+    key = "{range: 255}" if way.range == 255 else f"{{mean: {way.mean}, std: {way.std}}}"
+    return way, (
         f"With another normalisation of its inputs ({name}) it makes {fewest:,} errors on {len(images):,} training "
         f"images, not {before:,}: set teacher.input to {key}."
     )
-
-
-def _usual(facts: Facts, channels: int) -> Iterator[tuple[str, list[float], list[float], int]]:
-    """Name, mean, std and range of what is usual for a net that sees so many channels."""
-    known = {"the data's": (facts.mean, facts.std)} | ({} if facts.table else USUAL)
-    for name, (mean, std) in known.items():
-        if len(mean) in (1, channels):
-            yield name, mean, std, 1
-    if not facts.table:
-        yield "bytes, from 0 to 255", [0.0], [1.0], 255
-
-
-def _errors(net: Seen, images: Split, mean: list[float], std: list[float], range_: int) -> int:
-    return score.count_errors(predict(net.normalised(mean, std, range_ == 255), images), images.labels).errors
