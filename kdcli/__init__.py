@@ -1,9 +1,11 @@
 """kd: knowledge distillation experiments from one YAML file (Hinton, Vinyals and Dean, arXiv:1503.02531)."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 __version__ = "0.2.0"
+Note = Callable[[str], None]  # of a line for whoever reads the terminal
 
 
 class BadInput(ValueError):

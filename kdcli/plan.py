@@ -8,7 +8,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from kdcli import BadInput, BadKeys, code, losses, yamlfile
+from kdcli import BadInput, BadKeys, Note, code, losses, yamlfile
 from kdcli.config import AUGMENTATION, Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
 from kdcli.data.dataset import Dataset
 from kdcli.machine.device import seeded
@@ -29,7 +29,6 @@ from kdcli.runs.spec import (
 from kdcli.teachers import imports
 from kdcli.teachers.teacher import members, weights_checksum
 
-Note = Callable[[str], None]
 KINDS: dict[Command, Kind] = {
     "train-teacher": "teacher",
     "ensemble": "ensemble",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcli import BadInput, Failed, cores, yamlfile
+from kdcli import BadInput, Failed, Note, cores, yamlfile
 from kdcli.config import Experiment
 from kdcli.data.dataset import Dataset, open_dataset
 from kdcli.evidence import results
@@ -16,7 +16,7 @@ from kdcli.runs import mirror
 from kdcli.runs.directory import Places
 from kdcli.teachers.teacher import dataset_of
 from kdcli.training.engine import run_all, share
-from kdcli.training.train import Note, Tell
+from kdcli.training.train import Tell
 from kdcli.yamlfile import Loaded, Override
 
 Engine = tuple[int | None, Cluster | None]  # how many runs at once, if that was asked for; and on which cluster

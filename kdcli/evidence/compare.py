@@ -1,7 +1,7 @@
 """`kd compare`: runs, or groups of runs that differ in seed alone, side by side, with a verdict against the first."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from kdcli import BadInput
+from kdcli import BadInput, Note
 from kdcli.config import Row, Section
 from kdcli.evidence.verdict import Judged, Spread, corrected, paired, spread
 from kdcli.runs.directory import Run, list_runs, open_run, orphaned
@@ -18,8 +18,6 @@ from kdcli.runs.spec import STUDENTS, TEACHERS, Settings, Spec, changes, data_se
 
 if TYPE_CHECKING:
     from kdcli.plan import Job  # which needs torch; several seeds do without
-
-Note = Callable[[str], None]
 
 
 class Group(Spread):

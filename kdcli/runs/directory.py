@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from kdcli import BadInput, __version__, cores, failure
+from kdcli import BadInput, Note, __version__, cores, failure
 from kdcli.config import nearest
 from kdcli.runs.spec import COMMANDS, RESULT, SCHEMA, Epoch, Result, Spec, Status, Unfinished
 
@@ -189,7 +189,7 @@ class Run:
         newest, previous = (self.path / name for name in STATES)
         write_aside(newest, hashlib.sha256(content).digest() + content, keep=previous)
 
-    def load_state(self, note: Callable[[str], None]) -> State:
+    def load_state(self, note: Note) -> State:
         """Where training continues, with the metrics cut back to there. Of a damaged state it is noted, and the one
         before is used."""
         from safetensors.torch import load
@@ -380,7 +380,7 @@ def remedy(path: Path) -> str:
     return f"remove it, {shlex.join(['kd', 'runs', 'rm', '/'.join(path.parts[-3:]), *where])}, and train it again"
 
 
-def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Callable[[str], None]) -> list[Run]:
+def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Note) -> list[Run]:
     """The runs of an experiment made by these commands, by command, then seed; what is no run is noted."""
     runs = []
     for command in commands:

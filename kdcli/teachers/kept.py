@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdcli import BadInput
+from kdcli import BadInput, Note
 from kdcli.config import AUGMENTATION
 from kdcli.data.augment import Fixed, Views, different_views
 from kdcli.data.dataset import Split
@@ -33,7 +33,7 @@ Logits = NDArray[np.floating]
 
 
 def kept_views(
-    run: Run, images: Split, key: str, fixed: Fixed, half: bool, device: torch.device, note: Callable[[str], None]
+    run: Run, images: Split, key: str, fixed: Fixed, half: bool, device: torch.device, note: Note
 ) -> Teacher:
     """A teacher that answers, in float32, from the logits that it was asked for once about the `fixed` views of
     `images`, which `key` tells from others; with `half` they are kept in float16. Of two processes one asks and the
@@ -47,9 +47,7 @@ def kept_views(
     return Teacher(logits, run.spec.average, run.spec.weights, fixed)
 
 
-def _of(
-    run: Run, images: Split, key: str, fixed: Fixed, half: bool, device: torch.device, note: Callable[[str], None]
-) -> Logits:
+def _of(run: Run, images: Split, key: str, fixed: Fixed, half: bool, device: torch.device, note: Note) -> Logits:
     """The logits [K * N, C] of a lone net, mapped into memory; those that are not there yet are asked for."""
     how = fixed.train.model_dump(include={*AUGMENTATION})
     # Another torch may draw other views from the same generators.

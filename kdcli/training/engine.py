@@ -14,12 +14,12 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from kdcli import BadInput, Failed, cores, failure
+from kdcli import BadInput, Failed, Note, cores, failure
 from kdcli.machine import distributed
 from kdcli.machine.cluster import Cluster
 from kdcli.runs.directory import Places
 from kdcli.runs.spec import Spec
-from kdcli.training.train import Note, Tell
+from kdcli.training.train import Tell
 from kdcli.training.worker import Ended, attempt, task
 
 Ready = Callable[[], Spec | None]

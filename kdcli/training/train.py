@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kdcli import BadInput, code, failure, losses, score
+from kdcli import BadInput, Note, code, failure, losses, score
 from kdcli.config import Average, Origin, Train
 from kdcli.data.augment import Fixed
 from kdcli.data.dataset import Dataset, Split
@@ -29,7 +29,6 @@ from kdcli.teachers.teacher import Teacher, cached, dataset_of, kept_logits, liv
 from kdcli.training.fit import Fitted, fit, learning_rate
 
 Tell = Callable[[str, int, Epoch], None]  # (run, epochs in all, the epoch that is finished)
-Note = Callable[[str], None]
 
 
 @code.quiet()

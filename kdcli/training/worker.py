@@ -10,12 +10,12 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
-from kdcli import BadInput, failure
+from kdcli import BadInput, Note, failure
 from kdcli.machine import distributed
 from kdcli.runs import mirror
 from kdcli.runs.directory import Diverged, Places, Run
 from kdcli.runs.spec import Spec
-from kdcli.training.train import Note, Tell, train
+from kdcli.training.train import Tell, train
 
 
 class Ended(NamedTuple):

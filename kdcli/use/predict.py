@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli import BadInput, code, losses
+from kdcli import BadInput, Note, code, losses
 from kdcli.config import Section
 from kdcli.data.dataset import Split
 from kdcli.data.images import open_image, to_bytes
@@ -57,7 +57,7 @@ def predict(
     test_images: Sequence[int],
     temperatures: Sequence[float],
     invert: bool,
-    note: Callable[[str], None],
+    note: Note,
 ) -> Predictions:
     """What a run, or an exported ONNX file, says of image files and of test images by number; beside it what its
     teacher says, at each temperature. Raises BadInput for what is no image, no run, or out of range."""
@@ -92,7 +92,7 @@ def predict(
     return Predictions(run=run.name if run else name, classes=classes, images=images)
 
 
-def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]) -> Asked:
+def _of_run(run: Run, temperatures: Sequence[float], note: Note) -> Asked:
     """What to ask of a finished run: itself and, of a student, its teacher, if that can be asked."""
     run.result("used for prediction")
     own, parent = live(run, CPU), run.spec.parents[0] if run.spec.distill else ""
@@ -107,7 +107,7 @@ def _of_run(run: Run, temperatures: Sequence[float], note: Callable[[str], None]
     return [("net", T, own) for T in dict.fromkeys([1.0, *temperatures])]
 
 
-def _nearer(places: Places, name: str, note: Callable[[str], None]) -> Callable[[Tensor], float] | None:
+def _nearer(places: Places, name: str, note: Note) -> Callable[[Tensor], float] | None:
     """What gives the share of a run's test images that are nearer to its training images than an image [1, C, H, W]:
     near is what correlates most with one of them, pixel for pixel, of a sample of both. None where they are gone."""
     try:
