@@ -270,6 +270,12 @@ def checked(folder: Path, dataset: Dataset, *sets: str) -> list[str]:
     return [line.replace(str(path), "f") for line in error.value.lines]
 
 
+def test_a_bound_on_perceptrons_is_refused_where_a_member_of_the_ensemble_is_none(tmp_path: Path) -> None:
+    members = "ensemble={members: 2, models: [{hidden: [3]}, {name: nets.py:make}]}"
+    (found,) = checked(tmp_path, colours(), "omit_classes=[{omit: [cat]}]", members)
+    assert "teacher.train.max_norm: is for multi-layer perceptrons" in found
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_cannot_be_done_with_these_images_gives_one_line(mistake: str, tmp_path: Path) -> None:
     value, line = MISTAKES[mistake]
@@ -277,6 +283,7 @@ def test_what_cannot_be_done_with_these_images_gives_one_line(mistake: str, tmp_
     sets = (
         [value] if dataset is DIGITS or value.startswith("omit_classes=") else ["omit_classes=[{omit: [cat]}]", value]
     )
+    sets += ["teacher.train.max_norm=null"] if "models:" in value else []
     (found,) = checked(tmp_path, dataset, *sets)
     assert found.startswith(f"--set {value}: ")
     assert line in found

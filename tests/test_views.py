@@ -542,9 +542,9 @@ def test_an_estimate_counts_blends_of_other_images_again(folder: Path, monkeypat
 
 def test_an_estimate_knows_a_teacher_that_is_not_planned(folder: Path) -> None:
     """Of a run that was named, from another experiment."""
-    name, asked = teacher_run(folder).name, list[Sequence[Model]]()
+    name, asked = teacher_run(folder).name, list[Sequence[Spec]]()
 
-    def timed(_: Model, __: Train, ___: Spec, teachers: Sequence[Model], *____: object) -> estimate.Times:
+    def timed(_: Spec, teachers: Sequence[Spec], *__: object) -> estimate.Times:
         asked.append(teachers)
         return 1.0, 0.0, 0.01
 
@@ -553,7 +553,7 @@ def test_an_estimate_knows_a_teacher_that_is_not_planned(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "_timed", timed)
         estimate.seconds([spec], [spec], dataset, Places(folder / "runs"))
-    assert asked == [[teacher_run(folder).spec.model]]
+    assert asked == [[teacher_run(folder).spec]]
 
 
 def test_a_batch_larger_than_the_images_is_timed_as_it_is_trained(folder: Path) -> None:
