@@ -183,6 +183,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
 def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     student, (_, height, width) = e.student.model, dataset.facts.shape
     described = e.ensemble.members if e.ensemble and isinstance(e.ensemble.members, list) else []
+    of_members = (e.ensemble and e.ensemble.models) or []
     teachers = {"teacher": e.teacher} | {f"ensemble.members.{i}": t for i, t in enumerate(described)}
     of_teachers = {section: teacher.train for section, teacher in teachers.items() if teacher.train}
     for section, train in {**of_teachers, **e.student_trains}.items():
@@ -193,12 +194,12 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
             if key != "mixup" and getattr(train, key):
                 yield f"{section}.train.{key}", "belongs to images, and this is a table: remove it"
         nets = [teachers[section].model if section in teachers else student]
-        nets += (e.ensemble and e.ensemble.models) or [] if section == "teacher" else []
+        nets += of_members if section == "teacher" else []
         if train.max_norm and any(net and net.name for net in nets):
             yield f"{section}.train.max_norm", "is for multi-layer perceptrons (hidden: …): remove it"
     own = {f"{key}.model": t.model for key, t in teachers.items() if t.model and not t.origin}
     own |= {"student.model": student}
-    own |= {f"ensemble.models.{i}": m for i, m in enumerate((e.ensemble and e.ensemble.models) or [])}
+    own |= {f"ensemble.models.{i}": m for i, m in enumerate(of_members)}
     for key, teacher in teachers.items():
         yield from imports.problems(key, teacher, dataset)
     for key, model in own.items():

@@ -319,8 +319,8 @@ def shipped(rounds: int) -> list[Shipped]:
     except BadInput:
         return []
     images, tested = len(dataset.train), len(dataset.test)
-    teacher, student = mnist.teacher.train or Train(epochs=1, lr=1), mnist.student.train
-    every = {"teacher": teacher.tested_every(images, tested), "student": student.tested_every(images, tested)}
+    trains = {"teacher": mnist.teacher.network.train, "student": mnist.student.train}
+    every = {net: train.tested_every(images, tested) for net, train in trains.items()}
     epochs = [Override(f"{net}.train.epochs", every[net] * (rounds + 1), "bench") for net in every]
     jobs = {job.row.name: job for job in reversed(plan([yamlfile.load("mnist", epochs).experiment], dataset))}
     with tempfile.TemporaryDirectory(dir=".") as folder:
