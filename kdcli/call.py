@@ -296,13 +296,25 @@ class Call:
 
     def retype(self, whole: bool = False) -> str:
         """The arguments that describe the experiment; unless `whole`, those for the same teachers alone."""
-        kept = [o for o in self.overrides if whole or o.key.split(".")[0] in ("name", "data", "teacher", "ensemble")]
+        of_students = {"data.transfer", "data.unlabelled"}
+        of_students |= {"data.heldout"} if self.load().data.evaluate_on == "test" else set()
+        sections = ("name", "data", "teacher", "ensemble")
+        kept = [o for o in self.overrides if whole or (o.key.split(".")[0] in sections and o.key not in of_students)]
         known = ("--set ", "--seed", "--threads ")  # other flags are of some commands alone: what they set, all have
-        typed = [o.origin if o.origin.startswith(known) else f"--set {o.key}={o.value}" for o in kept]
+        own = {o.key: o.origin.startswith(known) for o in kept}
+        typed = [o.origin if own[o.key] else f"--set {o.key}={o.value}" for o in kept if own[o.key] or self._tells(o)]
         words = [self.experiment, *(word for part in typed for word in part.split(" ", 1))]
-        words += ["--data-dir", str(self.data_dir)] if self.data_dir is not None else []
         return shlex.join([*words, *self.where()])
 
+    def _tells(self, one: Override) -> bool:
+        """Whether what a flag sets is not the file's own value, which --set refuses."""
+        try:
+            others = [other for other in self.overrides if other is not one]
+            return yamlfile.load(self.experiment, others).experiment != self.load()
+        except BadInput:  # the experiment cannot do without it
+            return True
+
     def where(self) -> list[str]:
-        """The words that name the runs folder, unless it is the usual one."""
-        return ["--runs-dir", self.runs_at] if self.runs_at != "runs" else []
+        """The words that name the folders of the data and of the runs, unless they are the usual ones."""
+        words = ["--data-dir", str(self.data_dir)] if self.data_dir is not None else []
+        return [*words, *(["--runs-dir", self.runs_at] if self.runs_at != "runs" else [])]

@@ -51,6 +51,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     one_of: ClassVar[tuple[str, ...]] = ()
 
+    def __hash__(self) -> int:  # pydantic's own refuses sections with lists
+        return hash(self.model_dump_json())
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.one_of and sum(getattr(self, key) is not None for key in self.one_of) != 1:

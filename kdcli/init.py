@@ -69,13 +69,20 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
     text = Path(__file__).with_name("init.yaml").read_text()
     template = jinja2.Template(text, trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     epochs, batch = min(max(round(SEEN / len(look.train)), 5), 60), 128 if len(look.train) >= 2_000 else 32
-    dumps = partial(json.dumps, ensure_ascii=False)
+    dumps, name = partial(json.dumps, ensure_ascii=False), name.strip("-")[:100].rstrip("-") or "photos"
+    read = yaml.compose(name, Loader)  # 2024 and null are no names
+    name = name if read and read.tag.endswith(":str") else dumps(name)
+    classes, omitted = look.folder.classes, dumps(look.folder.classes[0])
+    try:  # to hold out the images on which the bias of omitted classes is chosen
+        stratified(look.train.numpy(), tenth(len(look.train), len(classes)), classes)
+    except BadInput:
+        omitted = ""
     render = partial(
         template.render,
         look=look,
-        name=name.strip("-")[:100].rstrip("-") or "photos",
+        name=name,
         path=dumps(os.path.abspath(path)),
-        omitted=dumps(look.folder.classes[0]),
+        omitted=omitted,
         teacher=json.dumps(teacher),
         student=json.dumps(student),
         costs=[_cost(role, net, look.facts) for role, net in (("teacher", teacher), ("student", student))],

@@ -163,23 +163,12 @@ def _needs_three(logits: Tensor, name: str, remedy: str) -> None:
         raise BadInput(f"{name} has no meaning for two classes: {remedy}")
 
 
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "kd": kd,
-    "mse": mse,
-    "dkd": dkd,
-    "dist": dist,
-    "ttm": ttm,
-    "wttm": wttm,
-    "nkd": nkd,
-}
-
-
 def soft_loss(distill: Distill) -> Soft:
     """The loss that a `distill` section names, with its parameters. Raises BadInput where somebody's own file has none;
     calling it does, with the line, where that fails or returns no scalar."""
     if distill.file:
         return partial(_own, distill, code.function(distill.loss))
-    found = partial(FUNCTIONS[distill.loss], **distill.parameters)
+    found = partial(globals()[distill.loss], **distill.parameters)
     return (lambda z, v, labels: found(standardize(z), standardize(v), labels)) if distill.standardize else found
 
 

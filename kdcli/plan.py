@@ -208,24 +208,19 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 
 @cache
-def _trial(model: str, dataset: str) -> tuple[int, str]:
+def try_net(model: Model, facts: Facts) -> tuple[int, str]:
     """How many parameters the net of a model section has, and why it cannot classify the images of a dataset, empty if
-    it can (both as JSON); a perceptron can, and is not built."""
-    section, facts = Model.model_validate_json(model, context={"reading": True}), Facts.model_validate_json(dataset)
-    if section.hidden is not None:
-        widths = [math.prod(facts.shape), *section.hidden, len(facts.classes)]
+    it can; a perceptron can, and is not built."""
+    if model.hidden is not None:
+        widths = [math.prod(facts.shape), *model.hidden, len(facts.classes)]
         return sum((n + 1) * m for n, m in pairwise(widths)), ""
     try:
         with seeded(0, "sample"):
-            net = models.build(section, facts)
-        models.fits(net, section, facts)
+            net = models.build(model, facts)
+        models.fits(net, model, facts)
     except BadInput as error:
         return 0, str(error).removeprefix("model: ")
     return sum(p.numel() for p in net.parameters()), ""
-
-
-def try_net(model: Model, facts: Facts) -> tuple[int, str]:
-    return _trial(model.model_dump_json(exclude_unset=True), facts.model_dump_json())
 
 
 def _of_loss(e: Experiment, classes: int) -> Iterator[tuple[str, str]]:

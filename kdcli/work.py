@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcli import BadInput, Failed, Note, cores, yamlfile
-from kdcli.config import Experiment
+from kdcli.config import Data, Experiment
 from kdcli.data.dataset import Dataset, open_dataset
 from kdcli.evidence import results
 from kdcli.machine import distributed
@@ -48,14 +48,13 @@ def prepare(
     """Read the experiment and its data, check both, and plan. Raises BadInput for all that can be known before a run is
     trained. `teacher`: the run that --teacher names; `dry`: nothing is downloaded."""
 
-    opened = dict[str, Dataset]()  # by data section: most overrides leave it as it is, and to open a folder takes time
+    opened = dict[Data, Dataset]()  # by data section: most overrides leave it as it is, and to open a folder takes time
 
     def planned(overrides: list[Override]) -> tuple[list[Loaded], Dataset, list[Job]]:
         points = yamlfile.points(name, overrides)
         data = points[0].experiment.data
         with points[0].located():
-            key = data.model_dump_json()
-            dataset = opened[key] = opened.get(key) or open_dataset(data, places.data_dir, download=not dry)
+            dataset = opened[data] = opened.get(data) or open_dataset(data, places.data_dir, download=not dry)
         for point in points:
             with point.located():
                 check(point.experiment, dataset)

@@ -76,9 +76,9 @@ def test_the_parts_of_an_npz_file(tmp_path: Path) -> None:
     assert same(found.logits["train"], LOGITS)  # which float16 holds
     assert same(found.logits["test"], LOGITS[3:])
     assert same(found.logits["unlabelled"], LOGITS[:2])
-    assert found.said[-1] == "Its labels are ignored."
+    assert found.said[-1] == "Ignored: its labels."
     assert read(file).logits.keys() == {"train", "test"}  # of data without unlabelled images
-    assert read(file).said[-1] == "Its unlabelled, labels are ignored."
+    assert read(file).said[-1] == "Ignored: its unlabelled, labels."
 
 
 def test_probabilities_are_told_by_their_sums(tmp_path: Path) -> None:

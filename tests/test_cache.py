@@ -248,10 +248,11 @@ def test_an_experiment_starts_without_decoding_what_was_decoded_ahead(photos: Pa
     said = f"{photos}: decoding 210 images, once: 22.7 kB in {tmp_path}/cache/kd, where "
     assert kd_here(photos.parent, "cache", "photos", "--size", "6").err.startswith(said)
     assert "decoding" not in kd_here(elsewhere, "train-teacher", "photos.yaml", "--dry-run").err
-    more = ("cache", "photos.yaml", "--set", f"data.unlabelled={photos}/cat")
+    unlabelled = shutil.copytree(photos / "cat", elsewhere / "more")
+    more = ("cache", "photos.yaml", "--set", f"data.unlabelled={unlabelled}")
     assert kd_here(elsewhere, *more, "--dry-run", "--json").json["images"] == 210 + 105
     done = kd_here(elsewhere, *more, "--json")
-    assert f"{photos}/cat: decoding 105 images, once: 11.3 kB" in done.err
+    assert f"{unlabelled}: decoding 105 images, once: 11.3 kB" in done.err
     assert len(done.json["folders"]) == 2
     assert "decoding" not in kd_here(elsewhere, *more).err
 

@@ -1043,6 +1043,23 @@ def test_the_next_command_works_as_it_is_suggested(kd: Shell) -> None:
     assert "next:" not in kd_here(kd.folder, "evaluate", "tiny.yaml", "--set", "teacher.train.epochs=2").err
 
 
+def test_a_flag_that_says_what_the_file_says_is_not_retyped(kd: Shell) -> None:
+    done = kd_here(kd.folder, "ensemble", "tiny.yaml", "--members", "2", "--epochs", "6")
+    suggested = done.err.partition("next: kd ")[2].splitlines()[0]
+    assert suggested == "distill tiny.yaml --set distill.teacher=ensemble"
+    assert kd_here(kd.folder, *suggested.split()).code == 0
+
+
+def test_what_students_alone_have_is_not_passed_on_to_their_teacher(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    for words in ("distill tiny.yaml --set data.transfer=600", "omit-classes tiny.yaml --set data.heldout=150"):
+        done = kd_here(tmp_path, *words.split())
+        assert "train it: kd train-teacher tiny.yaml --seed 0, or" in done.err
+    words = "omit-classes tiny.yaml --set data.evaluate_on=heldout --set data.heldout=150"
+    done = kd_here(tmp_path, *words.split())
+    assert "tiny.yaml --set data.evaluate_on=heldout --set data.heldout=150 --seed 0" in done.err
+
+
 def test_epochs_of_an_ensemble_are_those_of_its_listed_members(kd: Shell) -> None:
     own = "{model: {hidden: [8]}, train: {epochs: 4, batch_size: 50, lr: 0.1}}"
     words = ["ensemble", "tiny.yaml", "--set", f"ensemble={{members: [{own}, {own}]}}", "--dry-run", "--json"]

@@ -141,6 +141,18 @@ def test_students_of_teachers_that_are_gone_stay_in_their_groups(taught: Shell, 
     assert "; teacher train-teacher (gone) (A: none)" in " ".join(done.out.split())
 
 
+def test_nets_that_see_their_images_otherwise_are_groups_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 6", "epochs: 1"))
+    for words in ([], ["--set", "data.mean=[0.3]", "--set", "data.std=[0.4]"]):
+        done = kd_here(tmp_path, "train-teacher", "tiny.yaml", "--seeds", "0-1", "--jobs", "1", *words)
+        assert done.code == 0, done.err
+    found = kd_here(tmp_path, "compare", "tiny/train-teacher", "--json").json
+    assert [group["seeds"] for group in found["groups"]] == [[0, 1], [0, 1]]
+    (comparison,) = found["comparisons"]
+    assert comparison["changed"].keys() == {"data.mean", "data.std"}
+    assert [0.3] in comparison["changed"]["data.mean"]
+
+
 def test_omitted_classes_are_named_as_their_row_is(trained: Shell) -> None:
     done = kd_here(trained.folder, "compare", "tiny/baseline", "tiny/omit-classes", "--json")
     assert done.json["comparisons"][0]["changed"]["omit_classes"] == [None, "omit 3"]
@@ -264,8 +276,9 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     assert text.count("The student of ensemble has one teacher for all seeds: its interval does not include var") == 1
 
 
-def test_where_the_ensemble_alone_varies_the_verdict_is_about_its_student(tmp_path: Path) -> None:
-    text = TINY.replace("omit_classes:\n  - omit: [3]\n", "grid: {ensemble.members: [2, 3]}\n")
+@pytest.mark.parametrize("varied", ["ensemble.members: [2, 3]", "ensemble: [{members: 2}, {members: 3}]"])
+def test_where_the_ensemble_alone_varies_the_verdict_is_about_its_student(varied: str, tmp_path: Path) -> None:
+    text = TINY.replace("omit_classes:\n  - omit: [3]\n", f"grid: {{{varied}}}\n")
     (tmp_path / "members.yaml").write_text(text.replace("epochs: 6", "epochs: 2"))
     document = kd_here(tmp_path, "run", "members.yaml", "--seeds", "0-1", "--json", "--jobs", "1").json
     for point in document["points"]:

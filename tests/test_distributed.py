@@ -213,6 +213,28 @@ def test_a_run_that_two_processes_began_is_continued_by_one(both: Both, tmp_path
     assert same_runs(tmp_path / "runs", both.one / "runs") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said", "code"),
+    [("distill", "is missing; train it: kd train-teacher", 2), ("train-teacher --dry-run", "about ", 0)],
+)
+def test_how_long_it_takes_is_told_of_one_process(words: str, said: str, code: int, tmp_path: Path) -> None:
+    files(tmp_path)
+    command, *more = words.split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "kdcli", command, "tiny.yaml", *more],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert said in done.stdout + done.stderr
+    assert "Error: Default process group" not in done.stderr
+    assert (f"exitcode  : {code}" in done.stderr) if code else not done.returncode
+
+
 def re_lines(said: str, group: str) -> list[str]:
     """What was said of the continuation of a group's run."""
     lines = [line.partition(": ") for line in said.splitlines() if line.startswith(group)]

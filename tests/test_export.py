@@ -193,6 +193,19 @@ def test_a_geometric_ensemble_is_exported_as_one(own: Own, tmp_path: Path) -> No
     assert not torch.allclose(wanted(geometric, inputs), wanted(arithmetic, inputs), atol=1e-4)
 
 
+def test_the_card_of_a_table_asks_for_its_columns_as_they_are(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).normal(40, 9, (60, 3)), np.arange(60) % 2
+    np.savez(tmp_path / "t.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    net = "{model: {hidden: [4]}, train: {epochs: 1, batch_size: 20, lr: 0.1}}"
+    (tmp_path / "t.yaml").write_text(
+        f"name: t\ndata: {{arrays: t.npz}}\nteacher: {net}\nstudent: {net}\ndistill: {{T: 2, lambda1: 0.9}}\n"
+    )
+    run = kd_here(tmp_path, "train-teacher", "t.yaml", "--json").json["run"]
+    assert kd_here(tmp_path, "export", run, "--out", "net.onnx").code == 0
+    card = (tmp_path / "net.onnx.md").read_text()
+    assert "float32 [batch, 3, 1, 1]: the columns as they are in the table, which the net itself normalises |" in card
+
+
 def test_the_card_names_the_first_of_many_classes(own: Own, tmp_path: Path) -> None:
     card = export.export(own.run("own_data.py:hundred", None), "onnx", tmp_path / "net.onnx", None).card
     text = Path(card).read_text()
@@ -295,6 +308,10 @@ def test_what_is_not_installed_is_named(own: Own, tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(BadInput, match=r"onnxscript is not installed: pip install 'kdcli\[onnx\]'"):
         export.export(own.run(), "onnx", tmp_path / "net.onnx", None)
+    (tmp_path / "net.onnx").touch()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BadInput, match=r"onnxruntime is not installed: pip install 'kdcli\[onnx\]'"):
+        export.onnx_net(tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kdcli import BadInput
 from kdcli.config import Data, Experiment, Input, Model, Origin
 from kdcli.data.dataset import open_dataset
+from kdcli.nets import models
 from kdcli.nets.models import MLP
 from kdcli.score import count_errors
 from kdcli.teachers import imports, misread
@@ -263,7 +264,7 @@ def test_a_permutation_of_the_classes_is_named(elsewhere: Fixture, tmp_path: Pat
     )
     (warning,) = done.json["reading"]["warnings"]
     assert set(said.split("; ")) <= set(warning.partition(": ")[2].partition(". Set")[0].split("; "))
-    assert "Set teacher.classes: [1, 2, 0, 3, 4, 5, 6, 7, 9, 8]." in warning
+    assert "Set its classes: [1, 2, 0, 3, 4, 5, 6, 7, 9, 8]." in warning
     mended = read(tmp_path, own("net.pt", ", classes: [1, 2, 0, 3, 4, 5, 6, 7, 9, 8]"), "--json")
     assert mended.json["test"]["errors"] == elsewhere.errors
     assert mended.json["reading"]["warnings"] == []
@@ -281,6 +282,18 @@ def test_a_wrong_normalisation_is_named_before_any_student_starts(elsewhere: Fix
     assert done.json["reading"]["input"]["mean"] == [0.1307]
     taught = read(tmp_path, source, "-v", command="distill")
     assert taught.err.index("(MNIST's)") < taught.err.index("epoch 1/6")
+
+
+def test_the_normalisation_is_named_with_what_else_the_net_is_given(elsewhere: Fixture, tmp_path: Path) -> None:
+    torch.save(elsewhere.net.state_dict(), tmp_path / "net.pt")
+    done = read(
+        tmp_path, "{model: {hidden: [32]}, weights: net.pt, input: {size: 8, mean: [9.0], std: [0.2]}}", "--json"
+    )
+    mended = done.json["reading"]["warnings"][-1].partition("set its input to ")[2].removesuffix(".")
+    assert mended.startswith("{size: 8, mean: [")
+    again = read(tmp_path, f"{{model: {{hidden: [32]}}, weights: net.pt, input: {mended}}}", "--json")
+    assert done.json["reading"]["input"]["size"] == 8
+    assert again.json["reading"]["warnings"] == []
 
 
 def test_a_teacher_is_held_against_its_published_errors(elsewhere: Fixture, tmp_path: Path) -> None:
@@ -558,6 +571,13 @@ def test_a_library_says_how_its_net_sees() -> None:
     origin, content = imports.resolved(Origin(), Model(name="torchvision:resnet18", pretrained=True))
     assert origin.input == Input(size=224, channels=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     assert content == "ResNet18_Weights.IMAGENET1K_V1"
+    tagged = Model(name="timm:resnet18.a1_in1k", pretrained=True)
+    assert imports.resolved(Origin(), tagged)[1] == "timm/resnet18.a1_in1k"
+    assert models.build(
+        Model(name="timm:test_resnet.r160_in1k"), DIGITS.facts.model_copy(update={"shape": [3, 32, 32]})
+    )
+    with pytest.raises(BadInput, match=r"timm:resnet18\.foo: "):
+        imports.resolved(Origin(), Model(name="timm:resnet18.foo", pretrained=True))
     origin, _ = imports.resolved(Origin(input=Input(size=64)), Model(name="timm:resnet18", pretrained=True))
     assert origin.input == Input(size=64, channels=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
@@ -644,6 +664,47 @@ def test_a_file_of_logits_without_test_images(tmp_path: Path) -> None:
     assert "at 1 of 2 points" in grid.out or "of 2 points" in grid.out, grid.err
     rows = kd_here(tmp_path, "evaluate", "elsewhere.yaml", "--seeds", "5,6").out
     assert "student teacher.seed" not in rows  # one teacher for all seeds, and so one row
+
+
+@pytest.mark.parametrize("words", [[], ["--top-k", "3", "--half"]])
+def test_what_was_exported_of_held_out_images_is_read_with_them(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 6", "epochs: 2"))
+    held = ["--set", "data.evaluate_on=heldout"]
+    own = kd_here(tmp_path, "train-teacher", "tiny.yaml", *held, "--json").json
+    done = kd_here(tmp_path, "export", own["run"], "--format", "logits", "--out", "a.npz", "--json", *words)
+    assert done.code == 0, done.err
+    assert done.json["errors"] == own["test"]["errors"]
+    with np.load(tmp_path / "a.npz") as file:
+        assert {key for key in file if key.startswith("test")} == set()
+    again = read(tmp_path, "{logits: a.npz}", "--json", *held)
+    assert again.code == 0, again.err
+    assert again.json["test"] == own["test"]
+    assert read(tmp_path, "{logits: a.npz}").code == 0  # of all training images
+
+
+def test_of_a_file_of_logits_errors_that_nobody_counted_are_not_as_expected(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[DIGITS.train.labels])
+    text = ELSEWHERE + "expect: {teacher: 100, student: 500}\n"
+    done = read(tmp_path, "{logits: a.npy}", "--check", command="run", text=text)
+    assert done.code == 3
+    assert [line for line in done.err.splitlines() if "expect." in line] == [
+        "expect.teacher: its errors are not counted"
+    ]
+
+
+def test_a_file_of_logits_holds_the_held_out_images_too(tmp_path: Path) -> None:
+    """Of all 1,297 training images; those whose errors are counted are looked up among them."""
+    logits = 4 * np.eye(10, dtype=np.float32)[DIGITS.train.labels]
+    heldout = open_dataset(Data(name="digits", heldout=200)).heldout.numpy()
+    logits[heldout[:7]] *= -1
+    np.savez(tmp_path / "a.npz", train=logits, test=np.zeros((500, 10), np.float32))
+    done = read(tmp_path, "{logits: a.npz}", "--json", "--set", "data.evaluate_on=heldout")
+    assert done.code == 0, done.err
+    assert done.json["test"]["errors"] == 7
+    assert done.json["test"]["total"] == len(heldout)
+    assert done.json["reading"]["transfer"] == {"errors": 0} | done.json["reading"]["transfer"]
+    assert done.json["reading"]["transfer"]["total"] == 1297 - len(heldout)
+    assert "Ignored: its test." in done.err
 
 
 def test_a_file_of_logits_knows_no_other_view(tmp_path: Path) -> None:

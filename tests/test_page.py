@@ -226,6 +226,8 @@ def test_a_run_without_its_teacher_is_reported_alone(trained: Shell, tmp_path: P
     assert done.code == 0, done.err
     assert "tiny/train-teacher/0-" in done.out
     assert "is gone" in done.out
+    page = Page((run / "report" / "report.html").read_text())
+    assert "What the teacher knows" not in page.text  # though the student kept what it says of all images
     done = kd_here(tmp_path, "report", f"tiny/omit-classes/{run.name}", "--seeds", "3")
     assert (done.code, done.out) == (2, "")
     assert "is a run, not an experiment" in done.err

@@ -156,6 +156,25 @@ def test_init_keeps_names_as_they_are_read(shell: Shell, tmp_path: Path) -> None
     assert 'omit: ["Boot & chaloupe à rames"]' in done.out
 
 
+@pytest.mark.parametrize("name", ["2024", "2024-13-45", "null"])
+def test_init_quotes_a_name_that_yaml_reads_as_something_else(name: str, shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(shell.folder / "photos")
+    done = kd_here(tmp_path, "init", name)
+    assert done.code == 0, done.err
+    assert yaml.load(done.out, yamlfile.Loader)["name"] == name
+
+
+def test_init_leaves_out_what_a_rare_class_does_not_allow(shell: Shell, tmp_path: Path) -> None:
+    shutil.copytree(shell.folder / "photos", tmp_path / "photos")
+    for file in sorted((tmp_path / "photos/train/owl").iterdir())[2:]:
+        file.unlink()
+    done = kd_here(tmp_path, "init", "photos")
+    assert done.code == 0, done.err
+    assert "# no omit_classes: " in done.out
+    (tmp_path / "mine.yaml").write_text(done.out)
+    assert kd_here(tmp_path, "run", "mine.yaml", "--dry-run").code == 0
+
+
 def test_init_takes_nets_by_name_and_refuses_what_is_none(shell: Shell) -> None:
     done = kd_here(shell.folder, "init", "photos", "--student", "wrn-10-1")
     assert 'name: "wrn-10-1"' in done.out

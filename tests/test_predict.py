@@ -1,5 +1,6 @@
 """Predictions of real image files and of test images, and the wrong things typed."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from PIL import Image
 from test_export import DIGITS, Own, find, wanted
 
 from kdcli import BadInput, config
+from kdcli.config import Data
+from kdcli.data.dataset import open_dataset
+from kdcli.evidence.findings import pixels
 from kdcli.teachers.teacher import dataset_of, nets
 from kdcli.use import export
 from kdcli.use.predict import Predictions, predict, read_image
@@ -111,6 +115,24 @@ def test_dark_ink_on_a_light_ground_is_noticed(trained: Shell, tmp_path: Path) -
     file, net = str(saved(tmp_path / "scan.png", Image.fromarray(255 - DIGIT))), find(trained, "student").name
     assert "try it with --invert" in kd_here(trained.folder, "predict", net, file).err
     assert kd_here(trained.folder, "predict", net, file, "--invert").err == ""
+
+
+def test_a_light_photograph_is_no_scan(tmp_path: Path) -> None:
+    """Nor is it shown as its negative."""
+    for part, c, k in itertools.product(("train", "test"), "ab", range(4)):
+        (tmp_path / "p" / part / c).mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(9 * k + ord(c) + len(part)).integers(150, 255, (8, 8), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "p" / part / c / f"{k}.png")
+    net = "{model: {hidden: [4]}, train: {epochs: 1, batch_size: 4, lr: 0.1}}"
+    (tmp_path / "p.yaml").write_text(
+        f"name: p\ndata: {{folder: p}}\nteacher: {net}\nstudent: {net}\ndistill: {{T: 2, lambda1: 0.9}}\n"
+    )
+    run = kd_here(tmp_path, "train-teacher", "p.yaml", "--json").json["run"]
+    done = kd_here(tmp_path, "predict", run, "p/train/a/0.png")
+    assert (done.code, done.err) == (0, "")
+    split = open_dataset(Data(folder=str(tmp_path / "p"))).train
+    assert (pixels(split, 0, True)[:, :, 0] == np.asarray(Image.open(tmp_path / "p/train/a/0.png"))).all()
+    assert (pixels(split, 0, False) == 255 - pixels(split, 0, True)).all()
 
 
 def test_an_image_unlike_the_training_images_is_told_so(trained: Shell, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_other_names_of_the_folders_are_known_and_said(train: str, part: str, tm
 def test_of_test_and_val_the_test_images_are_read_and_that_is_said(tmp_path: Path) -> None:
     found = opened(photos(tmp_path / "photos", parts=("train", "val", "test")))
     root = tmp_path / "photos"
-    assert found.notes == [f"{root}: not read beside train: val."]
+    assert found.notes == [f"{root}: beside train, neither training nor test images: val."]
 
 
 @pytest.mark.parametrize("other", ["Train", "training", "Test", "bird"])
@@ -106,7 +107,7 @@ def test_what_is_not_read_beside_the_parts_is_said(other: str, tmp_path: Path) -
     draw(root / "train" / "loose.png")
     found = opened(root)
     assert found.notes == [
-        f"{root}: not read beside train: {other}.",
+        f"{root}: beside train, neither training nor test images: {other}.",
         f"{root}: images outside the folders of classes left out: 1.",
     ]
 
@@ -114,7 +115,42 @@ def test_what_is_not_read_beside_the_parts_is_said(other: str, tmp_path: Path) -
 def test_a_part_without_classes_makes_room_for_the_next(tmp_path: Path) -> None:
     root = photos(tmp_path / "photos", parts=("training", "test"))
     draw(root / "train" / "loose.png")
-    assert opened(root).notes == [f"{root}: not read beside training: train."]
+    assert opened(root).notes == [f"{root}: beside training, neither training nor test images: train."]
+
+
+def test_test_images_without_classes_make_room_for_others(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", parts=("train", "val"))
+    draw(root / "test" / "1.png")
+    found = opened(root)
+    assert len(found.test) == 6
+    assert f"The test images are those of {root}/val." in found.notes
+    assert f"{root}: beside train, neither training nor test images: test." in found.notes
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos")
+    folder = os.fsencode(root / "train" / "cat")
+    os.rename(os.path.join(folder, b"0.png"), os.path.join(folder, b"stra\xdfe.png"))
+    (line,) = refused(root)
+    assert line == f"data.folder: {root}/train/cat: the name 'stra\\udcdfe.png' is not UTF-8: rename it"
+
+
+def test_unlabelled_images_are_no_class(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", classes=("cat", "dog", "more"), each=10, parts=("",))
+    (line,) = refused(root, unlabelled=str(root / "more"))
+    assert line == f"data.unlabelled: is the class more of data.folder too: move it out of {root}"
+
+
+@pytest.mark.parametrize(("classes", "found"), [([b"cat", b"dog"], ["cat", "dog"]), (10, None)])
+def test_names_of_classes_are_a_list(classes: Any, found: list[str] | None, tmp_path: Path) -> None:
+    x, y = np.arange(8, dtype=np.uint8).reshape(4, 1, 2), np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y, classes=np.array(classes))
+    data = Data(arrays=str(tmp_path / "a.npz"))
+    if found:
+        assert open_dataset(data).facts.classes == found
+    else:
+        with pytest.raises(BadInput, match="classes must be a list of names"):
+            open_dataset(data)
 
 
 def test_classes_directly_below_give_a_fixed_stratified_share(tmp_path: Path) -> None:
@@ -273,12 +309,13 @@ def test_a_photograph_is_turned_as_it_was_held(tmp_path: Path) -> None:
     assert images.headers([tmp_path / "x.png"]) == [images.Header(4, 8, False)]
 
 
+@pytest.mark.parametrize("kind", ["jpg", "tiff"])
 @pytest.mark.parametrize("orientation", [1, 2, 4, 5, 8, 9])  # the last one is in no standard
-def test_a_header_has_the_size_that_the_image_has(orientation: int, tmp_path: Path) -> None:
-    exif = Image.Exif()
+def test_a_header_has_the_size_that_the_image_has(orientation: int, kind: str, tmp_path: Path) -> None:
+    exif, file = Image.Exif(), tmp_path / f"x.{kind}"
     exif[0x0112] = orientation
-    Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
-    assert images.headers([tmp_path / "x.jpg"])[0][:2] == images.open_image(tmp_path / "x.jpg").size
+    Image.new("RGB", (8, 4)).save(file, exif=exif)
+    assert images.headers([file])[0][:2] == images.open_image(file).size
 
 
 def test_the_shorter_side_is_resized_and_the_middle_kept() -> None:

@@ -162,7 +162,8 @@ def shift(x: Tensor, shifts: Tensor, most: int) -> Tensor:
 
 def crop(x: Tensor, u: Tensor, least: float) -> Tensor:
     """A part of each image [B, C, H, W] in its place and size: of an area from `least` to 1, an aspect ratio from 3/4
-    to 4/3 (Szegedy et al., arXiv:1409.4842) and a place that `u` [B, 4] in [0, 1) chooses."""
+    to 4/3 (Szegedy et al., arXiv:1409.4842), which is cut where it would be wider or higher than the image, and a place
+    that `u` [B, 4] in [0, 1) chooses."""
     area, ratio = least + (1 - least) * u[:, 0], torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     right, down = (2 * u[:, 2] - 1) * (1 - width), (2 * u[:, 3] - 1) * (1 - height)

@@ -83,12 +83,21 @@ class Dataset:
     unlabelled: Split | None = None  # what students see besides, with the labels of their teacher alone
     listings: Sequence[Path | None] = ()
 
+    @property
+    def on_heldout(self) -> bool:
+        """Whether errors are counted on held-out training images."""
+        return self.test.store is self.train.store
+
+    def apart(self, rows: Tensor) -> dict[str, Tensor]:
+        """Where that is so: of rows of all training images those of `train` and, held out, of `test`."""
+        return {"train": rows[self.train.positions], "test": rows[self.test.positions]}
+
     @cached_property
     def files(self) -> dict[str, list[str]]:
         """The files of the samples of `train`, `test` and `unlabelled`, relative to `data.folder` or `data.unlabelled`:
         `train/cat/1.jpg`. None of a source that is no folder."""
         found = listed(self.listings)
-        if self.test.store is self.train.store:  # the held-out training images
+        if self.on_heldout:
             found["test"] = found["train"]
         for name, split in (("train", self.train), ("test", self.test)):
             if split.positions is not None and found[name]:

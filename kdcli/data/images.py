@@ -85,7 +85,8 @@ def headers(files: Sequence[Path]) -> list[Header]:
     def header(file: Path) -> Header | BadInput:
         try:
             with _opened(file) as image:
-                turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # orientation
+                # by its orientation; Pillow has turned a TIFF file already
+                turned = image.format != "TIFF" and image.getexif().get(0x0112) in (5, 6, 7, 8)
                 width, height = image.size[::-1] if turned else image.size
                 return Header(width, height, image.mode in GREY)
         except BadInput as error:
@@ -152,8 +153,11 @@ def list_folder(path: Path) -> Folder:
         strange = [c for c in _classes(test) if c not in classes]
         problems += [f"{test / c}: is no class of {train}{nearest(c, classes)}" for c in strange]
         problems += [] if of_test or strange else [f"{test}: has no images in folders of classes"]
-        notes += _of_test(test, classes, {i for _, i in of_test})
-    notes += [f"{path}: not read beside {train.name}: {some(beside)}."] if beside else []
+        notes += [] if test.name == "test" else [f"The test images are those of {test}."]
+        tested = {i for _, i in of_test}
+        absent = [c for i, c in enumerate(classes) if i not in tested]
+        notes += [f"{test} has no images of {some(absent)}."] if absent else []
+    notes += [f"{path}: beside {train.name}, neither training nor test images: {some(beside)}."] if beside else []
     left = _left_out(path, ignored)
     refuse([*problems, *left] if problems else [])
     return Folder(path, classes, of_train, of_test, [*notes, *left])
@@ -180,19 +184,12 @@ def _parts(path: Path) -> tuple[Path, Path | None, list[str]]:
     for name in sorted(there, key=lambda name: name != name.lower()):  # of train and Train it is train
         named.setdefault(name.lower(), []).append(path / name)
     trains, tests = ([part for name in names for part in named.get(name, [])] for names in (TRAINS, TESTS))
+    tests.sort(key=lambda part: not _classes(part))  # those without classes are another's: test/1.jpg beside val/cat
     for train in filter(_classes, trains):
         return train, tests[0] if tests else None, [name for name in there if path / name not in (train, *tests[:1])]
     if tests and all(map(_classes, tests)):
         raise BadInput(f"{path}: has {tests[0].name}/<class>/… but no train/<class>/… beside it")
     return path, None, []
-
-
-def _of_test(test: Path, classes: Sequence[str], have: set[int]) -> Iterator[str]:
-    """What to say of the folder of the test images."""
-    if test.name != "test":
-        yield f"The test images are those of {test}."
-    if absent := [c for i, c in enumerate(classes) if i not in have]:
-        yield f"{test} has no images of {some(absent)}."
 
 
 def _classes(path: Path) -> list[str]:
@@ -222,6 +219,8 @@ def _files(folder: Path, ignored: Counter[str], linked: bool = False) -> list[Pa
             seen.add((place.st_dev, place.st_ino))
             hidden = {name for name in (*inner, *names) if _hidden(name)}
             inner[:] = [name for name in inner if name not in hidden]
+            if odd := [name for name in (*inner, *names) if name.encode(errors="ignore").decode() != name]:
+                raise BadInput(f"{parent}: the name {odd[0]!r} is not UTF-8: rename it")
             links = [Path(parent, name) for name in inner if os.path.islink(os.path.join(parent, name))]
             for link in () if linked else links:
                 to, own = link.resolve(), folder.resolve()

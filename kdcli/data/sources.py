@@ -64,6 +64,9 @@ def read_unlabelled(data: Data, found: Found, facts: Facts) -> Unlabelled:
     if facts.table or channels not in (1, 3):
         what = "this is a table" if facts.table else f"those of training have {channels}"
         raise BadKeys(("data.unlabelled", f"holds image files of 1 or 3 channels, and {what}: remove it"))
+    own = Path(data.unlabelled or "")
+    if data.folder and own.parent == Path(data.folder) and own.name in facts.classes:
+        raise BadKeys(("data.unlabelled", f"is the class {own.name} of data.folder too: move it out of {data.folder}"))
     if data.size not in (None, min(height, width)):
         what = f"must be {min(height, width)}, the shorter side of the training images, whose size is given"
         raise BadKeys(("data.size", what))
@@ -434,12 +437,14 @@ def _arrays(found: Any, source: str) -> Found:
         raise BadInput(f"{source}: must {must} {', '.join(ARRAYS)} and, if they have names, classes, not {have}")
     (x_train, y_train), (x_test, y_test) = (_checked(source, found, part) for part in ("train", "test"))
     names = found.get("classes")
-    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence | np.ndarray)):
+    a_list = isinstance(names, Sequence | np.ndarray) and not isinstance(names, str) and getattr(names, "ndim", 1) == 1
+    if names is not None and not a_list:
         raise BadInput(f"{source}: classes must be a list of names, not {type(names).__name__}")
     if names is None and int(y_train.max()) >= len(y_train):
         holds = f"holds {y_train.max()} among {len(y_train)} labels"
         raise BadInput(f"{source}: y_train {holds}: it must hold every class from 0 to the last")
-    classes = [str(c) for c in (range(int(y_train.max()) + 1) if names is None else names)]
+    names = range(int(y_train.max()) + 1) if names is None else names
+    classes = [c.decode(errors="replace") if isinstance(c, bytes) else str(c) for c in names]
     if twice := [c for c in classes if classes.count(c) > 1]:
         raise BadInput(f"{source}: classes names {twice[0]} twice")
     if len(classes) < 2:

@@ -81,11 +81,12 @@ class Findings:
         self.curves = [(d.row, epochs) for d in documents if d.row in rows and (epochs := places.open(d.run).metrics())]
         self.omissions = {d.row: [o for o in documents if o.row == d.row] for d in documents if d.kind == "omission"}
 
-        # What the last net's teacher knows, or the net itself, if it kept what it says of all images.
+        # What the last net's teacher knows, or the net itself if it is one, if it kept what it says of all images.
         student = places.open(last.document.run)
-        teacher = places.open(last.document.teacher.run) if last.document.teacher else student
-        soft = all({"train", "test"} <= member.load("logits").keys() for member in members(teacher))
-        self.knowledge = known = Knowledge(teacher, student, data) if soft else None
+        own = student if last.document.kind in roles[0] else None
+        teacher = places.open(last.document.teacher.run) if last.document.teacher else own
+        soft = teacher and all({"train", "test"} <= member.load("logits").keys() for member in members(teacher))
+        self.knowledge = known = Knowledge(teacher, student, data) if teacher and soft else None
         firsts = [same[0] for same in self.omissions.values()]
         self.lessons = [Lesson(d, places.open(d.run), known.soft, data) for d in firsts] if known else []
 
@@ -95,14 +96,16 @@ def _most(values: Tensor) -> Tensor:
     return values.argsort(descending=True)[:SHOWN]
 
 
-def pixels(split: Split, i: int) -> NDArray[np.uint8]:
-    """An image to look at, [H, W, 3]; one without three colours is the mean of its channels, dark on light. The row of
-    a table is a strip, a cell a column, the darker the further above the mean of its column."""
+def pixels(split: Split, i: int, photo: bool) -> NDArray[np.uint8]:
+    """An image to look at, [H, W, 3]; one without three colours is the mean of its channels and, unless it is a photo,
+    dark on light. The row of a table is a strip, a cell a column, the darker the further above the mean of its column.
+    """
     image = split.images(torch.tensor([i]))[0].float()
     if image.shape[1:] == (1, 1):
         columns = split.store[:, :, 0, 0].float()
         z = (image[:, 0, 0] - columns.mean(0)) / columns.std(0).clamp_min(1e-9)
         return np.asarray((255 * (0.5 - z / 6).clamp(0, 1)).round().byte()).reshape(1, -1, 1).repeat(3, 2)
     image *= 255 / split.white
-    shown = image if len(image) == 3 else 255 - image.mean(0).expand(3, -1, -1)
+    grey = image.mean(0).expand(3, -1, -1)
+    shown = image if len(image) == 3 else grey if photo else 255 - grey
     return np.asarray(shown.permute(1, 2, 0).round().byte())

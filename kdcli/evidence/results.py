@@ -284,7 +284,7 @@ def summarise(
     subject: Subject, jobs: Sequence[Job], found: Sequence[Document], classes: list[str], made: Made
 ) -> Summary:
     """The document of a subject from its jobs and the document of each."""
-    only_ensembles = bool(subject.grid) and all(key.startswith("ensemble.") for key in subject.grid)
+    only_ensembles = bool(subject.grid) and all(key.split(".")[0] == "ensemble" for key in subject.grid)
     of_ensemble = Row("student of ensemble", "student")
     judged = of_ensemble.name if only_ensembles and of_ensemble in subject.rows else "student"
     of_losses = any(key in ("distill", "distill.loss") for key in subject.grid)
@@ -325,7 +325,7 @@ def made(jobs: Sequence[Job], places: Places) -> Made:
     runs = [Run(places.runs_dir, job.spec) for job in distinct(jobs)]
     records = sorted((run.environment() for run in runs), key=lambda record: str(record.get("started", "")))
     kept = ("git_commit", "device", "torch", "python")
-    seen = {key: sorted({str(record.get(key, "unknown")) for record in records}) for key in kept}
+    seen = {key: sorted({str(record.get(key) or "unknown") for record in records}) for key in kept}
     seconds = sum(run.result().seconds for run in runs if run.spec.command != "ensemble")
     typed = list(dict.fromkeys(str(record["command_line"]) for record in records if record.get("command_line")))
     lines = "; ".join(typed[:3]) + (f"; and {len(typed) - 3} more" if len(typed) > 3 else "")

@@ -6,7 +6,8 @@ Without torchrun all that is here does nothing.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -35,6 +36,17 @@ DRAWING: set[Callable[..., Tensor]] = {F.dropout, F.dropout1d, F.dropout2d, F.dr
 DRAWING |= {F.alpha_dropout, F.feature_alpha_dropout}
 DRAWING |= {Tensor.bernoulli_, dropped}  # torchvision's and timm's stochastic depth; the perceptron's dropout
 T = TypeVar("T")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """As if this process were the only one: the others wait for what it finds."""
+    global RANK, WORLD, OWN
+    before, (RANK, WORLD, OWN) = (RANK, WORLD, OWN), (0, 1, slice(None))
+    try:
+        yield
+    finally:
+        RANK, WORLD, OWN = before
 
 
 def same(find: Callable[[], T]) -> T:

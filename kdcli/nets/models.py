@@ -123,7 +123,7 @@ def _named(model: Model, channels: int, classes: int) -> nn.Module:
         return _made(name, lambda: models.get_model(which, weights=None, num_classes=classes, **args))
     if library == "timm":
         timm = code.library("timm", "timm")
-        if which not in (known := timm.list_models()):
+        if which.partition(".")[0] not in (known := timm.list_models()):  # behind the point: whose weights
             raise BadInput(f"{name}: timm has no such net{nearest(which, known)}")
         return _made(name, lambda: timm.create_model(which, num_classes=classes, in_chans=channels, **args))
     return resnets.build(name, channels, classes)

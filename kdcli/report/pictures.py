@@ -244,7 +244,7 @@ def _draw_knowledge(figure: Figure, found: Findings) -> None:
     columns |= {f"T = {T:g}": known.log_p(T)[images].exp() for T in temperatures}
     grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
     for k, (left, *panels) in enumerate(grid.tolist()):
-        left.imshow(pixels(found.test, images[k]))
+        left.imshow(pixels(found.test, images[k], bool(found.names)))
         left.axis("off")
         shown = foremost(columns["T = 1"][k].tolist(), LIKELIEST)
         names = [found.summary.classes[c] for c in shown]

@@ -442,21 +442,10 @@ def _fixed(summary: "Summary") -> dict[str, str]:
 def remarks(summary: "Summary") -> list[str]:
     """The verdict, and what the reader of the table must know."""
     said = _grid_verdict(summary) if summary.grid else _verdict(summary)
-    lines = [*said, *([] if summary.grid else _little_to_teach(summary)), *final_table(summary).legends()]
-    lines += summary.remarks
+    lines = [*said, *final_table(summary).legends(), *summary.remarks]
     for point in summary.points:
         lines += notes([d for d in point.runs if not isinstance(d, str)])
     return list(dict.fromkeys(lines))
-
-
-def _little_to_teach(summary: "Summary") -> Iterator[str]:
-    """What to say of a teacher that is no better than the student's own net on hard labels."""
-    means = {row.row: row.mean for row in summary.only.table}
-    if "teacher" in means and means["teacher"] >= means.get("baseline", math.inf):
-        yield (
-            "The teacher makes no fewer errors than the baseline: it has little to teach. Take one that was "
-            "trained longer, or a larger net."
-        )
 
 
 def _grid_verdict(summary: "Summary") -> Iterator[str]:
@@ -481,13 +470,18 @@ def _counted(verdicts: Sequence[Verdict]) -> str:
 
 
 def _verdict(summary: "Summary") -> Iterator[str]:
-    own = summary.only.runs[-1]
+    own, means = summary.only.runs[-1], {row.row: row.mean for row in summary.only.table}
     if summary.only.verdict:
         yield summary.only.verdict.sentence()
     elif not isinstance(own, str):  # the report of a run with nothing to hold it against
         bias = f" With the bias chosen on held-out images: {own.bias['heldout'].errors}." if own.bias else ""
         rate = _rate(own.test.errors, own.test.total)
         yield f"The {called(own)} makes {own.test.errors} errors on {own.on}, {rate}.{bias}"
+    if means.get("teacher", -1) >= means.get("baseline", math.inf):
+        yield (
+            "The teacher makes no fewer errors than the baseline: it has little to teach. Take one that was trained "
+            "longer, or a larger net."
+        )
 
 
 def called(row: "results.TableRow | Document") -> str:
@@ -498,7 +492,8 @@ def called(row: "results.TableRow | Document") -> str:
 def missed(summary: "Summary") -> list[str]:
     """The expectations that were not met, a line each."""
     rows = [(row, row.expect) for point in summary.points for row in point.table if row.expect is not None]
-    return [
+    uncounted = summary.expect.keys() - {row.row for row, _ in rows}
+    return [f"expect.{row}: its errors are not counted" for row in summary.expect if row in uncounted] + [
         f"expect.{row.row}: {number(row.mean, len(row.errors))} errors, not {most:g} or fewer"
         for row, most in rows
         if row.mean > most

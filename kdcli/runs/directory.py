@@ -40,7 +40,7 @@ from kdcli.runs.spec import COMMANDS, RESULT, SCHEMA, Epoch, Result, Spec, Statu
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAVE_EVERY = 30.0  # seconds of training that an interruption may cost
+SAVE_EVERY = 30.0  # seconds of training, and the rest of an epoch, that an interruption may cost
 ONNX = "net.onnx"  # of a teacher that is one
 READER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # six times as fast where PyYAML has it
 STATES = ("state", "state.previous")  # the newest first

@@ -230,6 +230,8 @@ def settings(spec: Spec) -> Settings:
         kept["origin"][key] = Path(kept["origin"][key]).name
     content = {"content": spec.dataset.fingerprint[:12]}
     content |= {"unlabelled": spec.dataset.unlabelled[:12]} if spec.dataset.unlabelled else {}
+    if spec.model and spec.dataset.given:
+        where |= {"mean": spec.dataset.mean, "std": spec.dataset.std}
     return kept | {"data": where | content}
 
 
@@ -238,7 +240,7 @@ def data_settings(spec: Spec) -> dict[str, Any]:
     data: dict[str, Any] = settings(spec)["data"]
     if spec.data.evaluate_on == "test":
         data.pop("heldout", None)
-    for key in ("transfer", "unlabelled"):
+    for key in ("transfer", "unlabelled", "mean", "std"):
         data.pop(key, None)
     return data
 

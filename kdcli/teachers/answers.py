@@ -133,7 +133,7 @@ def _understood(
         said.append(f"Of the {PARTS[part]} images it holds {how}.")
     used = {"classes", *(f"{part}{of}" for part in logits for of in ("", "_classes", "_index", "_files"))}
     if others := [name for name in arrays if name not in used]:
-        said.append(f"Its {_some(others)} are ignored.")
+        said.append(f"Ignored: its {_some(others)}.")
     return Answers(logits, said)
 
 

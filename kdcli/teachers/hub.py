@@ -50,7 +50,10 @@ def _of_torchvision(which: str) -> Any:
 
 def _of_timm(which: str) -> Any:
     timm = code.library("timm", "timm")
-    cfg = timm.get_pretrained_cfg(which)
+    try:
+        cfg = timm.get_pretrained_cfg(which)
+    except RuntimeError as error:  # of weights of another name
+        raise BadInput(f"timm:{which}: {failure(error)}") from None
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
         raise BadInput(f"timm:{which}: timm has no weights for it")
     return cfg

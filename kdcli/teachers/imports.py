@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from kdcli import BadInput, BadKeys, code
 from kdcli.config import Input, Model, Origin, TeacherSection
 from kdcli.data.dataset import Dataset
+from kdcli.data.sources import listed
 from kdcli.machine.device import seeded
 from kdcli.nets import models
 from kdcli.runs.spec import Facts
@@ -97,11 +98,7 @@ def problems(key: str, teacher: TeacherSection, dataset: Dataset) -> Iterator[tu
     else:
         try:
             origin, content = resolved(teacher.origin, teacher.model)
-            model = teacher.model.model_dump_json() if teacher.model else None
-            if teacher.logits:
-                _answered(origin.model_dump_json(), dataset, content)
-            else:
-                _tried(origin.model_dump_json(), model, facts.model_dump_json(), content)
+            _tried(origin, teacher.model, dataset, content)
         except BadKeys as error:
             yield from ((f"{key}.{name}", message) for name, message in error.problems)
         except BadInput as error:
@@ -110,42 +107,44 @@ def problems(key: str, teacher: TeacherSection, dataset: Dataset) -> Iterator[tu
 
 
 @cache
-def _tried(origin: str, model: str | None, facts: str, _: str) -> None:
-    """Read a teacher, once for each content, all as JSON. Raises BadInput as `imported` does."""
-    of = Model.model_validate_json(model, context={"reading": True}) if model else None
-    from_ = Origin.model_validate_json(origin, context={"reading": True})
-    seen = Facts.model_validate_json(facts)
+def _tried(origin: Origin, model: Model | None, dataset: Dataset, _: str) -> None:
+    """Read a teacher, once for each content. Raises BadInput as `answers` or `imported` does."""
+    if origin.logits:
+        answers(origin, dataset)
+        return
     with seeded(0, "sample"):
-        net = imported(from_, of, seen, load=bool(from_.file)).net
-        if of:
-            models.fits(net, of, seen)  # of a net that is thrown away: it changes what BatchNorm keeps
-
-
-@cache
-def _answered(origin: str, dataset: Dataset, _: str) -> None:
-    """Read a file of logits, once for each content. Raises BadInput as `answers` does."""
-    answers(Origin.model_validate_json(origin, context={"reading": True}), dataset)
+        net = imported(origin, model, dataset.facts, load=bool(origin.file)).net
+        if model:
+            models.fits(net, model, dataset.facts)  # of a net that is thrown away: it changes what BatchNorm keeps
 
 
 def answers(origin: Origin, dataset: Dataset) -> Answers:
-    """What a file of logits says of the images of a dataset. Raises BadInput as `read_answers` does, or where students
-    see images that it leaves out."""
+    """What a file of logits says of the images of a dataset; where errors are counted on held-out images, what it says
+    of all training images holds both. Raises BadInput as `read_answers` does, or where students see images that it
+    leaves out."""
     file, sizes = Path(origin.logits or ""), {part: len(getattr(dataset, part) or ()) for part in PARTS}
-    found = read_answers(file, sizes, dataset.facts.classes, origin.classes, dataset.files)
+    files = dataset.files
+    if dataset.on_heldout:
+        sizes, files = sizes | {"train": len(dataset.train.store), "test": 0}, listed(dataset.listings)
+    found = read_answers(file, sizes, dataset.facts.classes, origin.classes, files)
+    if dataset.on_heldout:
+        found = found._replace(logits=found.logits | dataset.apart(found.logits["train"]))
     if dataset.unlabelled and "unlabelled" not in found.logits:
         raise BadInput(f"{file}: has no answers for the images of data.unlabelled: add them")
     return found
 
 
 def imported(
-    origin: Origin, model: Model | None, facts: Facts, load: bool = True, content: bytes | None = None
+    origin: Origin | None, model: Model | None, facts: Facts, load: bool = True, content: bytes | None = None
 ) -> Imported:
-    """The net of an origin for the images of a dataset, with its weights unless `load` is false, when they are to come
-    from a run; of ONNX they come with the file, or its `content`. Raises BadInput when the file or the library does not
-    give such a net."""
-    if origin.onnx:
+    """The net of an origin, or a new one where there is none, for the images of a dataset: with the origin's weights
+    unless `load` is false, when they are to come from a run; of ONNX they come with the file, or its `content`. Raises
+    BadInput when the file or the library does not give such a net."""
+    if origin and origin.onnx:
         return _of_onnx(content or Path(origin.onnx).read_bytes(), origin, facts)
     assert model
+    if not origin:
+        return Imported(models.build(model, facts), [])
     own = _facts_of(origin, model, facts)
     said: list[str] = []
     names = own.classes
@@ -202,7 +201,7 @@ def _loaded(
             own = own.model_copy(update={"mean": mean, "std": std})
             said.append("Its own mean and std are in the file.")
     elif own.mean and not given:
-        said = ["Its inputs are normalised with the mean and std of the data: set teacher.input to change that."]
+        said = ["Its inputs are normalised with the mean and std of the data: set its input to change that."]
     said = [*found.said, *fit_weights(inner, found, file, fresh), *said]
     written = classes_of(found.about)
     if not origin.classes and not fresh and set(written) == set(names) and written != names:
@@ -293,7 +292,7 @@ def _of_onnx(content: bytes, origin: Origin, facts: Facts) -> Imported:
         said.append("All its outputs lie between 0 and 1, and do not sum to 1: are they logits?")
     if not own.mean and not _reads_bytes(origin):
         within = "" if facts.table else "in [0, 1], "
-        said.append(f"Its inputs are {within}not normalised: set teacher.input to change that.")
+        said.append(f"Its inputs are {within}not normalised: set its input to change that.")
     return Imported(Seen(net, own, _reads_bytes(origin), _picked(names, facts, said)), said)
 
 

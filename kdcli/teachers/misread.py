@@ -40,7 +40,7 @@ def reading(net: nn.Module | None, logits: Tensor, data: Dataset, origin: Origin
         warnings.append(f"{found}{file}.")
     own = None
     if isinstance(net, Seen) and not order:
-        own, text = _renormalised(net, data)
+        own, text = _renormalised(net, data, origin)
         warnings += [text] if text else []
     return Reading(said=said, transfer=train, classes=classes, input=own, warnings=warnings)
 
@@ -73,11 +73,11 @@ def _of_order(order: Sequence[int], classes: Sequence[str], before: int, after: 
     whole = f": [{', '.join(names)}]" if len(names) <= 20 else " in that order (--json has it whole)"
     return (
         f"Its classes seem to be in another order, with which it makes {after:,} errors on the training images, not "
-        f"{before:,}: {some}. Set teacher.classes{whole}"
+        f"{before:,}: {some}. Set its classes{whole}"
     )
 
 
-def _renormalised(net: Seen, data: Dataset) -> tuple[Input | None, str]:
+def _renormalised(net: Seen, data: Dataset, origin: Origin) -> tuple[Input | None, str]:
     """The usual normalisation with which a net makes far fewer errors than with its own: two thirds at most, and ten
     fewer; and what to say of it."""
     images = data.train.at(torch.arange(0, len(data.train), max(len(data.train) // TRIED, 1))).to(net.pick.device)
@@ -94,8 +94,10 @@ def _renormalised(net: Seen, data: Dataset) -> tuple[Input | None, str]:
     fewest, way = tried[name], ways[name]
     if 3 * fewest > 2 * before or before - fewest <= 10:
         return None, ""
-    key = "{range: 255}" if way.range == 255 else f"{{mean: {way.mean}, std: {way.std}}}"
-    return way, (
+    kept = origin.input.model_dump(include={"size", "channels"}, exclude_none=True) if origin.input else {}
+    keys = kept | ({"range": 255} if way.range == 255 else {"mean": way.mean, "std": way.std})
+    key = ", ".join(f"{name}: {value}" for name, value in keys.items())
+    return way.model_copy(update=kept), (
         f"With another normalisation of its inputs ({name}) it makes {fewest:,} errors on {len(images):,} training "
-        f"images, not {before:,}: set teacher.input to {key}."
+        f"images, not {before:,}: set its input to {{{key}}}."
     )

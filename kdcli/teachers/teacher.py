@@ -14,7 +14,6 @@ from kdcli.data.augment import Fixed
 from kdcli.data.dataset import Dataset, Split, open_dataset
 from kdcli.machine import distributed
 from kdcli.machine.device import place
-from kdcli.nets.models import build
 from kdcli.runs.directory import ONNX, Run, open_run
 from kdcli.teachers.imports import imported
 
@@ -56,11 +55,8 @@ def nets(run: Run, device: torch.device) -> list[nn.Module]:
             raise BadInput(f"{model.file}: has changed since {member.name} was trained with it")
         if spec.origin and spec.origin.logits:
             raise BadInput(f"{member.name}: is a file of logits: it can be asked about no other image or view")
-        if spec.origin:
-            content = member.content(ONNX) if spec.origin.onnx else None
-            net = imported(spec.origin, model, spec.dataset, False, content).net
-        elif model:
-            net = build(model, spec.dataset)
+        content = member.content(ONNX) if spec.origin and spec.origin.onnx else None
+        net = imported(spec.origin, model, spec.dataset, False, content).net
         try:
             net.load_state_dict(member.load("weights"))
         except RuntimeError:

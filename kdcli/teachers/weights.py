@@ -141,7 +141,7 @@ def classes_of(about: dict[str, str]) -> list[str]:
     """The names of the classes that `kd export` wrote beside the weights, in their order; else none."""
     try:
         return [str(name) for name in json.loads(about.get("classes", "[]"))]
-    except ValueError:
+    except (ValueError, TypeError):  # a number is no list
         return []
 
 

@@ -10,10 +10,10 @@ from kdcli import code
 from kdcli.config import AUGMENTATION, COUNTLESS
 from kdcli.data.augment import different_views
 from kdcli.data.dataset import Dataset, Split
+from kdcli.machine import distributed
 from kdcli.machine.device import place, seeded
-from kdcli.nets.models import build
 from kdcli.runs.directory import Places
-from kdcli.runs.spec import Facts, Spec
+from kdcli.runs.spec import Spec
 from kdcli.teachers.imports import imported
 from kdcli.teachers.teacher import Teacher, predict
 from kdcli.training.fit import fit
@@ -22,6 +22,7 @@ Times = tuple[float, float, float]
 ENOUGH = 0.3  # seconds of steps that are timed
 
 
+@distributed.alone()
 @code.quiet()
 def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, places: Places) -> dict[str, float]:
     """The seconds that the training of each spec takes, by name; `known` are the specs of their parents. Kinds that
@@ -60,11 +61,6 @@ def _members(planned: dict[str, Spec], places: Places, name: str) -> list[Spec]:
     return [member for parent in spec.parents for member in _members(planned, places, parent)]
 
 
-def _net(spec: Spec, facts: Facts) -> nn.Module:
-    """The net of a spec, with any weights."""
-    return imported(spec.origin, spec.model, facts, load=False).net if spec.origin else build(spec.trained[0], facts)
-
-
 def _timed(spec: Spec, teachers: Sequence[Spec], dataset: Dataset, device: torch.device) -> Times:
     """Seconds of a step; of an image that errors are counted on; and of a view that is kept."""
     train = spec.trained[1]
@@ -73,8 +69,9 @@ def _timed(spec: Spec, teachers: Sequence[Spec], dataset: Dataset, device: torch
     short = train.model_copy(update={"epochs": 1, "batch_size": batch, "warmup": 0.0, "milestones": [1]})
     logits = torch.zeros(1, batch, len(dataset.facts.classes), device=device)
     with seeded(0, "estimate"):
-        net = place(_net(spec, dataset.facts), device)
-        nets = [place(_net(s, dataset.facts), device).eval().requires_grad_(False) for s in teachers]
+        made = (imported(s.origin, s.model, dataset.facts, load=False).net for s in (spec, *teachers))
+        net, *nets = (place(one, device) for one in made)
+        nets = [one.eval().requires_grad_(False) for one in nets]
         live = Teacher(lambda _, x: torch.stack([teacher(x) for teacher in nets]))
         asked = nets if spec.distill and spec.distill.views else []
         teacher = live if nets and not asked else Teacher(lambda index, _: logits[:, index])

@@ -19,11 +19,10 @@ from kdcli.data.augment import Fixed
 from kdcli.data.dataset import Dataset, Split
 from kdcli.machine import distributed
 from kdcli.machine.device import place, seeded, select_device
-from kdcli.nets.models import build
 from kdcli.runs.directory import ONNX, Diverged, Places, Run, State, write_aside
 from kdcli.runs.spec import STUDENTS, Brief, Correction, Counted, Epoch, Gain, Reading, Result, Spec
 from kdcli.teachers import misread
-from kdcli.teachers.imports import Imported, answers, imported, resolved
+from kdcli.teachers.imports import answers, imported, resolved
 from kdcli.teachers.kept import kept_views
 from kdcli.teachers.teacher import Teacher, cached, dataset_of, kept_logits, live, members, predict, weights_checksum
 from kdcli.training.fit import Fitted, fit, learning_rate
@@ -84,20 +83,16 @@ def together(command: Callable[[], int]) -> int:
     torchrun ends them all."""
     if distributed.RANK == 0:
         if not (exit_code := command()):
-            distributed.same(_nothing)
+            distributed.same(list[Any])
         return exit_code
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to put in order
     try:
-        while told := distributed.same(_nothing):
+        while told := distributed.same(list[Any]):
             take_part(*told)
     except Exception as error:
         print(f"kd: failed: process {distributed.RANK}: {failure(error)}", file=sys.stderr)
         return 1
     return 0
-
-
-def _nothing() -> tuple[Spec, Places] | None:
-    return None
 
 
 class _Begun(NamedTuple):
@@ -117,7 +112,7 @@ def _begin(run: Run, dataset: Dataset, places: Places, device: torch.device, not
     # A student of its teacher's shape must not start from its teacher's initial weights; it shares its baseline's.
     stream = 2 * spec.seed + (spec.command in STUDENTS)
     with seeded(stream, "init"):
-        read = imported(spec.origin, model, facts) if spec.origin else Imported(build(model, facts), [])
+        read = imported(spec.origin, model, facts)
     for line in read.said:
         note(f"{run.name}: {line}")
     net = place(read.net, device)

@@ -165,7 +165,7 @@ def _of_net(run: Run, dataset: Dataset, form: Form, int8: bool) -> Proof:
     beside = None
     if int8:
         content, beside = _quantised(run, content, dataset)
-        opened = onnx_net(content).net
+        opened = _asking(_session(content))
     batches = torch.arange(len(test)).split(100)
     wanted, found = (torch.cat([ask(test.inputs(i)) for i in batches]) for ask in (model, opened))
     return Proof(content, wanted, found, int8=beside)
@@ -217,13 +217,20 @@ def _of_answers(run: Run, dataset: Dataset, top_k: int | None, half: bool) -> Pr
             rows, numbers = rows.topk(top_k)
             arrays[f"{part}_classes"] = numbers.numpy().astype(np.min_scalar_type(len(classes)))
         arrays[part] = rows.to(torch.float16 if half else torch.float32).numpy()
+    sizes = {part: len(split) for part, split in parts.items()}
+    if dataset.on_heldout:  # one row per training image, as they are read
+        places, sizes = dataset.apart(torch.arange(len(dataset.train.store))), {"train": len(dataset.train.store)}
+        order = torch.cat([places["train"], places["test"]]).argsort().numpy()
+        for key in [key for key in arrays if key.startswith("train")]:
+            arrays[key] = np.concatenate([arrays[key], arrays.pop(key.replace("train", "test"))])[order]
     np.savez(content := io.BytesIO(), **arrays)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder, "logits.npz")).write_bytes(content.getvalue())
-        read = read_answers(file, {part: len(split) for part, split in parts.items()}, classes, None, {})
-    wanted, found = (torch.cat([rows[part] for part in parts]).double().softmax(1) for rows in (log_p, read.logits))
+        read = read_answers(file, sizes, classes, None, {}).logits
+    read |= dataset.apart(read["train"]) if dataset.on_heldout else {}
+    wanted, found = (torch.cat([rows[part] for part in parts]).double().softmax(1) for rows in (log_p, read))
     kind, of = "logits" if whole else "log-probabilities at T = 1", f"the {top_k} likeliest of " if top_k else ""
-    holds = f"{kind} of {of}{len(classes)} classes, {arrays['test'].dtype}, for {len(dataset.train):,} training and "
+    holds = f"{kind} of {of}{len(classes)} classes, {arrays['train'].dtype}, for {len(dataset.train):,} training and "
     return Proof(content.getvalue(), wanted, found, f"{holds}{len(dataset.test):,} test images")
 
 
@@ -289,21 +296,22 @@ class Opened(NamedTuple):
     middle: bool  # whether they are the middles of photographs
 
 
-def onnx_net(file: Path | bytes) -> Opened:
-    """The net in an ONNX file that `kd export` wrote, or in its content. Raises BadInput when it is none."""
-    if isinstance(file, Path) and not file.is_file():
+def onnx_net(file: Path) -> Opened:
+    """The net in an ONNX file that `kd export` wrote. Raises BadInput when it is none."""
+    if not file.is_file():
         raise BadInput(f"{file}: there is no such file")
+    library("onnxruntime")  # whose absence is no fault of the file
     try:
         session = _session(file)
     except Exception:  # the runtime has a dozen kinds of its own
-        raise BadInput(f"{file!s}: is not a net that kd exported as onnx: export it so, or name the run") from None
+        raise BadInput(f"{file}: is not a net that kd exported as onnx: export it so, or name the run") from None
     about = session.get_modelmeta().custom_metadata_map
     try:
         classes, shape = json.loads(about["classes"]), json.loads(about["shape"])
     except (KeyError, ValueError):
-        instead = f"make it a run with `teacher: {{onnx: {file!s}}}`, kd train-teacher, and name that"
+        instead = f"make it a run with `teacher: {{onnx: {file}}}`, kd train-teacher, and name that"
         said = "is not a net that kd exported as onnx, so its classes and images are not known"
-        raise BadInput(f"{file!s}: {said}: {instead}") from None
+        raise BadInput(f"{file}: {said}: {instead}") from None
     return Opened(_asking(session), about.get("run", ""), classes, shape, about.get("middle") == "True")
 
 

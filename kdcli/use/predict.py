@@ -77,7 +77,7 @@ def predict(
     read = [(file, read_image(file, shape, invert, middle)) for file in files]
     nearer = _nearer(places, made_of, note) if files else None
     for file, inputs in read:
-        light = grey and float(inputs.mean()) > 0.5
+        light = grey and not middle and float(inputs.mean()) > 0.5
         share = nearer(inputs) if nearer else None
         images.append(Prediction(image=str(file), views=_views(asked, inputs), mostly_ink=light, nearer=share))
     for i in test_images:
@@ -120,7 +120,7 @@ def _nearer(places: Places, name: str, note: Note) -> Callable[[Tensor], float] 
 
     def sampled(split: Split, most: int) -> Tensor:
         chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most]
-        return _standardized(split.inputs(chosen))
+        return torch.cat([_standardized(split.inputs(some)) for some in chosen.split(100)])
 
     trained = sampled(dataset.train, SAMPLE)
     others = (sampled(dataset.test, SAMPLE // 4) @ trained.T).amax(1)
@@ -128,8 +128,10 @@ def _nearer(places: Places, name: str, note: Note) -> Callable[[Tensor], float] 
 
 
 def _standardized(inputs: Tensor) -> Tensor:
-    """Images [N, C, H, W] as rows of mean 0 and length 1: the product of two is their correlation."""
-    rows = inputs.flatten(1)
+    """Images [N, C, H, W], of 64 x 64 pixels at most, as rows of mean 0 and length 1: the product of two is their
+    correlation."""
+    height, width = inputs.shape[2:]
+    rows = F.adaptive_avg_pool2d(inputs, (min(height, 64), min(width, 64))).flatten(1)
     return F.normalize(rows - rows.mean(1, keepdim=True))
 
 
