@@ -301,8 +301,8 @@ class Call:
         sections = ("name", "data", "teacher", "ensemble")
         kept = [o for o in self.overrides if whole or (o.key.split(".")[0] in sections and o.key not in of_students)]
         known = ("--set ", "--seed", "--threads ")  # other flags are of some commands alone: what they set, all have
-        own = {o.key: o.origin.startswith(known) for o in kept}
-        typed = [o.origin if own[o.key] else f"--set {o.key}={o.value}" for o in kept if own[o.key] or self._tells(o)]
+        told = [o for o in kept if o.origin.startswith(known) or self._tells(o)]
+        typed = [o.origin if o.origin.startswith(known) else f"--set {o.key}={o.value}" for o in told]
         words = [self.experiment, *(word for part in typed for word in part.split(" ", 1))]
         return shlex.join([*words, *self.where()])
 

@@ -89,7 +89,7 @@ class Dataset:
         return self.test.store is self.train.store
 
     def apart(self, rows: Tensor) -> dict[str, Tensor]:
-        """Where that is so: of rows of all training images those of `train` and, held out, of `test`."""
+        """Of rows of all training images those of `train` and, as `test`, those of the images held out (`on_heldout`)."""
         return {"train": rows[self.train.positions], "test": rows[self.test.positions]}
 
     @cached_property
