@@ -89,7 +89,7 @@ class Dataset:
         return self.test.store is self.train.store
 
     def apart(self, rows: Tensor) -> dict[str, Tensor]:
-        """Of rows of all training images those of `train` and, as `test`, those of the images held out (`on_heldout`)."""
+        """Of rows of all training images those of `train` and, as `test`, those of the held-out ones (`on_heldout`)."""
         return {"train": rows[self.train.positions], "test": rows[self.test.positions]}
 
     @cached_property
