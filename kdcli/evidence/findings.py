@@ -85,8 +85,9 @@ class Findings:
         student = places.open(last.document.run)
         own = student if last.document.kind in roles[0] else None
         teacher = places.open(last.document.teacher.run) if last.document.teacher else own
-        soft = teacher and all({"train", "test"} <= member.load("logits").keys() for member in members(teacher))
-        self.knowledge = known = Knowledge(teacher, student, data) if teacher and soft else None
+        if teacher and not all({"train", "test"} <= member.load("logits").keys() for member in members(teacher)):
+            teacher = None
+        self.knowledge = known = Knowledge(teacher, student, data) if teacher else None
         firsts = [same[0] for same in self.omissions.values()]
         self.lessons = [Lesson(d, places.open(d.run), known.soft, data) for d in firsts] if known else []
 

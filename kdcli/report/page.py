@@ -60,7 +60,7 @@ def html(summary: Summary, found: Findings | None, drawn: dict[str, bytes]) -> s
         "tensor": torch.tensor,
     }
     settings = yaml.safe_dump(summary.settings, sort_keys=False, default_flow_style=None, width=90)
-    page.globals |= {"pixels": pixels, "score": score, "show": show}
+    page.globals |= {"pixels": partial(pixels, photo=bool(found and found.names)), "score": score, "show": show}
     return page.get_template("page.html").render(summary=summary, found=found, drawn=drawn, settings=settings)
 
 

@@ -3,7 +3,7 @@ that takes the images of a dataset and gives a logit for each of its classes."""
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,19 +119,24 @@ def _tried(origin: Origin, model: Model | None, dataset: Dataset, _: str) -> Non
 
 
 def answers(origin: Origin, dataset: Dataset) -> Answers:
-    """What a file of logits says of the images of a dataset; where errors are counted on held-out images, what it says
-    of all training images holds both. Raises BadInput as `read_answers` does, or where students see images that it
-    leaves out."""
-    file, sizes = Path(origin.logits or ""), {part: len(getattr(dataset, part) or ()) for part in PARTS}
-    files = dataset.files
-    if dataset.on_heldout:
-        sizes, files = sizes | {"train": len(dataset.train.store), "test": 0}, listed(dataset.listings)
-    found = read_answers(file, sizes, dataset.facts.classes, origin.classes, files)
-    if dataset.on_heldout:
-        found = found._replace(logits=found.logits | dataset.apart(found.logits["train"]))
+    """What a file of logits says of the images of a dataset. Raises BadInput as `answers_for` does, or where students
+    see images that it leaves out."""
+    file = Path(origin.logits or "")
+    found = answers_for(dataset, file, origin.classes)
     if dataset.unlabelled and "unlabelled" not in found.logits:
         raise BadInput(f"{file}: has no answers for the images of data.unlabelled: add them")
     return found
+
+
+def answers_for(dataset: Dataset, file: Path, order: Sequence[str] | None = None) -> Answers:
+    """What a file says of the images of a dataset; where errors are counted on held-out images, what it says of all
+    training images holds both. Raises BadInput as `read_answers` does."""
+    sizes, files = {part: len(getattr(dataset, part) or ()) for part in PARTS}, dataset.files
+    if not dataset.on_heldout:
+        return read_answers(file, sizes, dataset.facts.classes, order, files)
+    sizes, files = sizes | {"train": len(dataset.train.store), "test": 0}, listed(dataset.listings)
+    found = read_answers(file, sizes, dataset.facts.classes, order, files)
+    return found._replace(logits=found.logits | dataset.apart(found.logits["train"]))
 
 
 def imported(

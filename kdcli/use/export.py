@@ -26,7 +26,7 @@ from kdcli.data.dataset import Dataset
 from kdcli.evidence.results import cost, log_probabilities
 from kdcli.runs.directory import Run, write_aside
 from kdcli.runs.spec import settings
-from kdcli.teachers.answers import read_answers
+from kdcli.teachers.imports import answers_for
 from kdcli.teachers.teacher import dataset_of, logits_of, members, nets
 
 Form = Literal["onnx", "torch", "safetensors", "logits"]
@@ -217,17 +217,15 @@ def _of_answers(run: Run, dataset: Dataset, top_k: int | None, half: bool) -> Pr
             rows, numbers = rows.topk(top_k)
             arrays[f"{part}_classes"] = numbers.numpy().astype(np.min_scalar_type(len(classes)))
         arrays[part] = rows.to(torch.float16 if half else torch.float32).numpy()
-    sizes = {part: len(split) for part, split in parts.items()}
     if dataset.on_heldout:  # one row per training image, as they are read
-        places, sizes = dataset.apart(torch.arange(len(dataset.train.store))), {"train": len(dataset.train.store)}
+        places = dataset.apart(torch.arange(len(dataset.train.store)))
         order = torch.cat([places["train"], places["test"]]).argsort().numpy()
         for key in [key for key in arrays if key.startswith("train")]:
             arrays[key] = np.concatenate([arrays[key], arrays.pop(key.replace("train", "test"))])[order]
     np.savez(content := io.BytesIO(), **arrays)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder, "logits.npz")).write_bytes(content.getvalue())
-        read = read_answers(file, sizes, classes, None, {}).logits
-    read |= dataset.apart(read["train"]) if dataset.on_heldout else {}
+        read = answers_for(dataset, file).logits
     wanted, found = (torch.cat([rows[part] for part in parts]).double().softmax(1) for rows in (log_p, read))
     kind, of = "logits" if whole else "log-probabilities at T = 1", f"the {top_k} likeliest of " if top_k else ""
     holds = f"{kind} of {of}{len(classes)} classes, {arrays['train'].dtype}, for {len(dataset.train):,} training and "
