@@ -14,7 +14,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from kdcli import BadInput, yamlfile
-from kdcli.config import Experiment, Section
+from kdcli.config import Experiment, Row, Section
 from kdcli.machine.cluster import Cluster, address
 from kdcli.report import show
 from kdcli.runs import mirror
@@ -167,7 +167,7 @@ class Call:
     def teachers(self, work: "Work") -> "tuple[Work, list[Job]]":
         """The work with the teachers that --with-teacher trains first, and the finished ones that it uses. Raises
         BadInput where one is missing or cannot be used."""
-        from kdcli.plan import made_from, refuse_missing, unfinished, usable
+        from kdcli.plan import Job, made_from, refuse_missing, unfinished, usable
 
         if self.teacher and self.with_teacher:
             raise BadInput("--teacher --with-teacher: use one or the other")
@@ -175,20 +175,22 @@ class Call:
         absent = {run.name for run in unfinished(needed, work.places)}
         missing = [job for job in needed if job.spec.name in absent]
         if (wanted := [job for job in missing if job.spec.name in teachers]) and not self.with_teacher:
-            spent, _ = self.cost(work, [job.spec for job in missing])
+            spent, *_ = self.cost(work, [job.spec for job in missing])
             refuse_missing(wanted, work.places, self.retype(), show.duration(spent), self.display.note)
         for name in teachers - {job.spec.name for job in (*work.jobs, *wanted)}:
             usable(work.places.open(name), work.jobs[0].spec, "a teacher")
         finished = [job for job in needed if job.spec.name in teachers - absent]
+        if self.teacher:
+            named = work.places.open(self.teacher).spec
+            finished.append(Job(Row(named.command, "teacher"), named))
         return replace(work, jobs=[*(missing if wanted else []), *work.jobs]), finished
 
     def train(self) -> None:
         """Train the nets that the command is about and print what comes out. --epochs is for every one of them."""
         experiment = self.load()
         sections = ["teacher"] if self.command in TEACHERS else [*experiment.student_trains]
-        members = experiment.ensemble.members if self.command == "ensemble" and experiment.ensemble else 0
-        if isinstance(members, list):
-            sections = [f"ensemble.members.{i}" for i, member in enumerate(members) if member.train]
+        if self.command == "ensemble" and (listed := [*experiment.teachers][1:]):
+            sections = [section for section in listed if experiment.teachers[section].train]
             if self.epochs and not sections:
                 raise BadInput(f"--epochs {self.epochs}: no member is trained")
         self.override("--epochs", self.epochs, *(f"{section}.train.epochs" for section in sections))
@@ -216,6 +218,8 @@ class Call:
         apart = self.command == "ensemble" and self.load().distill.teacher != "ensemble"
         more = ["--set", "distill.teacher=ensemble"] if apart else []
         following = f"distill {self.retype(whole=True)} {shlex.join(more)}"
+        if self.command == "train-teacher" and self.load().distill.teacher == "ensemble":
+            following = f"ensemble {self.retype(whole=True)}"
         if self.command not in TEACHERS:
             following = shlex.join(["report", mine[0].run, *self.where()])
         self.display.note(f"next: kd {following}".rstrip())
@@ -246,35 +250,37 @@ class Call:
         remarks = [line for line in show.remarks(summary) if line not in self.display.noted]
         self.present(summary, show.final_table(summary), *remarks)
         files = write_report(summary, work.dataset, work.places, work.folder, figures)
-        if self.remote:
-            mirror.send(self.remote, work.folder)
+        for folder in {file.parent for file in files} if self.remote else ():
+            mirror.send(self.remote, folder)
         self.display.note(f"wrote {work.folder}: {', '.join(str(file.relative_to(work.folder)) for file in files)}")
         student = next((job.spec.name for job in work.jobs if job.row.kind == "student"), "")
         ship = f", or ship a student: {shlex.join(['kd', 'export', student, *self.where()])}" if student else ""
         self.display.note(f"next: open {shlex.quote(str(files[0]))}{ship}")
         return summary, files[0]
 
-    def cost(self, work: "Work", specs: "Sequence[Spec]") -> "tuple[float, int]":
-        """The seconds that training some runs takes here, and how many are trained at once."""
+    def cost(self, work: "Work", specs: "Sequence[Spec]") -> tuple[float, int, int]:
+        """The seconds that training some runs takes here, how many are trained at once, and the threads of each."""
         from kdcli.training.engine import share
         from kdcli.training.estimate import seconds
 
         places, at_once = share(specs, work.places, self.load().threads, self.jobs)
         taken = seconds(specs, [job.spec for job in work.planned], work.dataset, places)
-        return sum(taken.values()) / at_once, at_once
+        return sum(taken.values()) / at_once, at_once, places.threads
 
     def describe(self, work: "Work") -> None:
         """Show the resolved experiment, the device, and what would be trained; write nothing."""
         import yaml
 
         from kdcli.plan import describe
+        from kdcli.work import finished
 
+        finished(work.jobs, work.places)
         experiment, missing = self.load(), self.missing(work)
         resolved, device = experiment.model_dump(exclude_none=True), work.places.device
         runs = describe(work.jobs, work.dataset, work.places.runs_dir)
-        spent, at_once = self.cost(work, missing)
+        spent, at_once, threads = self.cost(work, missing)
         text = yaml.safe_dump(resolved, sort_keys=False, default_flow_style=None, width=80)
-        text += f"# device: {device}, threads: {work.places.threads}"
+        text += f"# device: {device}, threads: {threads}"
         document = {"command": self.command, "dry_run": True, "device": device, "runs": runs, "resolved": resolved}
         document["seconds"] = round(spent)
         time = f"# about {show.duration(spent)} on this machine, {at_once} at once" if missing else "# nothing to train"
@@ -296,23 +302,22 @@ class Call:
 
     def retype(self, whole: bool = False) -> str:
         """The arguments that describe the experiment; unless `whole`, those for the same teachers alone."""
-        of_students = {"data.transfer", "data.unlabelled"}
-        of_students |= {"data.heldout"} if self.load().data.evaluate_on == "test" else set()
-        sections = ("name", "data", "teacher", "ensemble")
+        e, without, sections = self.load(), self._without, ("name", "data", "teacher", "ensemble")
+        of_students = {"data.transfer"} | ({"data.heldout"} if e.data.evaluate_on == "test" else set())
+        of_students |= set() if any(t.logits for t in e.teachers.values()) else {"data.unlabelled"}
         kept = [o for o in self.overrides if whole or (o.key.split(".")[0] in sections and o.key not in of_students)]
+        kept += [o for o in self.overrides if o not in kept and (other := without(o)) and other.grid != e.grid]
         known = ("--set ", "--seed", "--threads ")  # other flags are of some commands alone: what they set, all have
-        told = [o for o in kept if o.origin.startswith(known) or self._tells(o)]
+        told = [o for o in kept if o.origin.startswith(known) or without(o) != e]  # --set refuses the file's own value
         typed = [o.origin if o.origin.startswith(known) else f"--set {o.key}={o.value}" for o in told]
         words = [self.experiment, *(word for part in typed for word in part.split(" ", 1))]
         return shlex.join([*words, *self.where()])
 
-    def _tells(self, one: Override) -> bool:
-        """Whether what a flag sets is not the file's own value, which --set refuses."""
-        try:
-            others = [other for other in self.overrides if other is not one]
-            return yamlfile.load(self.experiment, others).experiment != self.load()
-        except BadInput:  # the experiment cannot do without it
-            return True
+    def _without(self, one: Override) -> Experiment | None:
+        """The experiment without an override; None where it cannot do without it."""
+        with suppress(BadInput):
+            return yamlfile.load(self.experiment, [other for other in self.overrides if other is not one]).experiment
+        return None
 
     def where(self) -> list[str]:
         """The words that name the folders of the data and of the runs, unless they are the usual ones."""

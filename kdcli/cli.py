@@ -85,9 +85,11 @@ def omit_classes(
             with loaded.located():
                 known = open_dataset(loaded.experiment.data, call.data_dir, not call.dry_run).facts.classes
         named = {flag: yamlfile.parse_classes(text, known) for flag, text in typed.items()}
-        described = call.load().omit_classes
-        rowless = [Override(section, {}, flags) for section in ("expect", "paper")]  # they may name other entries
-        call.overrides += [*rowless, Override("omit_classes", [named], flags)]
+        described, e = call.load().omit_classes, call.load()
+        rows = {row.name for row in e.rows if row.kind != "omission"}  # the entries may be others
+        kept = {"expect": {k: v for k, v in e.expect.items() if k in rows}, "paper": {}}
+        call.overrides += [Override(section, value, flags) for section, value in kept.items()]
+        call.overrides.append(Override("omit_classes", [named], flags))
         (wanted,) = call.load().omit_classes
         same = [entry.model_dump(exclude_unset=True) for entry in described if entry.label == wanted.label]
         call.overrides[-1] = Override("omit_classes", same or [named], flags)
@@ -102,6 +104,8 @@ def evaluate(
 ) -> None:
     """Evaluate the finished runs: errors, calibration, agreement with the teacher, cost."""
     work = call.prepare()
+    import torch
+
     from kdcli.evidence.compare import in_rows
     from kdcli.evidence.results import documents
     from kdcli.plan import evaluable, unfinished
@@ -113,6 +117,7 @@ def evaluate(
     jobs.sort(key=lambda job: order.index(job.row.name) if job.row.name in order else len(order))
     if call.dry_run:
         return call.describe(replace(work, jobs=jobs))
+    torch.set_num_threads(work.places.threads)
     found = documents(jobs, work.dataset, work.places, work.subject.expect, "timed")
     classes = work.dataset.facts.classes
     whole = {"command": "evaluate", "experiment": work.subject.experiment, "classes": classes, "runs": found}
@@ -216,7 +221,8 @@ def export_(
     hint = [f"try it: kd predict {shlex.quote(d.file)} IMAGE.png"] if of_images else []
     if q := d.int8:
         proved += f"; {q.ms:g} ms an image, float32 {q.float32_ms:g} ms and {q.float32_bytes:,} bytes"
-    learn = yaml.safe_dump({"logits": d.file}, default_flow_style=True, width=math.inf, allow_unicode=True)
+    whole = {"logits": os.path.abspath(d.file)}  # the experiment file may lie elsewhere
+    learn = yaml.safe_dump(whole, default_flow_style=True, width=math.inf, allow_unicode=True)
     hint += [f"learn from it: teacher: {learn.strip()}"] if form == "logits" else []
     call.present(d, f"wrote {d.file}: {d.bytes:,} bytes, {proved}", f"wrote {d.card}", *hint)
 
@@ -330,7 +336,11 @@ def cache(
     test: Annotated[float | None, Option(help="Share of a folder without test images (data.test).")] = None,
 ) -> None:
     """Decode image files ahead, as the first start of an experiment does: kd cache photos --size 64."""
-    if is_folder := os.path.isdir(of):
+    if idle := [one.origin for one in call.overrides if one.key.split(".")[0] != "data"]:
+        raise BadInput(f"{idle[0]}: changes nothing that kd cache does")
+    if is_folder := os.path.isdir(of):  # no file has a folder that paths begin in
+        beside = [one for one in call.overrides if one.key == "data.unlabelled"]
+        call.overrides += [one._replace(value=os.path.abspath(str(one.value))) for one in beside]
         call.overrides.insert(0, Override("data", {"folder": os.path.abspath(of)}, of))
     for flag, value in (("size", size), ("channels", channels), ("test", test)):
         call.override(f"--{flag}", value, f"data.{flag}")

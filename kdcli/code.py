@@ -50,7 +50,7 @@ def function(reference: str) -> Callable[..., Any]:
         return found
 
 
-def call(reference: str, **arguments: Any) -> Any:
+def call(reference: str, /, **arguments: Any) -> Any:
     """What the function of `file.py:function` returns. Raises BadInput when it is not there or fails, with its line."""
     path = reference.rpartition(":")[0]
     with quiet(), blaming(path, path):  # a call with the wrong arguments has no line of the file

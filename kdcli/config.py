@@ -152,6 +152,11 @@ class Data(Section):
         """Whether its images are files of any size, not arrays."""
         return bool(self.folder) or (self.name or "").startswith("torchvision:")
 
+    @property
+    def images(self) -> dict[str, Any]:
+        """What says which the labelled images are, and how many pixels they have."""
+        return self.model_dump(include={*self.one_of, "split", "size", "channels", "test"})
+
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         files, of_folder = self.files, "a folder or a torchvision dataset"
         belongs = {"channels": (files, of_folder), "test": (self.folder, "a folder")}
@@ -195,6 +200,8 @@ class Model(Section):
                 yield key, f"belongs to {'hidden' if self.name else 'name'}: remove it"
         if self.args and NET.fullmatch(self.name or ""):
             yield "args", f"belongs to functions, torchvision and timm: {self.name} has none"
+        if self.file and (given := sorted({"classes", "channels"} & self.args.keys())):
+            yield f"args.{given[0]}", "is what kd itself calls the function with: remove it"
         if self.pretrained and not (self.name or "").startswith(("torchvision:", "timm:")):
             yield "pretrained", "belongs to torchvision:NAME and timm:NAME: remove it, or name a file of `weights`"
 
@@ -337,13 +344,6 @@ class TeacherSection(Origin):
             yield "classes", "belongs to a net with its own head: with a new one they are the data's; remove it"
         if twice := [c for c in self.classes or [] if (self.classes or []).count(c) > 1]:
             yield "classes", f"names {twice[0]} twice"
-
-    @property
-    def network(self) -> Network:
-        """The net and its training, of a teacher that is trained here."""
-        assert self.model
-        assert self.train
-        return Network(model=self.model, train=self.train)
 
     @property
     def origin(self) -> Origin | None:
@@ -630,9 +630,10 @@ class Experiment(Section):
             yield "student.model.pretrained", "belongs to a teacher: remove it"
         if self.ensemble and isinstance(self.ensemble.members, int) and not self.teacher.train:
             yield "ensemble.members", "would all be the same net, which is not trained: name a list of teachers"
-        members = self.ensemble.members if self.ensemble and isinstance(self.ensemble.members, list) else []
         augmented = [key for key, train in self.taught_trains.items() if train.augmented]
-        for key in augmented if any(t.logits for t in (self.teacher, *members)) else ():
+        teachers = [*self.teachers.values()]
+        asked = teachers[1:] if self.distill.teacher == "ensemble" and len(teachers) > 1 else teachers
+        for key in augmented if any(teacher.logits for teacher in asked) else ():
             yield f"{key}.train", "shows views of the images, and a file of logits has answers for none: remove them"
         if self.distill.views and not augmented:
             yield "distill.views", "has no use, since no student's train is augmented: remove it"
@@ -677,6 +678,12 @@ class Experiment(Section):
             ("member of the baselines", "member", ensemble),
         ]
         return [Row(name, kind) for name, kind, is_there in rows if is_there]
+
+    @property
+    def teachers(self) -> dict[str, TeacherSection]:
+        """The sections that describe a teacher: the experiment's, and those of members that are listed."""
+        members = self.ensemble.members if self.ensemble and isinstance(self.ensemble.members, list) else []
+        return {"teacher": self.teacher} | {f"ensemble.members.{i}": member for i, member in enumerate(members)}
 
     @property
     def student_trains(self) -> dict[str, Train]:

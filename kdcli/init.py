@@ -64,6 +64,7 @@ class Look(NamedTuple):
 
 def experiment_file(path: Path, teacher: str, student: str, places: Places) -> str:
     """A commented experiment file for a folder of images: its nets, sizes, epochs and time. Raises BadInput."""
+    nets = {"teacher": _model("teacher", teacher), "student": _model("student", student)}
     look, name = _look(path, places.device != "cpu"), unicodedata.normalize("NFKD", Path(os.path.abspath(path)).name)
     name = re.sub(r"[^A-Za-z0-9]+", "-", "".join(c for c in name if not unicodedata.combining(c)))
     text = Path(__file__).with_name("init.yaml").read_text()
@@ -83,9 +84,8 @@ def experiment_file(path: Path, teacher: str, student: str, places: Places) -> s
         name=name,
         path=dumps(os.path.abspath(path)),
         omitted=omitted,
-        teacher=json.dumps(teacher),
-        student=json.dumps(student),
-        costs=[_cost(role, net, look.facts) for role, net in (("teacher", teacher), ("student", student))],
+        **{role: dumps(model.name) for role, model in nets.items()},
+        costs=[_cost(model, look.facts) for model in nets.values()],
         each=torch.bincount(look.train).tolist(),
         sizes=sorted({(one.width, one.height) for one in look.headers}, key=lambda wh: wh[0] * wh[1]),
         epochs=epochs,
@@ -116,12 +116,16 @@ def _look(path: Path, fast: bool) -> Look:
     return look if alike else look._replace(size=min(SIZES[fast and look.median > 1.5 * SIZES[0]], round(look.median)))
 
 
-def _cost(role: str, name: str, facts: Facts) -> str:
-    """The parameters and the multiply-adds an image of a net. Raises BadInput where it does not fit the images."""
+def _model(role: str, name: str) -> Model:
+    """A net by its name, of somebody's file with its whole path: where the text will lie is not known."""
     try:
-        model = Model(name=name)
+        return Model(name=name)
     except ValidationError as error:
         raise BadInput(f"--{role} {name}: {error.errors()[0]['msg']}") from None
+
+
+def _cost(model: Model, facts: Facts) -> str:
+    """The parameters and the multiply-adds an image of a net. Raises BadInput where it does not fit the images."""
     fits(net := build(model, facts), model, facts)
     parameters = sum(p.numel() for p in net.parameters())
     return f"{parameters / 1e6:.2g} M parameters, {multiply_adds(net, facts.shape) / 1e6:.3g} M multiply-adds per image"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli import BadInput, BadKeys, Note, code, losses, yamlfile
-from kdcli.config import AUGMENTATION, Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
+from kdcli.config import AUGMENTATION, Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, Train, nearest
 from kdcli.data.dataset import Dataset
 from kdcli.machine.device import seeded
 from kdcli.nets import models
@@ -27,7 +27,7 @@ from kdcli.runs.spec import (
     settings,
 )
 from kdcli.teachers import imports
-from kdcli.teachers.teacher import members, weights_checksum
+from kdcli.teachers.teacher import check_code, members, weights_checksum
 
 KINDS: dict[Command, Kind] = {
     "train-teacher": "teacher",
@@ -129,11 +129,23 @@ class _Planner:
             return self.ensemble("teacher", self.experiment.seed[0]).name
         return self.net("teacher", seed).name
 
+    def check_answers(self, named: Run, train: Train) -> None:
+        """Raise BadInput for a named teacher that is a file of logits without answers for what students see."""
+        pool = self.dataset.facts.unlabelled
+        for spec in (member.spec for member in members(named)):
+            lacks = "views of the images: remove what augments the student's train" if train.augmented else ""
+            if pool and spec.dataset.unlabelled != pool:
+                lacks = lacks or "these unlabelled images: leave --teacher out"
+            if lacks and spec.origin and spec.origin.logits:
+                raise BadInput(f"--teacher {named.name}: a file of logits, which has no answers for {lacks}")
+
     def student(self, teacher: str, entry: Omission | None, seed: int) -> list[Spec]:
         e = self.experiment
         more: dict[str, Any] = {"model": e.student.model, "train": (entry and entry.train) or e.student.train}
         how: dict[str, Any] = {"teacher": "teacher"}  # the parents say which
         how |= {} if more["train"].augmented else {"views": None, "half": False}
+        if self.named and teacher == e.distill.teacher:
+            self.check_answers(self.named, more["train"])
         more["distill"] = e.distill.model_copy(update=how)
         more["parents"] = [self.taught_by(teacher, seed)]
         if e.distill.file:
@@ -182,9 +194,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
 
 def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     student, (_, height, width) = e.student.model, dataset.facts.shape
-    described = e.ensemble.members if e.ensemble and isinstance(e.ensemble.members, list) else []
-    of_members = (e.ensemble and e.ensemble.models) or []
-    teachers = {"teacher": e.teacher} | {f"ensemble.members.{i}": t for i, t in enumerate(described)}
+    of_members, teachers = (e.ensemble and e.ensemble.models) or [], e.teachers
     of_teachers = {section: teacher.train for section, teacher in teachers.items() if teacher.train}
     for section, train in {**of_teachers, **e.student_trains}.items():
         for key, times, of in (("jitter", 2, "half of "), ("elastic", 2, "half of "), ("cutout", 1, "")):
@@ -199,8 +209,9 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
             yield f"{section}.train.max_norm", "is for multi-layer perceptrons (hidden: …): remove it"
     own = {f"{key}.model": t.model for key, t in teachers.items() if t.model and not t.origin}
     own |= {"student.model": student}
-    own |= {f"ensemble.models.{i}": m for i, m in enumerate(of_members)}
-    for key, teacher in teachers.items():
+    made = {f"ensemble.models.{i}": e.teacher.model_copy(update={"model": m}) for i, m in enumerate(of_members)}
+    own |= {key: teacher.model for key, teacher in made.items() if teacher.model and not teacher.origin}
+    for key, teacher in {**teachers, **made}.items():
         yield from imports.problems(key, teacher, dataset)
     for key, model in own.items():
         if message := try_net(model, dataset.facts)[1]:
@@ -399,12 +410,17 @@ def _close_runs(wanted: Run, note: Note) -> list[tuple[int, bool, str]]:
     def described(spec: Spec) -> dict[str, Any]:
         return settings(spec) | {"seed": spec.seed} | ({"members": len(spec.parents)} if spec.parents else {})
 
+    def made_of(spec: Spec) -> set[str]:
+        """What an ensemble's members are: teachers, or baselines, which are none."""
+        return {name.split("/")[1] for name in spec.parents}
+
     found = []
     for run in list_runs(wanted.root, wanted.spec.experiment, [wanted.spec.command], note):
         unlike = differences(described(wanted.spec), described(run.spec)) or ["other members"]
-        if run.name != wanted.name:
+        if run.name != wanted.name and made_of(run.spec) == made_of(wanted.spec):
             status = run.status()
-            can = status == "completed" and data_settings(wanted.spec) == data_settings(run.spec)
+            alike = wanted.spec.dataset.unlabelled == run.spec.dataset.unlabelled  # of teachers those of files alone
+            can = status == "completed" and alike and data_settings(wanted.spec) == data_settings(run.spec)
             use = f" (to use it: --teacher {run.name})" if can else ""
             found.append((len(unlike), status != "completed", f"{run.name} ({status}), with {'; '.join(unlike)}{use}"))
     return found
@@ -429,7 +445,7 @@ def evaluable(
     def teacher(name: str) -> str | None:
         try:
             found = there(places.runs_dir, name)
-            return usable(found, like, "evaluated").name if found else None
+            return _judged(found, like).name if found else None
         except BadInput as error:
             left_out(name, str(error))
             return None
@@ -457,4 +473,5 @@ def _judged(run: Run, like: Spec) -> Run:
     if gone := orphaned(run):
         raise BadInput(f"{run.name}: {gone}")
     run.counted("evaluated")
+    check_code(run)
     return usable(run, like, "evaluated")

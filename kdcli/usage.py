@@ -44,4 +44,5 @@ def _meant(option: str, context: Any, teaches: bool) -> str:
     section = "distill" if key in Distill.model_fields and word != "warmup" else ""
     if key in Train.model_fields and not section:
         section = "teacher.train" if teaches else "student.train"
-    return f"--set {section}.{key}=…" if section and "--set" in known else ""
+    idle = context.command.name in ("evaluate", "cache") or (teaches and section == "distill")
+    return f"--set {section}.{key}=…" if section and "--set" in known and not idle else ""

@@ -13,7 +13,7 @@ from kdcli.machine import distributed
 from kdcli.machine.cluster import Cluster
 from kdcli.plan import Job, check, distinct, find_teacher, part, plan, unfinished, usable
 from kdcli.runs import mirror
-from kdcli.runs.directory import Places
+from kdcli.runs.directory import Places, Run
 from kdcli.teachers.teacher import dataset_of
 from kdcli.training.engine import run_all, share
 from kdcli.training.train import Tell
@@ -68,15 +68,19 @@ def prepare(
         raise BadInput(f"{name}: has a grid, which `kd run` walks; for one of its points: {keys}")
     for override in overrides:
         if override.origin.startswith("--set ") and override.key.split(".")[0] not in NO_CHANGE:
+            bare = [other for other in overrides if other is not override]
             try:
-                others, _, before = planned([other for other in overrides if other is not override])
+                if yamlfile.points(name, bare)[0].experiment.data.images != experiment.data.images:
+                    continue  # to open them may take hours
+                others, _, before = planned(bare)
             except BadInput:  # the experiment cannot do without it
                 continue
             if others[0].experiment.grid == experiment.grid:  # else it picks a point
                 if [other.experiment for other in others] == [point.experiment for point in points]:
                     raise _of_no_effect(override, overrides)
                 _refuse_idle(override, command, before, jobs, experiment)
-    subject = results.about(experiment, Path(points[0].file).stem, [point.at for point in points], dataset)
+    rows = list(dict.fromkeys(row for point in points for row in point.experiment.rows))  # a point may have its own
+    subject = results.about(experiment, Path(points[0].file).stem, rows, [point.at for point in points], dataset)
     places = places._replace(threads=experiment.threads or max(cores() // distributed.LOCAL_WORLD, 1))
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
 
@@ -108,18 +112,21 @@ def prepare_run(name: str, places: Places) -> Work:
     return Work(subject, folder, dataset, jobs, jobs, places)
 
 
+def finished(jobs: Sequence[Job], places: Places) -> list[Run]:
+    """The runs of some jobs that are finished, each once. Raises BadInput where one cannot be used."""
+    runs = [Run(places.runs_dir, job.spec) for job in distinct(jobs)]
+    return [usable(places.open(run.name), run.spec, "shown") for run in runs if run.finished()]
+
+
 def obtain(work: Work, jobs: Sequence[Job], threads: int | None, engine: Engine, tell: Tell, note: Note) -> None:
     """Train the jobs that are not finished; of those that are, check that they can be used, and say so.
 
     A run alone works with `work.places`, several at once with a thread each, or `threads`; on Ray with one a CPU."""
     at_once, cluster = engine
     places, missing = work.places, {run.name: run.spec for run in unfinished(jobs, work.places)}
-    finished = [job.spec for job in distinct(jobs) if job.spec.name not in missing]
-    for spec in finished:
-        usable(places.open(spec.name), spec, "shown")
-    if finished:
-        more = f" and {len(finished) - 1} more" if len(finished) > 1 else ""
-        note(f"{finished[0].name}{more}: finished before")
+    if before := finished(jobs, places):
+        more = f" and {len(before) - 1} more" if len(before) > 1 else ""
+        note(f"{before[0].name}{more}: finished before")
     if not cluster or not missing:
         return run_all(missing, *share(missing.values(), places, threads, at_once), tell, note)
     there = places._replace(runs_dir=places.runs_dir.absolute(), device="cuda" if cluster.gpus else "cpu")

@@ -169,19 +169,21 @@ def _loaded(file: _File, overrides: Sequence[Override], point: Sequence[Override
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with the numbers of YAML 1.2: 1e-3 is one; 010, 1_000 and 1:30 are not."""
+    """YAML with the numbers of YAML 1.2: 1e-3 is one; 010, 1_000 and 1:30 are not; and its booleans: yes, no, on and
+    off, which may be classes, are words."""
 
 
-_NUMBERS = {
+_CORE = {
+    "tag:yaml.org,2002:bool": r"(true|True|TRUE|false|False|FALSE)$",
     "tag:yaml.org,2002:int": r"[-+]?(0|[1-9]\d*)$",
     "tag:yaml.org,2002:float": r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$",
 }
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CORE]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _tag, _pattern in _NUMBERS.items():
-    Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+for _tag, _pattern in _CORE.items():
+    Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789tTfF"))
 
 
 def _read(path: Path) -> _File:
@@ -232,7 +234,9 @@ def _keys(node: yaml.Node | None, above: str = "") -> Iterator[tuple[str, int, i
 
 def _apply(override: Override, values: dict[str, Any], origins: dict[str, str]) -> None:
     """Set one dotted key, creating the sections above it. Copies what it changes: an anchor's aliases share it."""
-    path = [int(part) if part.isdecimal() else part for part in override.key.split(".")]
+    section = override.key.partition(".")[0]
+    parts = override.key.split(".", 1 if section in ("grid", "expect", "paper") else -1)  # their keys may have points
+    path = [int(part) if part.isdecimal() else part for part in parts]
     place: Any = values
     try:
         for i, part in enumerate(path[:-1], start=1):

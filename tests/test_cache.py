@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -255,6 +256,18 @@ def test_an_experiment_starts_without_decoding_what_was_decoded_ahead(photos: Pa
     assert f"{unlabelled}: decoding 105 images, once: 11.3 kB" in done.err
     assert len(done.json["folders"]) == 2
     assert "decoding" not in kd_here(elsewhere, *more).err
+    shutil.copytree(unlabelled, photos.parent / "more")
+    beside = ("cache", "photos", "--size", "6", "--set", "data.unlabelled=more", "--dry-run", "--json")
+    assert kd_here(photos.parent, *beside).json["images"] == 210 + 105
+
+
+def test_images_that_are_replaced_are_not_decoded(photos: Path) -> None:
+    (photos.parent / "photos.yaml").write_text(EXPERIMENT.replace("../", ""))
+    done = kd_here(photos.parent, "train-teacher", "photos.yaml", "--dry-run", "--set", "data.size=5")
+    assert done.code == 0, done.err
+    assert re.findall("once: (.*) in", done.err) == ["15.8 kB"]  # 210 of 5 x 5 pixels
+    done = kd_here(photos.parent, "train-teacher", "photos.yaml", "--dry-run", "--set", "data.size=6")
+    assert done.err.splitlines()[-1] == "--set data.size=6: changes nothing: that is its value already"
 
 
 @pytest.mark.parametrize(
@@ -264,6 +277,7 @@ def test_an_experiment_starts_without_decoding_what_was_decoded_ahead(photos: Pa
         (("photos", "--channels", "2"), "--channels 2: data.channels: must be 1 or 3, not 2"),
         (("digits",), "digits: its images are no files in a folder, which alone are decoded ahead"),
         (("photos", "--on", "ray://127.0.0.1:1"), "--on ray://127.0.0.1:1: no Ray cluster answers there: Connection"),
+        (("photos", "--set", "distill.T=9"), "--set distill.T=9: changes nothing that kd cache does"),
         (("nowhere",), "nowhere: neither an experiment's name nor a .yaml file"),
     ],
 )

@@ -681,9 +681,10 @@ def test_a_student_of_other_weights_than_its_teacher_has_now_is_told(kd: Shell) 
     assert here(kd, "distill", "tiny.yaml").code == 0  # the same weights again
     run.save("weights", {name: tensor + 1 for name, tensor in run.load("weights").items()})
     run.finish(result)
-    done = here(kd, "distill", "tiny.yaml")
-    assert done.code == 2
-    assert "was made from other weights than tiny/train-teacher/" in done.err
+    for words in ((), ("--dry-run",)):
+        done = here(kd, "distill", "tiny.yaml", *words)
+        assert done.code == 2
+        assert "was made from other weights than tiny/train-teacher/" in done.err
 
 
 def test_a_log_has_a_line_a_run_or_more_or_none(kd: Shell) -> None:
@@ -954,6 +955,8 @@ def test_evaluation_agrees_with_what_training_counted(kd: Shell) -> None:
     ensembles = [run["cost"]["parameters"] for run in document["runs"] if run["command"] == "ensemble"]
     assert sorted(ensembles) == [2 * 1210, 2 * 4810]
     text = kd_here(kd.folder, "evaluate", "tiny.yaml", "--run", document["runs"][0]["run"])
+    two = kd_here(kd.folder, "evaluate", "tiny.yaml", "--run", document["runs"][0]["run"], "--threads", "2", "--json")
+    assert two.json["runs"][0]["cost"]["measured_on"] == "cpu, 2 threads"
     assert "Where the errors are" in text.out
 
 
@@ -1066,3 +1069,42 @@ def test_epochs_of_an_ensemble_are_those_of_its_listed_members(kd: Shell) -> Non
     shown = kd_here(kd.folder, *words, "--epochs", "1").json["resolved"]
     assert [member["train"]["epochs"] for member in shown["ensemble"]["members"]] == [1, 1]
     assert shown["teacher"]["train"]["epochs"] == 6
+
+
+def test_a_teacher_of_a_file_that_asks_its_ensemble_is_followed_by_that(kd: Shell) -> None:
+    (kd.folder / "all.yaml").write_text(TINY.replace("distill: {", "distill: {teacher: ensemble, "))
+    assert "next: kd ensemble all.yaml\n" in kd_here(kd.folder, "train-teacher", "all.yaml").err
+
+
+def test_no_key_is_named_that_the_command_would_refuse(kd: Shell) -> None:
+    for words in ("ensemble tiny.yaml --T 5", "train-teacher tiny.yaml --alpha 0.5", "evaluate tiny.yaml --T 5"):
+        done = kd_here(kd.folder, *words.split())
+        assert done.code == 2
+        assert "--set" not in done.err
+
+
+def test_what_is_expected_of_the_teacher_is_expected_whatever_is_omitted(kd: Shell) -> None:
+    words = ["--set", "expect={teacher: 9, 'omit 3': 90}", "--dry-run", "--json"]
+    assert kd_here(kd.folder, "omit-classes", "tiny.yaml", "--omit", "3", *words).json["resolved"]["expect"] == {
+        "teacher": 9.0
+    }
+
+
+def test_the_teacher_of_a_point_of_a_grid_is_asked_for_at_that_point(kd: Shell) -> None:
+    """`--set` of a key with points in its name: that of a grid."""
+    (kd.folder / "grid.yaml").write_text(TINY.replace("omit_classes:\n  - omit: [3]\n", ""))
+    walk = ["--set", "grid.distill.T=[1, 8]", "--dry-run", "--json"]
+    assert kd_here(kd.folder, "run", "grid.yaml", *walk).json["resolved"]["grid"] == {"distill.T": [1, 8]}
+    with (kd.folder / "grid.yaml").open("a") as file:
+        file.write("grid: {distill.T: [1, 8]}\n")
+    done = kd_here(kd.folder, "distill", "grid.yaml", "--T", "1", "--seed", "5")
+    typed = "kd train-teacher grid.yaml --set distill.T=1.0 --seed 5"
+    assert f"{typed}, or" in done.err
+    assert kd_here(kd.folder, *shlex.split(typed)[1:], "--dry-run").code == 0
+
+
+def test_of_close_runs_none_is_named_that_cannot_be_used(kd: Shell) -> None:
+    words = "--set distill.teacher=ensemble --set ensemble.average=geometric"
+    done = kd_here(kd.folder, "distill", "tiny.yaml", *words.split())
+    (name,) = re.findall(r"--teacher (\S+)\)", done.err)
+    assert kd_here(kd.folder, "distill", "tiny.yaml", "--teacher", name, "--dry-run").code == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import results
 import yaml
-from conftest import TINY, Shell, kd_here
+from conftest import TINY, Done, Shell, kd_here
 from scipy import stats
 
 from kdcli import yamlfile
@@ -18,6 +18,7 @@ from kdcli.data.dataset import open_dataset
 from kdcli.evidence.results import Summary
 from kdcli.evidence.verdict import holm
 from kdcli.plan import plan
+from kdcli.report import show
 from kdcli.runs.directory import open_run
 
 
@@ -188,10 +189,10 @@ def test_kd_evaluate_shows_the_means_of_rows_over_seeds(taught: Shell) -> None:
 
 def test_runs_of_a_command_that_is_not_planned_share_a_row_only_where_they_are_alike(kd: Shell) -> None:
     for members in "23":
-        assert kd("ensemble", "tiny.yaml", "--members", members, "--epochs", "1", "--jobs", "1").code == 0
+        assert kd_here(kd.folder, "ensemble", "tiny.yaml", "--members", members, "--epochs", "1").code == 0
     text = (kd.folder / "tiny.yaml").read_text()
     (kd.folder / "tiny.yaml").write_text("".join(line for line in text.splitlines(True) if "members" not in line))
-    rows = [run["row"] for run in kd("evaluate", "tiny.yaml", "--json").json["runs"]]
+    rows = [run["row"] for run in kd_here(kd.folder, "evaluate", "tiny.yaml", "--json").json["runs"]]
     assert [row.partition(" ")[0] for row in rows].count("ensemble") == 2
     assert len({row for row in rows if row.startswith("ensemble")}) == 2
 
@@ -276,18 +277,47 @@ def test_a_grid_has_a_table_of_its_points_and_shares_what_they_share(grid: Shell
     assert text.count("The student of ensemble has one teacher for all seeds: its interval does not include var") == 1
 
 
-@pytest.mark.parametrize("varied", ["ensemble.members: [2, 3]", "ensemble: [{members: 2}, {members: 3}]"])
-def test_where_the_ensemble_alone_varies_the_verdict_is_about_its_student(varied: str, tmp_path: Path) -> None:
+def walked(folder: Path, varied: str, *words: str) -> Done:
+    """A short `kd run` of members.yaml, which has this grid."""
     text = TINY.replace("omit_classes:\n  - omit: [3]\n", f"grid: {{{varied}}}\n")
-    (tmp_path / "members.yaml").write_text(text.replace("epochs: 6", "epochs: 2"))
-    document = kd_here(tmp_path, "run", "members.yaml", "--seeds", "0-1", "--json", "--jobs", "1").json
+    (folder / "members.yaml").write_text(text.replace("epochs: 6", "epochs: 2"))
+    return kd_here(folder, "run", "members.yaml", "--json", "--jobs", "1", *words)
+
+
+@pytest.mark.parametrize(
+    "varied",
+    [
+        "ensemble.members: [2, 3]",
+        "ensemble: [{members: 2}, {members: 3}]",
+        "distill.T: [1, 4], ensemble.members: [2, 3]",
+    ],
+)
+def test_where_the_ensemble_varies_the_verdict_is_about_its_student(varied: str, tmp_path: Path) -> None:
+    done = walked(tmp_path, varied, "--seeds", "0-1", "--set", "expect={student of ensemble: 0}")
+    document = done.json
+    assert re.findall("errors, at (.*), not 0 or fewer", done.err) == [
+        ", ".join(f"{key} = {value}" for key, value in point["at"].items()) for point in document["points"]
+    ]
     for point in document["points"]:
         mean = {r["row"]: r["mean"] for r in point["table"]}
         assert point["verdict"]["fewer_errors"] == mean["baseline"] - mean["student of ensemble"]
-    text = (tmp_path / "runs" / "tiny" / "report-members" / "report.md").read_text()
+    (page,) = (tmp_path / "runs" / "tiny").glob("report-members-*/report.md")
+    text = page.read_text()
     assert "| student of ensemble |" in text
     assert f"The same at every point: teacher {document['points'][0]['table'][0]['mean']:.1f} ± " in text
     assert "A student of ensemble makes the fewest errors, " in text
+
+
+def test_a_row_that_only_a_later_point_has_is_shown(tmp_path: Path) -> None:
+    first, later = walked(tmp_path, "ensemble: [null, {members: 2}]").json["points"]
+    rows = [[row["row"] for row in point["table"]] for point in (first, later)]
+    assert rows[0] == ["teacher", "baseline", "student"]
+    assert set(rows[1]) - set(rows[0]) == {"ensemble", "ensemble of baselines", "student of ensemble"}
+
+
+def test_keys_of_a_grid_are_called_by_what_tells_them_apart() -> None:
+    assert show.headings(["distill.T", "student.train.lr"]) == ["T", "lr"]
+    assert show.headings(["teacher.train.lr", "student.train.lr"]) == ["teacher.train.lr", "student.train.lr"]
 
 
 def test_only_run_walks_a_grid(grid: Shell) -> None:

@@ -157,11 +157,14 @@ def test_the_parameters_of_a_loss_are_its_authors_unless_given(tmp_path: Path) -
 
 def test_values_and_defaults(tmp_path: Path) -> None:
     experiment = tiny(tmp_path)
-    assert experiment.teacher.network.train.lr == 0.003  # 3e-3 is a string to plain YAML 1.1
+    assert experiment.teacher.train
+    assert experiment.teacher.train.lr == 0.003  # 3e-3 is a string to plain YAML 1.1
     assert experiment.seed == [0]
     assert experiment.distill.lambda2 == 0.1
-    assert experiment.teacher.network.train.momentum is None
+    assert experiment.teacher.train.momentum is None
     assert tiny(tmp_path, "student.train={epochs: 1, lr: 1e-1}").student.train.momentum == 0.9
+    assert tiny(tmp_path, "omit_classes=[{omit: [no, on]}]").omit_classes[0].named == ["no", "on"]  # as in YAML 1.2
+    assert tiny(tmp_path, "student.train.flip=True").student.train.flip is True
 
 
 def test_a_flag_beats_set_which_beats_the_file(tmp_path: Path) -> None:
@@ -177,7 +180,8 @@ def test_a_set_changes_no_section_that_shares_an_anchor(tmp_path: Path) -> None:
     shared = edited("train: {epochs: 6, batch_size: 50, optimizer: adam, lr: 3e-3", "train: &same {epochs: 6, lr: 3e-3")
     shared = shared.replace("train: {epochs: 6, batch_size: 50, optimizer: adam, lr: 1e-2}", "train: *same")
     experiment = tiny(tmp_path, "teacher.train.epochs=5", text=shared)
-    assert (experiment.teacher.network.train.epochs, experiment.student.train.epochs) == (5, 6)
+    assert experiment.teacher.train
+    assert (experiment.teacher.train.epochs, experiment.student.train.epochs) == (5, 6)
 
 
 def test_a_load_leaves_its_overrides_as_they_are(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from kdcli.runs.spec import Epoch, Spec
 from kdcli.teachers import teacher
 from kdcli.teachers.teacher import Teacher, cached, kept_logits, live, predict
 from kdcli.training import train as training
-from kdcli.training.fit import Fitted, fit, learning_rate
+from kdcli.training.fit import Fitted, fit, learning_rate, make_optimizer
 
 DIGITS = open_dataset(Data(name="digits", heldout=200))
 CPU, STEPS = torch.device("cpu"), 26  # an epoch of the 1,297 images in batches of 50
@@ -580,3 +580,18 @@ def test_what_nobody_labelled_teaches_by_the_teacher_alone() -> None:
     how = train(epochs=10, optimizer="adam", lr=0.01)
     taught, few = distilling(logits, T=4, lambda1=0.7, lambda2=0.3), DIGITS.train.at(torch.arange(60))
     assert errors(trained(how, images=images, **taught)) < errors(trained(how, images=few, **taught)) / 2
+
+
+def test_a_weight_whose_first_gradient_comes_late_has_momentum_too() -> None:
+    """As in torch's own form, which is not fused."""
+    ends = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        how = train(optimizer="sgd", lr=0.1, momentum=0.9, epochs=1)
+        optimizer = make_optimizer(model, how) if fused else torch.optim.SGD(model.parameters(), 0.1, 0.9)
+        for step in range(4):
+            model.weight.grad, model.bias.grad = torch.ones(2, 3), torch.ones(2) if step else None
+            optimizer.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-7)

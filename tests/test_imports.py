@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -161,12 +162,15 @@ def test_a_fine_tuned_teacher_starts_from_its_weights(elsewhere: Fixture, tmp_pa
     assert fresh.json["test"]["errors"] < 100
 
 
-def test_a_frozen_backbone_keeps_what_its_batchnorm_knows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_frozen_backbone_keeps_what_its_batchnorm_knows(affine: bool, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n\n\ndef make(classes, channels):\n"
-        "    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, classes))\n"
+        f"    norm = nn.BatchNorm2d(4, affine={affine})\n"
+        "    return nn.Sequential(nn.Conv2d(channels, 4, 3), norm, nn.Flatten(), nn.Linear(144, classes))\n"
     )
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    norm = nn.BatchNorm2d(4, affine=affine)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(144, 10))
     torch.save(net.state_dict(), tmp_path / "net.pt")
     source = "{model: {name: 'nets.py:make'}, weights: net.pt, freeze: backbone, train: {epochs: 2, lr: 0.1}}"
     done = read(tmp_path, source, "--json")
@@ -662,6 +666,8 @@ def test_a_file_of_logits_without_test_images(tmp_path: Path) -> None:
     walk = ("--set", "grid={distill.T: [1, 4]}", "--set", "omit_classes=[]", "--seeds", "5,6")
     grid = read(tmp_path, "{logits: a.npy}", *walk, command="run")
     assert "at 1 of 2 points" in grid.out or "of 2 points" in grid.out, grid.err
+    compared = kd_here(tmp_path, "compare", "tiny/baseline", "tiny/distill", "tiny/train-teacher").err
+    assert re.search(r"^left out: tiny/train-teacher/\S+: has no answers for the test images$", compared, re.MULTILINE)
     rows = kd_here(tmp_path, "evaluate", "elsewhere.yaml", "--seeds", "5,6").out
     assert "student teacher.seed" not in rows  # one teacher for all seeds, and so one row
 
@@ -714,6 +720,61 @@ def test_a_file_of_logits_knows_no_other_view(tmp_path: Path) -> None:
     assert "student.train: shows views of the images, and a file of logits has answers for none" in done.err
 
 
+def test_a_run_of_a_file_of_logits_knows_no_other_view_either(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[DIGITS.train.labels])
+    read(tmp_path, "{logits: a.npy}")
+    (name,) = (f"tiny/train-teacher/{run.name}" for run in (tmp_path / "runs/tiny/train-teacher").iterdir())
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    words = ["distill", "tiny.yaml", "--dry-run", "--teacher", name]
+    assert kd_here(tmp_path, *words).code == 0
+    done = kd_here(tmp_path, *words, "--set", "student.train.jitter=1")
+    assert (done.code, done.out) == (2, "")
+    assert f"--teacher {name}: a file of logits, which has no answers for views of the images" in done.err
+
+
+def test_a_file_of_logits_that_no_student_asks_may_have_answers_for_no_view(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", 4 * np.eye(10, dtype=np.float32)[DIGITS.train.labels])
+    member = "{model: {hidden: [8]}, train: {epochs: 1, lr: 0.1}}"
+    text = (
+        ELSEWHERE.replace("distill: {", "distill: {teacher: ensemble, ")
+        + f"ensemble: {{members: [{member}, {member}]}}"
+    )
+    words = ["--set", "student.train.jitter=1", "--dry-run"]
+    assert read(tmp_path, "{logits: a.npy}", *words, command="run", text=text).code == 0
+
+
+def test_a_misread_run_that_is_named_is_told_too(elsewhere: Fixture, tmp_path: Path) -> None:
+    torch.save(elsewhere.net.state_dict(), tmp_path / "net.pt")
+    assert read(tmp_path, own("net.pt").replace(f"mean: [{MEAN}]", "mean: [9]")).code == 0
+    (name,) = (f"tiny/train-teacher/{run.name}" for run in (tmp_path / "runs/tiny/train-teacher").iterdir())
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    done = kd_here(tmp_path, "distill", "tiny.yaml", "--teacher", name, "--epochs", "1", "--jobs", "1")
+    assert done.code == 0, done.err
+    assert f"{name}: It " in done.err
+
+
+def test_what_only_training_needs_is_not_asked_of_a_net_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def forward(self, x):\n"
+        "        logits = super().forward(x)\n        return (logits, logits) if self.training else logits\n\n\n"
+        "def make(classes, channels):\n"
+        "    return Net(nn.Flatten(), nn.Linear(64, classes)).requires_grad_(False)\n"
+    )
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict(), tmp_path / "net.pt")
+    source = "{model: {name: 'nets.py:make'}, weights: net.pt"
+    assert read(tmp_path, source + "}", "--dry-run").code == 0
+    assert read(tmp_path, source + ", train: {epochs: 1, lr: 0.1}}", "--dry-run").code == 2
+
+
+def test_the_models_of_members_are_read_as_the_teacher_is(elsewhere: Fixture, tmp_path: Path) -> None:
+    torch.save(elsewhere.net.state_dict(), tmp_path / "net.pt")
+    source = own("net.pt", ", train: {epochs: 1, lr: 0.1}")
+    text = ELSEWHERE + "ensemble: {members: 2, models: [{hidden: [32]}, {hidden: [16]}]}\n"
+    done = read(tmp_path, source, "--dry-run", command="ensemble", text=text)
+    assert done.code == 2
+    assert "ensemble.models.1.weights: " in done.err
+
+
 WRONG: dict[str, tuple[list[str], str]] = {  # rows of answers, and what is said of them
     "a NaN": (["nan,2,3,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 0: is not a finite number"),
     "a word": (["1,2,cat,4,5,6,7,8,9,1"] * 1297, "train, row 0, column 2: is not a finite number"),
@@ -763,6 +824,10 @@ def test_a_forest_teaches_a_perceptron_on_a_table(tmp_path: Path) -> None:
     rows = {row["row"]: row["errors"] for row in done.json["points"][0]["table"]}
     assert rows["teacher"] == [int((forest.predict(x_test) != y_test).sum())]
     assert max(rows["student"]) <= 20
+    (tmp_path / "x.png").write_bytes(b"")
+    student = next(run["run"] for run in done.json["points"][0]["runs"] if run["row"] == "student")
+    refused = kd_here(tmp_path, "predict", student, "x.png")
+    assert (refused.code, "classifies the rows of a table, not image files" in refused.err) == (2, True)
 
 
 # What a new user tripped over.

@@ -230,6 +230,9 @@ def test_a_changed_net_is_another_run_and_refused_for_finished_ones(trained_once
     assert kd_here(kd.folder, "train-teacher", "own.yaml", *SHORT).code == 0
     listed = {run["run"]: run["status"] for run in kd_here(kd.folder, "runs", "--json").json["runs"]}
     assert listed == {old["run"]: "completed", new["run"]: "completed"}
+    done = kd_here(kd.folder, "evaluate", "own.yaml", "--json")
+    assert [run["run"] for run in done.json["runs"]] == [new["run"]]
+    assert f"left out: {old['run']}: {nets}: has changed since" in done.err
     nets.write_text(OWN_NETS)
     assert planned(kd) == old
     assert kd_here(kd.folder, "predict", old["run"], "--test-image", "0").code == 0
@@ -395,3 +398,9 @@ def test_a_net_that_changes_while_runs_wait_is_noticed(trained_once: Shell) -> N
     done = kd_here(kd.folder, "train-teacher", "own.yaml", *SHORT, "--seeds", "0,1", "--jobs", "1")
     assert done.code == 2
     assert "own_nets.py: has changed since own/train-teacher/" in done.err
+
+
+def test_what_kd_itself_gives_a_function_is_no_argument_of_the_file(kd: Shell) -> None:
+    done = kd_here(kd.folder, "run", "own.yaml", "--dry-run", "--set", "student.model.args={classes: 10, width: 4}")
+    assert (done.code, done.out) == (2, "")
+    assert "student.model.args.classes: is what kd itself calls the function with: remove it" in done.err

@@ -178,6 +178,8 @@ def test_init_leaves_out_what_a_rare_class_does_not_allow(shell: Shell, tmp_path
 def test_init_takes_nets_by_name_and_refuses_what_is_none(shell: Shell) -> None:
     done = kd_here(shell.folder, "init", "photos", "--student", "wrn-10-1")
     assert 'name: "wrn-10-1"' in done.out
+    own = kd_here(shell.folder, "init", "photos", "--teacher", "own_nets.py:make")
+    assert f'name: "{shell.folder}/own_nets.py:make"' in own.out  # it may be written to any folder
     for words, said in (
         (("photos", "--teacher", "resnet21"), "resnet21: there is no net of this depth and width: depths are 6n + 2"),
         (("photos", "--teacher", "resnet"), "resnet: must be resnet8"),

@@ -103,14 +103,35 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return weights(shell.folder / "runs")
 
 
-def holders(folder: Path) -> dict[int, str]:
-    """The processes that write a run, and which."""
-    found = dict[int, str]()
+def holders(folder: Path) -> dict[int, Path]:
+    """The processes that write a run, and its directory."""
+    found = dict[int, Path]()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if (file := descriptor.readlink()).name == "lock" and file.is_relative_to(folder):
-                found[int(descriptor.parts[2])] = str(file.parent.relative_to(folder / "runs"))
+                found[int(descriptor.parts[2])] = file.parent
     return found
+
+
+def workers(node: Any) -> set[int]:
+    """The processes that a node has started."""
+    (raylet,) = node.all_processes["raylet"]
+    files = Path(f"/proc/{raylet.process.pid}/task").glob("*/children")
+    return {int(pid) for file in files for pid in file.read_text().split()}
+
+
+def held(folder: Path, node: Any) -> list[Path]:
+    """The directories of the runs that a node's processes write."""
+    return [run for pid, run in holders(folder).items() if pid in workers(node)]
+
+
+def lose(node: Any) -> None:
+    """Kill all of a node at once: its workers would outlive Ray's own process for seconds, and finish short runs."""
+    left = workers(node)
+    node.kill_raylet()
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_an_experiment_on_ray_is_bit_for_bit_the_local_one(
@@ -133,8 +154,8 @@ def test_a_lost_node_costs_nothing_but_the_epochs_since_the_last_state(
     kd: Shell, cluster: Any, second: Any, alone: dict[str, bytes]
 ) -> None:
     with Forked(kd.folder, [*LONG, "--on", cluster.address], fast) as process:
-        under_way(kd.folder, 2)
-        second.kill_raylet()
+        wait_until(lambda: any((run / "state").exists() for run in held(kd.folder, second)))
+        lose(second)
         done = finish(process)
     assert done.code == 0, done.err
     assert weights(kd.folder / "runs") == alone
@@ -188,11 +209,11 @@ def test_a_disk_that_is_full_on_one_node_takes_no_other_down(
     """A limit on the size of a worker's files stands in for it."""
     with Forked(kd.folder, [*LONG, "--on", cluster.address], fast) as process:
         under_way(kd.folder, 2)
-        worker, run = next(iter(holders(kd.folder).items()))
+        worker, path = next(iter(holders(kd.folder).items()))
         resource.prlimit(worker, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         done = finish(process)
     assert done.code == 1, done.err
-    said = f"{run}: {kd.folder}/runs/{run}/state: File too large"
+    said = f"{path.relative_to(kd.folder / 'runs')}: {path}/state: File too large"
     assert re.findall("^kd: failed: (.*)", done.err, re.MULTILINE) == [said]
     assert sorted(statuses(kd.folder)) == ["completed", "failed"]
     goes_on_here(kd.folder, 1, alone)
@@ -277,8 +298,8 @@ def test_a_bucket_is_one_runs_folder_for_nodes_that_share_none(
     try:
         with Forked(kd.folder, [*LONG, "--on", cluster.address, *there], here) as process:
             wait_until(lambda: len(s3.glob(f"{folder}/*/*/*/state")) == 2)
-            nodes[0].kill_raylet()
-            nodes[1].kill_raylet()
+            for node in nodes:
+                lose(node)
             done = finish(process)
     finally:
         for node in nodes:

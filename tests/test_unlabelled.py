@@ -209,3 +209,40 @@ def test_what_cannot_be_is_told_with_the_line_of_its_key(shell: Shell) -> None:
     done = kd_here(shell.folder, "distill", "none.yaml")
     assert done.err.startswith("none.yaml:")
     assert f"data.unlabelled: there is no folder {shell.folder}/none" in done.err
+
+
+def test_held_out_images_among_them_are_told(shell: Shell, tmp_path: Path) -> None:
+    """All training images, written to files without noise."""
+    (tmp_path / "all").mkdir()
+    for i, digit in enumerate(open_dataset(Data(name="digits")).train.store[:, 0].numpy()):
+        Image.fromarray((digit * 255.0 / 16).round().astype(np.uint8)).save(tmp_path / "all" / f"{i:04}.png")
+    data = Data(name="digits", unlabelled=str(tmp_path / "all"), evaluate_on="heldout", heldout=200)
+    assert "200 held-out images among the unlabelled images too, pixel for pixel." in open_dataset(data).notes
+
+
+def test_a_file_of_logits_answers_for_the_unlabelled_images_that_it_was_read_with(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    labels = open_dataset(Data(name="digits")).train.labels
+    eye = 4 * np.eye(10, dtype=np.float32)
+    np.savez(tmp_path / "a.npz", train=eye[labels], unlabelled=eye[labels[:EXTRA]])
+    teacher = "teacher: {logits: a.npz}\n"
+    text = TINY[: TINY.index("teacher:")] + teacher + TINY[TINY.index("student:") :]
+    (tmp_path / "more.yaml").write_text(text.replace("heldout: 200}", "heldout: 200, unlabelled: more}"))
+    write_images(tmp_path / "more")
+    assert kd_here(shell.folder, "train-teacher", "more.yaml").code == 0
+    (run,) = (tmp_path / "runs/tiny/train-teacher").iterdir()
+    name = f"tiny/train-teacher/{run.name}"
+    named = ["distill", "more.yaml", "--dry-run", "--teacher", name]
+    assert kd_here(shell.folder, *named).code == 0
+    shutil.rmtree(tmp_path / "more")
+    write_images(tmp_path / "more", seed=1)
+    done = kd_here(shell.folder, "distill", "more.yaml")
+    assert done.code == 2
+    assert f"similar run: {name} (completed)" in done.err
+    assert "--teacher" not in done.err
+    done = kd_here(shell.folder, *named)
+    lacks = "a file of logits, which has no answers for these unlabelled images: leave --teacher out"
+    assert done.err == f"--teacher {name}: {lacks}\n"
+    (tmp_path / "x.yaml").write_text((tmp_path / "more.yaml").read_text())
+    missing = kd_here(shell.folder, "distill", "x.yaml", "--set", "data.transfer=600")
+    assert "kd train-teacher x.yaml --seed 0, or" in missing.err

@@ -319,8 +319,8 @@ def shipped(rounds: int) -> list[Shipped]:
     except BadInput:
         return []
     images, tested = len(dataset.train), len(dataset.test)
-    trains = {"teacher": mnist.teacher.network.train, "student": mnist.student.train}
-    every = {net: train.tested_every(images, tested) for net, train in trains.items()}
+    trains = {"teacher": mnist.teacher.train, "student": mnist.student.train}
+    every = {net: train.tested_every(images, tested) for net, train in trains.items() if train}
     epochs = [Override(f"{net}.train.epochs", every[net] * (rounds + 1), "bench") for net in every]
     jobs = {job.row.name: job for job in reversed(plan([yamlfile.load("mnist", epochs).experiment], dataset))}
     with tempfile.TemporaryDirectory(dir=".") as folder:

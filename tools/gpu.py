@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import BadInput, failure, yamlfile
-from kdcli.config import Data, Distill, Network, Train
+from kdcli.config import Data, Distill, Network, TeacherSection, Train
 from kdcli.data.dataset import Split, open_dataset
 from kdcli.machine.device import place, seeded, select_device
 from kdcli.nets.models import build
@@ -119,7 +119,7 @@ def cases(width: int) -> list[Case]:
         train = Train(epochs=1, lr=0.1, jitter=2, weight_decay=5e-4)
         return Case(f"convolutional net, {width} channels", partial(conv_net, width), train, (3, 32, 32))
 
-    teacher, small, wide = mnist.teacher.network, conv(width), conv(4 * width)
+    teacher, small, wide = network_of(mnist.teacher), conv(width), conv(4 * width)
     plain = teacher.model_copy(update={"train": teacher.train.model_copy(update={"ema": None})})
     return [
         mlp("student, hard labels", mnist.student),
@@ -257,6 +257,13 @@ def trained(network: Network, train_set: Split, seed: int, device: torch.device,
     return last(fit(net, images, network.train, seed, teacher=answers(soft.to(device)), distill=distill))
 
 
+def network_of(teacher: TeacherSection) -> Network:
+    """The net and its training, of a teacher that is trained here."""
+    assert teacher.model
+    assert teacher.train
+    return Network(model=teacher.model, train=teacher.train)
+
+
 def shorter(network: Network, epochs: int, **model: object) -> Network:
     train = network.train.model_copy(update={"epochs": epochs})
     return network.model_copy(update={"train": train, "model": network.model.model_copy(update=model)})
@@ -281,7 +288,7 @@ def digits_errors(device: torch.device, sizes: Sizes) -> None:
     train, test = digits()
     small = yamlfile.load("digits").experiment
     networks = {
-        "teacher": shorter(small.teacher.network, sizes.digits),
+        "teacher": shorter(network_of(small.teacher), sizes.digits),
         "student": shorter(small.student, sizes.digits),
     }
     soft = {
@@ -302,7 +309,7 @@ def mnist_errors(device: torch.device, sizes: Sizes) -> None:
     """A few epochs of mnist.yaml's teacher, and of its student from the float32 teacher's logits."""
     data, experiment = open_dataset(Data(name="mnist"), download=False), yamlfile.load("mnist").experiment
     soft: Tensor | None = None
-    for role, network in (("teacher", experiment.teacher.network), ("student", experiment.student)):
+    for role, network in (("teacher", network_of(experiment.teacher)), ("student", experiment.student)):
         for name in ARMS:
             forget()
             began = time.perf_counter()

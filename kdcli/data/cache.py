@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 from rich.console import Console
 from rich.filesize import decimal
@@ -117,10 +117,11 @@ class Form(NamedTuple):
     white: int = 255
 
 
-def array_in(file: Path, kind: type, shape: Sequence[int]) -> "np.memmap[Any, Any]":
+def array_in(file: Path, kind: DTypeLike, shape: Sequence[int]) -> "np.memmap[Any, Any]":
     """An array in a file, of its full size from the beginning; what was written to it before is there."""
-    with suppress(OSError, ValueError, EOFError):
-        if np.load(file, mmap_mode="r").shape == tuple(shape):  # which refuses a file that is cut; r+ would extend it
+    with suppress(Exception):  # of a damaged file numpy raises many
+        there = np.load(file, mmap_mode="r")  # which refuses a file that is cut; r+ would extend it
+        if (there.dtype, there.shape) == (kind, tuple(shape)):
             found: np.memmap[Any, Any] = np.load(file, mmap_mode="r+")
             return found
     file.with_suffix(".done").unlink(missing_ok=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcli import BadKeys
+from kdcli import BadKeys, counted
 from kdcli.config import Data
-from kdcli.data.sources import listed, read, read_unlabelled, stratified
+from kdcli.data.sources import duplicates, listed, of_key, read, read_unlabelled, stratified
 from kdcli.runs.spec import Facts, Spec
 
 
@@ -156,8 +156,12 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     whole = Dataset(train, test, held, facts.model_copy(update=given), notes, unlabelled, listings)
     if data.evaluate_on == "test":
         return whole
-    others = (~torch.isin(torch.arange(len(train)), whole.heldout)).nonzero()[:, 0]
-    return replace(whole, train=train.at(others), test=train.at(whole.heldout))
+    with of_key("heldout"):
+        at = whole.heldout
+    others = (~torch.isin(torch.arange(len(train)), at)).nonzero()[:, 0]
+    if unlabelled and (pairs := duplicates(found.x_train[at.numpy()], unlabelled.store.numpy())):
+        notes = [*notes, f"{counted(len(pairs), 'held-out image')} among the unlabelled images too, pixel for pixel."]
+    return replace(whole, train=train.at(others), test=train.at(at), notes=notes)
 
 
 def tenth(images: int, classes: int) -> int:

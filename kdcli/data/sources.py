@@ -53,7 +53,7 @@ def read(data: Data, data_dir: Path | None, download: bool) -> tuple[Found, Fact
     root = Path(data_dir or os.environ.get("KD_DATA") or "data")
     keys = {"name", "split", "folder", "arrays", "function", "channels", "test", *(["size"] if data.files else [])}
     how = data.model_dump_json(include=keys)
-    with _of_key(next(key for key in data.one_of if getattr(data, key))):
+    with of_key(next(key for key in data.one_of if getattr(data, key))):
         return _read(how, _stamp(data), root, download)
 
 
@@ -70,9 +70,9 @@ def read_unlabelled(data: Data, found: Found, facts: Facts) -> Unlabelled:
     if data.size not in (None, min(height, width)):
         what = f"must be {min(height, width)}, the shorter side of the training images, whose size is given"
         raise BadKeys(("data.size", what))
-    with _of_key("unlabelled"):
+    with of_key("unlabelled"):
         files, notes = list_images(Path(data.unlabelled or ""))
-        key = _seen([facts.fingerprint, data.unlabelled, data.size], files)
+        key = _seen([facts.fingerprint, data.folder, data.unlabelled, data.size], files)
         folder = entry(key[:16], lambda out: _unlabelled(data, found, facts, files, out))
         about = json.loads((folder / "facts.json").read_text())
     x = np.load(folder / "x.npy", mmap_mode="c")
@@ -115,7 +115,7 @@ def _list(out: Path, root: Path, **parts: Sequence[Path]) -> None:
 
 
 @contextmanager
-def _of_key(key: str) -> Iterator[None]:
+def of_key(key: str) -> Iterator[None]:
     """What is wrong is told of a key of the `data` section."""
     try:
         yield
@@ -393,12 +393,12 @@ def ahead(data: Data, data_dir: Path | None) -> tuple[int, int]:
     """How many image files a `data` section decodes, and the bytes that they become. Raises BadInput."""
     count, shape = 0, list[int]()
     if data.folder:
-        with _of_key("folder"):
+        with of_key("folder"):
             folder, shape = _chosen(data)
         count = len(folder.train) + len(folder.test)
     if data.unlabelled:
         shape = shape or read(data, data_dir, download=False)[1].shape
-        with _of_key("unlabelled"):
+        with of_key("unlabelled"):
             count += len(list_images(Path(data.unlabelled))[0])
     return count, count * math.prod(shape)
 

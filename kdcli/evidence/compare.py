@@ -83,7 +83,7 @@ def _groups(root: Path, name: str, note: Note) -> list[Group]:
     several = command in (*TEACHERS, *STUDENTS)
     found: dict[str, tuple[Settings, list[Run]]] = {}
     for run in list_runs(root, experiment, [command], note) if several else [open_run(root, name)]:
-        if several and (why := orphaned(run) or ("" if run.finished() else f"status {run.status()}")):
+        if several and (why := orphaned(run) or _uncounted(run)):
             note(f"left out: {run.name}: {why}")
             continue
         for way in _ways(run):
@@ -97,6 +97,13 @@ def _groups(root: Path, name: str, note: Note) -> list[Group]:
         groups.setdefault(frozenset(names), Group(runs=names, seeds=seeds, described=way, **dict(errors)))
     widest = [group for runs, group in groups.items() if not any(runs < other for other in groups)]
     return [group.model_copy(update={"name": _name(group, widest)}) for group in widest]
+
+
+def _uncounted(run: Run) -> str:
+    """Why a run has no errors to compare; empty if it has."""
+    if not (result := run.finished()):
+        return f"status {run.status()}"
+    return "" if result.test.total else "has no answers for the test images"
 
 
 def _name(group: Group, groups: Sequence[Group]) -> str:

@@ -186,7 +186,8 @@ def scored(jobs: Sequence[Job], places: Places) -> list[Job]:
 
 
 def _soft(spec: Spec, student: Run, teacher: Run, labels: Tensor) -> float | None:
-    """The value on the test images of the loss that a student was trained with, as in its training."""
+    """The value on the test images of the loss that a student was trained with, as in its training but that
+    all of them are one batch."""
     distill, how, weights = spec.distill, teacher.spec.average, teacher.spec.weights
     if not distill or distill.plain or (distill.file and not code.unchanged(distill.loss, spec.loss_code)):
         return None
@@ -230,7 +231,9 @@ def _than_first(distilled: Sequence[Document], first: Sequence[Document]) -> Ver
 # The table.
 
 
-def about(experiment: Experiment, title: str, points: list[dict[str, str]], dataset: Dataset) -> Subject:
+def about(
+    experiment: Experiment, title: str, rows: list[Row], points: list[dict[str, str]], dataset: Dataset
+) -> Subject:
     """An experiment as the subject of a summary; `points`: the values of the grid's keys at each."""
     return Subject(
         experiment=experiment.name,
@@ -239,7 +242,7 @@ def about(experiment: Experiment, title: str, points: list[dict[str, str]], data
         settings=experiment.model_dump(exclude_defaults=True, exclude={"paper", "expect"}),
         grid=list(experiment.grid),
         remarks=list(dataset.notes),
-        rows=experiment.rows,
+        rows=rows,
         at=points,
         expect=experiment.expect,
         paper=experiment.paper,
@@ -284,9 +287,9 @@ def summarise(
     subject: Subject, jobs: Sequence[Job], found: Sequence[Document], classes: list[str], made: Made
 ) -> Summary:
     """The document of a subject from its jobs and the document of each."""
-    only_ensembles = bool(subject.grid) and all(key.split(".")[0] == "ensemble" for key in subject.grid)
+    of_ensembles = any(key.split(".")[0] == "ensemble" for key in subject.grid)
     of_ensemble = Row("student of ensemble", "student")
-    judged = of_ensemble.name if only_ensembles and of_ensemble in subject.rows else "student"
+    judged = of_ensemble.name if of_ensembles and of_ensemble in subject.rows else "student"
     of_losses = any(key in ("distill", "distill.loss") for key in subject.grid)
     tables, first = list[Table](), list[Document]()  # the students of the first point
     for i, at in enumerate(subject.at):

@@ -115,29 +115,15 @@ def asked(logits: Logits) -> Logits:
 
 def gathered(own: Tensor, rows: int) -> Tensor:
     """A tensor [rows, ...] of which each process has its own rows."""
-    found: Tensor = _Gather.apply(own, rows)
+    placed = own.new_zeros(rows, *own.shape[1:])
+    placed[OWN] = own
+    found: Tensor = _Sum.apply(placed)
     return found
 
 
-class _Gather(Function):
-    """The gradient of the whole batch's loss, which every process has, comes back times WORLD: DDP's mean over the
-    processes is then the sum over the rows."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, rows: int) -> Tensor:
-        most = -(-rows // WORLD)
-        padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in range(WORLD)]
-        dist.all_gather(parts, padded)
-        return torch.stack(parts, 1).flatten(0, 1)[:rows]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[OWN] * WORLD, None
-
-
 class _Sum(Function):
-    """The sum of a tensor over the processes."""
+    """The sum of a tensor over the processes. The gradient of the whole batch's loss, which every process has, comes
+    back times WORLD: DDP's mean over the processes is then the sum over the rows."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:

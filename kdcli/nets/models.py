@@ -138,18 +138,19 @@ def _made(name: str, make: Callable[[], Any]) -> nn.Module:
 
 
 @code.quiet()
-def fits(net: nn.Module, model: Model, facts: Facts) -> None:
-    """Raise BadInput unless a net of a model section, made to be tried, gives one logit a class, in training too."""
+def fits(net: nn.Module, model: Model, facts: Facts, trained: bool = True) -> None:
+    """Raise BadInput unless a net of a model section, made to be tried, gives one logit a class, in training too if it
+    is to be trained."""
     shape, classes, device = facts.shape, len(facts.classes), next(net.parameters(), torch.empty(0)).device
     with torch.no_grad(), code.blaming(model.file, f"model: does not take images {shape}"):
-        for mode in (True, False):
+        for mode in (True, False) if trained else (False,):
             out = net.train(mode)(torch.zeros(2, *shape, device=device))
             found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             if found != [2, classes]:
                 raise BadInput(f"model: must give [2, {classes}] logits for 2 images {shape}, not {found}")
             if bool((out >= 0).all()) and torch.allclose(out.sum(1), torch.ones(2, device=device)):
                 raise BadInput("model: gives probabilities, and must give logits: remove the softmax at its end")
-    if not any(p.requires_grad for p in net.parameters()):
+    if trained and not any(p.requires_grad for p in net.parameters()):
         raise BadInput("model: has no parameter that can be trained")
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kdcli import counted
 from kdcli.evidence.findings import Findings, pixels
 from kdcli.evidence.results import Summary
-from kdcli.report.show import foremost, short, spread
+from kdcli.report.show import foremost, headings, short, spread
 from kdcli.score import calibration
 
 TELLING, LIKELIEST = 4, 8  # images whose soft targets are drawn; of many classes, the bars of each
@@ -132,7 +132,8 @@ def _draw_grid(figure: Figure, summary: Summary) -> None:
     axes, (first, *others), n = figure.subplots(), summary.grid, len(summary.seeds)
     ticks = list(dict.fromkeys(point.at[first] for point in summary.points))
     below = any("=" in tick for tick in ticks)
-    lines = [", ".join(f"{key.rpartition('.')[2]} {point.at[key]}" for key in others) for point in summary.points]
+    names = dict(zip(summary.grid, headings(summary.grid), strict=True))
+    lines = [", ".join(f"{names[key]} {point.at[key]}" for key in others) for point in summary.points]
     for i, line in enumerate(dict.fromkeys(lines)):
         points = [point for point, its in zip(summary.points, lines, strict=True) if its == line]
         for row, style in (("baseline", "--"), ("student", "-"), ("student of ensemble", "-."), ("ensemble", ":")):

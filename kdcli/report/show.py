@@ -418,7 +418,13 @@ def _grid_rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:
         said = [*_judged(point.verdict), *_judged(point.than_first)]
         rows.append([*point.at.values(), *cells, f"{rates} %" if part else "", *said])
     verdicts = ["fewer", "p", "verdict", "than the first", "p ", "verdict "]
-    return [*(key.rpartition(".")[2] for key in summary.grid), *GRID_ROWS, "train error", *verdicts], rows
+    return [*headings(summary.grid), *GRID_ROWS, "train error", *verdicts], rows
+
+
+def headings(grid: Sequence[str]) -> list[str]:
+    """The keys of a grid by their last part, unless two of them share it."""
+    last = [key.rpartition(".")[2] for key in grid]
+    return last if len({*last}) == len(last) else [*grid]
 
 
 def _judged(v: Verdict | None) -> list[str]:
@@ -452,14 +458,18 @@ def _grid_verdict(summary: "Summary") -> Iterator[str]:
     points, judged, one = summary.points, summary.judged, len(summary.seeds) == 1
     students = [(row, point.at) for point in points for row in point.table if row.row == judged]
     best, at = min(students, key=lambda pair: pair[0].mean)
-    where = ", ".join(f"{key} = {value}" for key, value in at.items())
-    fewest = f"A {judged} makes the fewest errors, {spread(best)}, at {where}."
+    fewest = f"A {judged} makes the fewest errors, {spread(best)}{_at(at)}."
     said = _counted([point.verdict for point in points if point.verdict])
     yield f"The soft targets {said}{', on this one seed' if one else ''}. {fewest}"
     if others := [point.than_first for point in points if point.than_first]:
         yield f"Compared with the first point, {' '.join(points[0].at.values())}, the others {_counted(others)}."
     if same := [" ".join(pair) for pair in _fixed(summary).items()]:
         yield f"The same at every point: {', '.join(same)}."
+
+
+def _at(point: dict[str, str]) -> str:
+    """Which point of a grid is meant; empty without one."""
+    return f", at {', '.join(f'{key} = {value}' for key, value in point.items())}" if point else ""
 
 
 def _counted(verdicts: Sequence[Verdict]) -> str:
@@ -491,11 +501,11 @@ def called(row: "results.TableRow | Document") -> str:
 
 def missed(summary: "Summary") -> list[str]:
     """The expectations that were not met, a line each."""
-    rows = [(row, row.expect) for point in summary.points for row in point.table if row.expect is not None]
-    uncounted = summary.expect.keys() - {row.row for row, _ in rows}
+    rows = [(row, row.expect, point.at) for point in summary.points for row in point.table if row.expect is not None]
+    uncounted = summary.expect.keys() - {row.row for row, *_ in rows}
     return [f"expect.{row}: its errors are not counted" for row in summary.expect if row in uncounted] + [
-        f"expect.{row.row}: {number(row.mean, len(row.errors))} errors, not {most:g} or fewer"
-        for row, most in rows
+        f"expect.{row.row}: {number(row.mean, len(row.errors))} errors{_at(at)}, not {most:g} or fewer"
+        for row, most, at in rows
         if row.mean > most
     ]
 

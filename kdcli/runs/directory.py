@@ -4,7 +4,7 @@
     environment.json     versions, device, threads, command line, git commit
     metrics.jsonl        one line an epoch; where tensorboard is installed, events.out.tfevents.… hold the same
     state                and state.previous, while it trains: the training state to continue from
-    weights.safetensors  and logits.safetensors (of the test images, a teacher's of the training images too)
+    weights.safetensors  and logits.safetensors (of the test images; mostly of the training images too)
     result.json          the status, the errors, the checksums of the files above; completed runs are never overwritten
 
 A file is written aside and renamed, so that it is whole or absent. Reading executes no code, but a spec
@@ -351,7 +351,7 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
             what = "is a file, not a run"
         raise BadInput(f"{said}: {what}; `kd runs` lists what there is")
     if path.parents[2] != root or path.is_symlink():
-        raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {path.parents[2]}")
+        raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {path.resolve().parents[2]}")
     return path
 
 

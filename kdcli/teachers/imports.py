@@ -98,7 +98,7 @@ def problems(key: str, teacher: TeacherSection, dataset: Dataset) -> Iterator[tu
     else:
         try:
             origin, content = resolved(teacher.origin, teacher.model)
-            _tried(origin, teacher.model, dataset, content)
+            _tried(origin, teacher.model, dataset, bool(teacher.train), content)
         except BadKeys as error:
             yield from ((f"{key}.{name}", message) for name, message in error.problems)
         except BadInput as error:
@@ -107,7 +107,7 @@ def problems(key: str, teacher: TeacherSection, dataset: Dataset) -> Iterator[tu
 
 
 @cache
-def _tried(origin: Origin, model: Model | None, dataset: Dataset, _: str) -> None:
+def _tried(origin: Origin, model: Model | None, dataset: Dataset, trained: bool, _: str) -> None:
     """Read a teacher, once for each content. Raises BadInput as `answers` or `imported` does."""
     if origin.logits:
         answers(origin, dataset)
@@ -115,7 +115,7 @@ def _tried(origin: Origin, model: Model | None, dataset: Dataset, _: str) -> Non
     with seeded(0, "sample"):
         net = imported(origin, model, dataset.facts, load=bool(origin.file)).net
         if model:
-            models.fits(net, model, dataset.facts)  # of a net that is thrown away: it changes what BatchNorm keeps
+            models.fits(net, model, dataset.facts, trained)  # of a net to throw away: it changes what BatchNorm keeps
 
 
 def answers(origin: Origin, dataset: Dataset) -> Answers:

@@ -12,7 +12,7 @@ from kdcli.runs.spec import Reading
 from kdcli.teachers.imports import Seen
 from kdcli.teachers.teacher import predict
 
-TRIED = 1_000  # training images that another normalisation is tried on
+TRIED = 1_000  # training images, or up to twice as many, that another normalisation is tried on
 USUAL = {  # how nets usually see images, by name
     "ImageNet's": Input(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
     "CIFAR-10's": Input(mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),

@@ -45,14 +45,21 @@ def members(run: Run) -> list[Run]:
     return [open_run(run.root, name) for name in run.spec.parents] if run.spec.command == "ensemble" else [run]
 
 
+def check_code(run: Run) -> None:
+    """Raise BadInput where somebody's file that makes a net of a run, or of its members, has changed since."""
+    for member in members(run):
+        model = member.spec.model
+        if model and model.file and code.digest(model.name or "") != member.spec.code:
+            raise BadInput(f"{model.file}: has changed since {member.name} was trained with it")
+
+
 def nets(run: Run, device: torch.device) -> list[nn.Module]:
     """The trained net of a run, or those of an ensemble's members: frozen, in eval mode. Raises BadInput when the
     weights are damaged, or somebody's file that makes the net has changed."""
     found = []
+    check_code(run)
     for member in members(run):
         spec, model = member.spec, member.spec.model
-        if model and model.file and code.digest(model.name or "") != spec.code:
-            raise BadInput(f"{model.file}: has changed since {member.name} was trained with it")
         if spec.origin and spec.origin.logits:
             raise BadInput(f"{member.name}: is a file of logits: it can be asked about no other image or view")
         content = member.content(ONNX) if spec.origin and spec.origin.onnx else None

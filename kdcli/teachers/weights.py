@@ -94,12 +94,8 @@ def _unwrapped(content: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
         content = content[there[0]]
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
-        held = (
-            f"its keys are {some([str(key) for key in content], SHOWN)}"
-            if isinstance(content, dict) and content
-            else ""
-        )
-        raise BadInput(f"{file}: holds no weights{f': {held}' if held else ''}")
+        keys = some([*map(str, content)], SHOWN) if isinstance(content, dict) else ""
+        raise BadInput(f"{file}: holds no weights{f': its keys are {keys}' if keys else ''}")
     return tensors, [f"Its weights were found under {', '.join(path)}."] if path else []
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,7 +34,8 @@ def seconds(specs: Sequence[Spec], known: Sequence[Spec], dataset: Dataset, plac
     for spec in (s for s in specs if s.model and s.train):
         model, train = spec.trained
         live = spec.distill and train.augmented
-        teachers = [s for s in _members(by_name, places, spec.parents[0]) if s.model] if live else []
+        taught_by = _members(by_name, places, spec.parents[0]) if live else []
+        teachers = [s for s in taught_by if s.model or (s.origin and s.origin.onnx and Path(s.origin.onnx).is_file())]
         how = train.model_dump(include={"batch_size", "optimizer", "ema", *COUNTLESS})
         asks = spec.distill and (bool(spec.distill.views), spec.distill.loss)
         kind = repr((model, spec.origin, how, train.augmented, asks, [(s.model, s.origin) for s in teachers]))

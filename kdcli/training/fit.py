@@ -89,9 +89,11 @@ def fit(
 def _in_training(net: nn.Module) -> None:
     """Put a net in train mode, but its frozen parts: their BatchNorm must not learn from what their weights do not."""
     net.train()
+    frozen = not all(weight.requires_grad for weight in net.parameters())
     for part in net.modules():
         weights = list(part.parameters())
-        if weights and not any(weight.requires_grad for weight in weights):
+        counting = frozen and getattr(part, "running_mean", None) is not None  # a BatchNorm without weights
+        if (weights or counting) and not any(weight.requires_grad for weight in weights):
             part.eval()
 
 
@@ -179,7 +181,11 @@ def make_optimizer(net: nn.Module, train: Train) -> Optimizer:
     decay = train.weight_decay
     match train.optimizer:
         case "sgd":
-            return SGD(weights, train.lr, train.momentum or 0, 0, decay, nesterov=train.nesterov, fused=True)
+            found = SGD(weights, train.lr, train.momentum or 0, 0, decay, nesterov=train.nesterov, fused=True)
+            for weight in found.param_groups[0]["params"] if train.momentum else ():
+                # the fused form fails without it where a weight has its first gradient after step one
+                found.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+            return found
         case "adam":
             return Adam(weights, train.lr, weight_decay=decay, fused=True)
     return AdamW(weights, train.lr, weight_decay=decay, fused=True)

@@ -69,6 +69,8 @@ def predict(
         asked: Asked = [("net", 1.0, Teacher(lambda _, x: net(x)[None].log()))]
     else:
         run = places.open(name)
+        if files and run.spec.dataset.table:
+            raise BadInput(f"{run.name}: classifies the rows of a table, not image files: use --test-image N")
         made_of, middle = run.name, run.spec.data.folder is not None
         classes, shape, asked = run.spec.dataset.classes, run.spec.dataset.shape, _of_run(run, temperatures, note)
     grey, images = shape[0] == 1, list[Prediction]()
