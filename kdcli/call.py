@@ -167,22 +167,26 @@ class Call:
     def teachers(self, work: "Work") -> "tuple[Work, list[Job]]":
         """The work with the teachers that --with-teacher trains first, and the finished ones that it uses. Raises
         BadInput where one is missing or cannot be used."""
-        from kdcli.plan import Job, made_from, refuse_missing, unfinished, usable
+        from kdcli.plan import Job, made_from, refuse_missing, unanswered, unfinished, usable
 
         if self.teacher and self.with_teacher:
             raise BadInput("--teacher --with-teacher: use one or the other")
         needed, teachers = made_from(work.jobs, work.planned), {name for job in work.jobs for name in job.spec.parents}
+        students = [job.spec for job in work.jobs if job.spec.distill]
         absent = {run.name for run in unfinished(needed, work.places)}
         missing = [job for job in needed if job.spec.name in absent]
         if (wanted := [job for job in missing if job.spec.name in teachers]) and not self.with_teacher:
             spent, *_ = self.cost(work, [job.spec for job in missing])
-            refuse_missing(wanted, work.places, self.retype(), show.duration(spent), self.display.note)
+            retype, note = self.retype(), self.display.note
+            refuse_missing(wanted, students, work.places, retype, show.duration(spent), note)
         for name in teachers - {job.spec.name for job in (*work.jobs, *wanted)}:
             usable(work.places.open(name), work.jobs[0].spec, "a teacher")
         finished = [job for job in needed if job.spec.name in teachers - absent]
         if self.teacher:
-            named = work.places.open(self.teacher).spec
-            finished.append(Job(Row(named.command, "teacher"), named))
+            named = work.places.open(self.teacher)
+            if lacks := next(filter(None, (unanswered(named, student) for student in students)), ""):
+                raise BadInput(f"--teacher {named.name}: a file of logits, which has no answers for {lacks}")
+            finished.append(Job(Row(named.spec.command, "teacher"), named.spec))
         return replace(work, jobs=[*(missing if wanted else []), *work.jobs]), finished
 
     def train(self) -> None:
@@ -218,7 +222,8 @@ class Call:
         apart = self.command == "ensemble" and self.load().distill.teacher != "ensemble"
         more = ["--set", "distill.teacher=ensemble"] if apart else []
         following = f"distill {self.retype(whole=True)} {shlex.join(more)}"
-        if self.command == "train-teacher" and self.load().distill.teacher == "ensemble":
+        e = self.load()
+        if self.command == "train-teacher" and e.distill.teacher == "ensemble" and len(e.teachers) == 1:
             following = f"ensemble {self.retype(whole=True)}"
         if self.command not in TEACHERS:
             following = shlex.join(["report", mine[0].run, *self.where()])

@@ -85,13 +85,12 @@ def omit_classes(
             with loaded.located():
                 known = open_dataset(loaded.experiment.data, call.data_dir, not call.dry_run).facts.classes
         named = {flag: yamlfile.parse_classes(text, known) for flag, text in typed.items()}
-        described, e = call.load().omit_classes, call.load()
-        rows = {row.name for row in e.rows if row.kind != "omission"}  # the entries may be others
-        kept = {"expect": {k: v for k, v in e.expect.items() if k in rows}, "paper": {}}
-        call.overrides += [Override(section, value, flags) for section, value in kept.items()]
-        call.overrides.append(Override("omit_classes", [named], flags))
+        e = call.load()
+        rows = {row.name for row in e.rows if row.kind != "omission"}  # the others may be of other entries
+        expect = Override("expect", {row: most for row, most in e.expect.items() if row in rows}, flags)
+        call.overrides += [expect, Override("paper", {}, flags), Override("omit_classes", [named], flags)]
         (wanted,) = call.load().omit_classes
-        same = [entry.model_dump(exclude_unset=True) for entry in described if entry.label == wanted.label]
+        same = [entry.model_dump(exclude_unset=True) for entry in e.omit_classes if entry.label == wanted.label]
         call.overrides[-1] = Override("omit_classes", same or [named], flags)
     call.train()
 
@@ -339,8 +338,8 @@ def cache(
     if idle := [one.origin for one in call.overrides if one.key.split(".")[0] != "data"]:
         raise BadInput(f"{idle[0]}: changes nothing that kd cache does")
     if is_folder := os.path.isdir(of):  # no file has a folder that paths begin in
-        beside = [one for one in call.overrides if one.key == "data.unlabelled"]
-        call.overrides += [one._replace(value=os.path.abspath(str(one.value))) for one in beside]
+        beside = [one for one in call.overrides if one.key == "data.unlabelled" and isinstance(one.value, str)]
+        call.overrides += [one._replace(value=os.path.abspath(one.value)) for one in beside]
         call.overrides.insert(0, Override("data", {"folder": os.path.abspath(of)}, of))
     for flag, value in (("size", size), ("channels", channels), ("test", test)):
         call.override(f"--{flag}", value, f"data.{flag}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli import BadInput, BadKeys, Note, code, losses, yamlfile
-from kdcli.config import AUGMENTATION, Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, Train, nearest
+from kdcli.config import AUGMENTATION, Ensemble, Experiment, Kind, Model, Omission, Origin, Row, Section, nearest
 from kdcli.data.dataset import Dataset
 from kdcli.machine.device import seeded
 from kdcli.nets import models
@@ -129,23 +129,11 @@ class _Planner:
             return self.ensemble("teacher", self.experiment.seed[0]).name
         return self.net("teacher", seed).name
 
-    def check_answers(self, named: Run, train: Train) -> None:
-        """Raise BadInput for a named teacher that is a file of logits without answers for what students see."""
-        pool = self.dataset.facts.unlabelled
-        for spec in (member.spec for member in members(named)):
-            lacks = "views of the images: remove what augments the student's train" if train.augmented else ""
-            if pool and spec.dataset.unlabelled != pool:
-                lacks = lacks or "these unlabelled images: leave --teacher out"
-            if lacks and spec.origin and spec.origin.logits:
-                raise BadInput(f"--teacher {named.name}: a file of logits, which has no answers for {lacks}")
-
     def student(self, teacher: str, entry: Omission | None, seed: int) -> list[Spec]:
         e = self.experiment
         more: dict[str, Any] = {"model": e.student.model, "train": (entry and entry.train) or e.student.train}
         how: dict[str, Any] = {"teacher": "teacher"}  # the parents say which
         how |= {} if more["train"].augmented else {"views": None, "half": False}
-        if self.named and teacher == e.distill.teacher:
-            self.check_answers(self.named, more["train"])
         more["distill"] = e.distill.model_copy(update=how)
         more["parents"] = [self.taught_by(teacher, seed)]
         if e.distill.file:
@@ -339,6 +327,17 @@ def find_teacher(places: Places, name: str) -> Run:
     return run
 
 
+def unanswered(teacher: Run, student: Spec) -> str:
+    """What a student sees that a teacher, if it is a file of logits, has no answers for; else empty."""
+    pool = student.dataset.unlabelled
+    for spec in (member.spec for member in members(teacher)):
+        if spec.origin and spec.origin.logits and student.trained[1].augmented:
+            return "views of the images: remove what augments the student's train"
+        if spec.origin and spec.origin.logits and pool and spec.dataset.unlabelled != pool:
+            return "these unlabelled images: leave --teacher out"
+    return ""
+
+
 def made_from(jobs: Sequence[Job], planned: Sequence[Job]) -> list[Job]:
     """The planned runs that jobs are made from, directly or not, and that are none of them."""
     by_name, asked = {job.spec.name: job for job in planned}, [name for job in jobs for name in job.spec.parents]
@@ -348,9 +347,11 @@ def made_from(jobs: Sequence[Job], planned: Sequence[Job]) -> list[Job]:
     return [job for job in distinct(planned) if job.spec.name in needed]
 
 
-def refuse_missing(teachers: Sequence[Job], places: Places, retype: str, time: str, note: Note) -> None:
+def refuse_missing(
+    teachers: Sequence[Job], students: Sequence[Spec], places: Places, retype: str, time: str, note: Note
+) -> None:
     """Raise BadInput for teachers that are not finished: a line for those of a kind, with what to type and how long
-    that takes; then the runs that come close, how they differ, and how to use one."""
+    that takes; then the runs that come close, how they differ, and how to use one for the students."""
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in (Run(places.runs_dir, job.spec) for job in teachers):
         alike.setdefault((run.spec.command, run.status()), []).append(run)
@@ -365,7 +366,8 @@ def refuse_missing(teachers: Sequence[Job], places: Places, retype: str, time: s
         if status == "diverged":  # which it would do again
             told = f"{has} diverged: lower teacher.train.lr ({runs[0].spec.trained[1].lr:g})"
         lines.append(f"{who} {told}")
-    close = sorted(dict.fromkeys(one for job in teachers for one in _close_runs(Run(places.runs_dir, job.spec), note)))
+    wanted = [Run(places.runs_dir, job.spec) for job in teachers]
+    close = sorted(dict.fromkeys(one for run in wanted for one in _close_runs(run, students, note)))
     raise BadInput(*lines, *(f"  similar run: {line}" for _, _, line in close[:3]))
 
 
@@ -403,7 +405,7 @@ def doubts(teachers: Iterable[Job], expect: dict[str, float], places: Places) ->
             yield f"{result.run}: {line}"
 
 
-def _close_runs(wanted: Run, note: Note) -> list[tuple[int, bool, str]]:
+def _close_runs(wanted: Run, students: Sequence[Spec], note: Note) -> list[tuple[int, bool, str]]:
     """The other runs of the same command: in how many settings they differ from the wanted one, whether they are
     unfinished, and how they differ."""
 
@@ -419,8 +421,8 @@ def _close_runs(wanted: Run, note: Note) -> list[tuple[int, bool, str]]:
         unlike = differences(described(wanted.spec), described(run.spec)) or ["other members"]
         if run.name != wanted.name and made_of(run.spec) == made_of(wanted.spec):
             status = run.status()
-            alike = wanted.spec.dataset.unlabelled == run.spec.dataset.unlabelled  # of teachers those of files alone
-            can = status == "completed" and alike and data_settings(wanted.spec) == data_settings(run.spec)
+            can = status == "completed" and data_settings(wanted.spec) == data_settings(run.spec)
+            can = can and not orphaned(run) and not any(unanswered(run, student) for student in students)
             use = f" (to use it: --teacher {run.name})" if can else ""
             found.append((len(unlike), status != "completed", f"{run.name} ({status}), with {'; '.join(unlike)}{use}"))
     return found

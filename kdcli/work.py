@@ -70,7 +70,8 @@ def prepare(
         if override.origin.startswith("--set ") and override.key.split(".")[0] not in NO_CHANGE:
             bare = [other for other in overrides if other is not override]
             try:
-                if yamlfile.points(name, bare)[0].experiment.data.images != experiment.data.images:
+                old, new = yamlfile.points(name, bare)[0].experiment.data, experiment.data
+                if old.images != new.images or old.unlabelled not in (None, new.unlabelled):
                     continue  # to open them may take hours
                 others, _, before = planned(bare)
             except BadInput:  # the experiment cannot do without it

@@ -309,7 +309,11 @@ def test_where_the_ensemble_varies_the_verdict_is_about_its_student(varied: str,
 
 
 def test_a_row_that_only_a_later_point_has_is_shown(tmp_path: Path) -> None:
-    first, later = walked(tmp_path, "ensemble: [null, {members: 2}]").json["points"]
+    done = walked(tmp_path, "ensemble: [null, {members: 2}]")
+    first, later = done.json["points"]
+    text = (tmp_path / "runs/tiny/report-members/report.md").read_text()
+    assert "| ensemble |" in text
+    assert ", ensemble " not in text.partition("The same at every point: ")[2].splitlines()[0]
     rows = [[row["row"] for row in point["table"]] for point in (first, later)]
     assert rows[0] == ["teacher", "baseline", "student"]
     assert set(rows[1]) - set(rows[0]) == {"ensemble", "ensemble of baselines", "student of ensemble"}

@@ -730,6 +730,10 @@ def test_a_run_of_a_file_of_logits_knows_no_other_view_either(tmp_path: Path) ->
     done = kd_here(tmp_path, *words, "--set", "student.train.jitter=1")
     assert (done.code, done.out) == (2, "")
     assert f"--teacher {name}: a file of logits, which has no answers for views of the images" in done.err
+    own = TINY.replace("optimizer: adam, lr: 1e-2", "optimizer: adam, lr: 1e-2, jitter: 1")
+    own = own.replace("- omit: [3]", "- omit: [3]\n    train: {epochs: 1, lr: 0.1}")
+    (tmp_path / "tiny.yaml").write_text(own)  # whose student alone sees views
+    assert kd_here(tmp_path, "omit-classes", *words[1:]).code == 0
 
 
 def test_a_file_of_logits_that_no_student_asks_may_have_answers_for_no_view(tmp_path: Path) -> None:

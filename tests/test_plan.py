@@ -380,7 +380,7 @@ def test_a_teacher_that_is_missing_is_told_with_what_to_type(tmp_path: Path) -> 
     needed = plan.made_from(chosen, jobs)
     assert [job.spec.name for job in needed] == names(jobs, "teacher")
     with pytest.raises(BadInput) as error:
-        plan.refuse_missing(needed, places, "f.yaml", "9 s", note=pytest.fail)
+        plan.refuse_missing(needed, [], places, "f.yaml", "9 s", note=pytest.fail)
     typed = "train them: kd train-teacher f.yaml --seed 0-1, or add --with-teacher (about 9 s here)"
     are = f"2 teachers, {names(jobs, 'teacher')[0]} and on (seeds 0-1), are missing"
     assert error.value.lines == (f"{are}; {typed}",)

@@ -147,7 +147,7 @@ def distil(folder: Path, *words: str, command: str = "distill", experiment: str 
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("views-*"))
+    return sorted(folder.rglob("views-*.npy"))
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_kept_logits_of_an_ensemble_lie_with_its_members(folder: Path, answers: 
     distil(folder, *more, experiment="own.yaml")
     run = teacher_run(folder, "own/ensemble")
     assert sorted(file.parent.name for file in files(folder)) == sorted(Path(n).name for n in run.spec.parents)
-    assert [np.load(file)["logits"].shape for file in files(folder)] == [(2, 120, 3)] * 2
+    assert [np.load(file).shape for file in files(folder)] == [(2, 120, 3)] * 2
     check_answers(answers, run)
     assert not torch.allclose(answers[0].logits[0], answers[0].logits[1], atol=1e-2)
 
@@ -243,7 +243,7 @@ def test_a_student_of_fewer_classes_sees_no_blend_with_another(
     spec = teacher_run(folder, "tiny/omit-classes").spec
     left = open_dataset(spec.data).seen(spec).labels
     assert 3 not in left
-    shapes = [np.load(file)["logits"].shape for file in files(folder)]
+    shapes = [np.load(file).shape for file in files(folder)]
     assert sorted(shapes) == [(K, len(left), 10), (K, N, 10)]
     assert sum(asked) == K * (N + len(left))
     check_answers(answers, teacher_run(folder))
@@ -323,11 +323,11 @@ def test_float16_halves_the_file_and_is_used_as_float32(folder: Path) -> None:
     (exact,) = files(folder)
     half = kept_of(run, half=True)
     (rounded,) = {*files(folder)} - {exact}
-    assert np.load(rounded)["logits"].dtype == np.float16
+    assert np.load(rounded).dtype == np.float16
     assert exact.stat().st_size - rounded.stat().st_size == 2 * K * N * 10
     assert half.logits(rows, x).dtype == torch.float32
     assert torch.equal(half.logits(rows, x), whole.logits(rows, x).half().float())
-    assert np.array_equal(np.load(exact)["logits"].reshape(1, -1, 10), whole.logits(rows, x))
+    assert np.array_equal(np.load(exact).reshape(1, -1, 10), whole.logits(rows, x))
 
 
 def test_logits_beyond_float16_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,15 +341,16 @@ def test_a_damaged_file_is_noticed_and_made_again(folder: Path, asked: list[int]
     kept_of(teacher_run(folder))
     (file,) = files(folder)
     content = file.read_bytes()
-    of_view_1 = len(content) - (K - 1) * (4 * 10 * N + 32) + 99
-    places = {"another header": 60, "a byte of view 1": of_view_1, "a checksum": len(content) - 1}
-    broken = bytearray(content[:-1] if damage == "cut short" else content)
+    of_view_1 = len(content) - (K - 1) * 4 * 10 * N + 99
+    broken, sums = file.with_suffix(".done") if damage == "a checksum" else file, file.with_suffix(".done").read_bytes()
+    places = {"another header": 60, "a byte of view 1": of_view_1, "a checksum": len(sums) - 1}
+    changed = bytearray(broken.read_bytes())
     if damage in places:
-        broken[places[damage]] ^= 1
-    file.write_bytes(broken)
+        changed[places[damage]] ^= 1
+    broken.write_bytes(changed[:-1] if damage == "cut short" else changed)
     asked.clear()
     kept_of(teacher_run(folder))
-    assert file.read_bytes() == content
+    assert (file.read_bytes(), file.with_suffix(".done").read_bytes()) == (content, sums)
     assert sum(asked) == N * (1 if damage in ("a byte of view 1", "a checksum") else K)
 
 
@@ -438,7 +439,7 @@ def test_kd_runs_counts_the_bytes_and_removes_the_file(folder: Path) -> None:
     before = size()
     distil(folder, *SHIFTED)
     (file,) = files(folder)
-    assert size() == before + file.stat().st_size
+    assert size() == before + file.stat().st_size + file.with_suffix(".done").stat().st_size
     assert "finished before" in distil(folder, *SHIFTED)
     assert kd_here(folder, "runs", "rm", name, "--force", "--yes").code == 0
     assert not files(folder)

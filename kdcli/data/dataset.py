@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdcli import BadKeys, counted
 from kdcli.config import Data
-from kdcli.data.sources import duplicates, listed, of_key, read, read_unlabelled, stratified
+from kdcli.data.sources import listed, of_key, read, read_unlabelled, stratified
 from kdcli.runs.spec import Facts, Spec
 
 
@@ -148,9 +148,10 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     held = data.heldout or tenth(len(train), len(facts.classes))
     if held > len(train) // 3:
         raise BadKeys(("data.heldout", f"must be at most {len(train) // 3}, a third of the training images"))
-    notes, unlabelled, listings = found.notes, None, [found.listing]
+    notes, unlabelled, listings, known = found.notes, None, [found.listing], set[int]()
     if data.unlabelled:
         extra = read_unlabelled(data, found, facts)
+        known = extra.known
         given["unlabelled"], notes, listings = extra.fingerprint, [*notes, *extra.notes], [*listings, extra.listing]
         unlabelled = Split(torch.from_numpy(extra.x), torch.full((len(extra.x),), -1), found.white)
     whole = Dataset(train, test, held, facts.model_copy(update=given), notes, unlabelled, listings)
@@ -159,8 +160,8 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
     with of_key("heldout"):
         at = whole.heldout
     others = (~torch.isin(torch.arange(len(train)), at)).nonzero()[:, 0]
-    if unlabelled and (pairs := duplicates(found.x_train[at.numpy()], unlabelled.store.numpy())):
-        notes = [*notes, f"{counted(len(pairs), 'held-out image')} among the unlabelled images too, pixel for pixel."]
+    if twice := {*at.tolist()} & known:
+        notes = [*notes, f"{counted(len(twice), 'held-out image')} among the unlabelled images too, pixel for pixel."]
     return replace(whole, train=train.at(others), test=train.at(at), notes=notes)
 
 

@@ -44,6 +44,7 @@ class Unlabelled(NamedTuple):
 
     x: Array
     fingerprint: str
+    known: set[int]  # the training images that are among them, by number
     notes: list[str]
     listing: Path
 
@@ -76,7 +77,7 @@ def read_unlabelled(data: Data, found: Found, facts: Facts) -> Unlabelled:
         folder = entry(key[:16], lambda out: _unlabelled(data, found, facts, files, out))
         about = json.loads((folder / "facts.json").read_text())
     x = np.load(folder / "x.npy", mmap_mode="c")
-    return Unlabelled(x, about["fingerprint"], [*notes, *about["notes"]], folder / "files.json")
+    return Unlabelled(x, about["fingerprint"], {*about["known"]}, [*notes, *about["notes"]], folder / "files.json")
 
 
 def _unlabelled(data: Data, found: Found, facts: Facts, files: Sequence[Path], out: Path) -> None:
@@ -96,7 +97,8 @@ def _unlabelled(data: Data, found: Found, facts: Facts, files: Sequence[Path], o
     notes = _of_pairs(pairs, tested, [*map(str, files)], "also among the unlabelled images, pixel for pixel")
     _list(out, Path(root), unlabelled=files)
     digest = hashlib.sha256(json.dumps([x.shape, facts.white]).encode())
-    keep(out, {"fingerprint": _hashed(digest, x), "notes": notes})
+    known = [i for i, _ in duplicates(found.x_train, x)]
+    keep(out, {"fingerprint": _hashed(digest, x), "known": known, "notes": notes})
 
 
 def listed(listings: Iterable[Path | None]) -> dict[str, list[str]]:

@@ -288,6 +288,7 @@ def summarise(
 ) -> Summary:
     """The document of a subject from its jobs and the document of each."""
     of_ensembles = any(key.split(".")[0] == "ensemble" for key in subject.grid)
+    of_ensembles &= not {"distill", "distill.teacher"} & {*subject.grid}  # else at some points it is the student
     of_ensemble = Row("student of ensemble", "student")
     judged = of_ensemble.name if of_ensembles and of_ensemble in subject.rows else "student"
     of_losses = any(key in ("distill", "distill.loss") for key in subject.grid)

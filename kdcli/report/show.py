@@ -441,8 +441,8 @@ def _fewer(found: Verdict) -> str:
 def _fixed(summary: "Summary") -> dict[str, str]:
     """The errors of the nets that have the same at every point of a grid, but for those that it is about."""
     rows = [row for point in summary.points for row in point.table]
-    found = {name: {spread(row) for row in rows if row.row == name} for name in GRID_ROWS if name != summary.judged}
-    return {name: errors.pop() for name, errors in found.items() if len(errors) == 1}
+    found = {name: [spread(row) for row in rows if row.row == name] for name in GRID_ROWS if name != summary.judged}
+    return {name: e[0] for name, e in found.items() if len(e) == len(summary.points) and len({*e}) == 1}
 
 
 def remarks(summary: "Summary") -> list[str]:

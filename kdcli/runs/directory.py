@@ -351,7 +351,9 @@ def find_folder(root: Path, name: str, flag: str = "") -> Path:
             what = "is a file, not a run"
         raise BadInput(f"{said}: {what}; `kd runs` lists what there is")
     if path.parents[2] != root or path.is_symlink():
-        raise BadInput(f"{said}: lies outside the runs folder: add --runs-dir {path.resolve().parents[2]}")
+        real = path.resolve() if path.is_symlink() else path
+        where = f": add --runs-dir {real.parents[2]}" if len(real.parents) > 2 else ""
+        raise BadInput(f"{said}: lies outside the runs folder{where}")
     return path
 
 

@@ -1,16 +1,18 @@
 """A teacher's logits of fixed views, in its run's directory: asked once, whatever the epochs, seeds and students (the
 idea of FKD: Shen and Xing, arXiv:2112.01528).
 
-    views-….npy    as numpy reads it: of each of K views its `logits` [N, C], float32 or float16, and their `sha256`,
-                   which is written last: a view that was not asked to the end, or is damaged, is asked again
+    views-….npy     [K, N, C], float32 or float16, as numpy reads it
+    views-….done    the sha256 of each view, which is written last: a view that was not asked to the end, or is damaged,
+                    is asked again
 """
 
 import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from kdcli.data.dataset import Split
 from kdcli.runs.directory import Run
 from kdcli.teachers.teacher import Teacher, members, nets, weights_checksum
 
-VERSION = 2  # of how views are drawn and kept
+VERSION = 1  # of how views are drawn and kept
 BATCH = 256
 Logits = NDArray[np.floating]
 
@@ -53,21 +55,21 @@ def _of(run: Run, images: Split, key: str, fixed: Fixed, half: bool, device: tor
     drawn = [hashlib.sha256(draws.numpy().tobytes()).hexdigest() for draws in fixed.draw(0).values()]
     about = json.dumps([VERSION, key, weights_checksum(run), how, fixed.count, half, drawn])
     path = run.path / f"views-{hashlib.sha256(about.encode()).hexdigest()[:16]}.npy"
-    logits = ("logits", "<f2" if half else "<f4", (len(images), len(run.spec.dataset.classes)))
-    kind = np.dtype([logits, ("sha256", np.uint8, hashlib.sha256().digest_size)])
+    kind, shape = "<f2" if half else "<f4", [fixed.count, len(images), len(run.spec.dataset.classes)]
     with (run.path / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with _naming(path):
-            views = array_in(path, kind, [fixed.count])
-        whole = [hashlib.sha256(view["logits"]).digest() == view["sha256"].tobytes() for view in views]
-        if missing := [k for k, one in enumerate(whole) if not one]:
+            views = array_in(path, kind, shape)
+            sums = array_in(path.with_suffix(".done"), np.uint8, [fixed.count, hashlib.sha256().digest_size])
+        if missing := [k for k, view in enumerate(views) if hashlib.sha256(view).digest() != sums[k].tobytes()]:
             (net,), some = nets(run, device), f"{len(missing)} of " if len(missing) < fixed.count else ""
             what = f"{some}{fixed.count} views of each of {len(images):,} images"
             exact = ", all that there are: training is exact" if fixed.count == different_views(fixed.train) else ""
             note(f"{run.name}: is asked about {what}, once for all epochs and all students that see these{exact}")
             for k in missing:
-                _write(path, views.offset + k * kind.itemsize, _answers(net, images, fixed, k, device), half)
-    return np.asarray(views["logits"])
+                answers = _answers(net, images, fixed, k, device)
+                _write(sums, k, [_write(views, k, ((part.half() if half else part).numpy() for part in answers))])
+    return views
 
 
 @torch.inference_mode()
@@ -82,19 +84,18 @@ def _answers(net: nn.Module, images: Split, fixed: Fixed, k: int, device: torch.
         yield net(views.view(rows.to(device), {name: d.to(device) for name, d in draws.items()})).float().cpu()
 
 
-def _write(file: Path, at: int, logits: Iterator[Tensor], half: bool) -> None:
-    """Write a view into a file from a place on, then its checksum. Raises OSError with the file's name, BadInput where
-    a logit is too large."""
-    digest = hashlib.sha256()
+def _write(array: "np.memmap[Any, Any]", k: int, parts: Iterable[NDArray[Any]]) -> NDArray[np.uint8]:
+    """Write row k of an array that a file holds, past the map: where the disk is full that is an OSError, with the
+    file's name. Returns its sha256. Raises BadInput where a value is too large for float16."""
+    digest, file = hashlib.sha256(), Path(str(array.filename))
     with _naming(file), file.open("r+b") as out:
-        out.seek(at)
-        for part in logits:
-            if half and not bool(part.half().isfinite().all()):
+        out.seek(array.offset + k * array[0].nbytes)
+        for part in parts:
+            if part.dtype == np.float16 and not np.isfinite(part).all():
                 raise BadInput("distill.half: float16 does not hold the teacher's logits: remove it")
-            content = part.numpy().astype("<f2" if half else "<f4").tobytes()
-            digest.update(content)
-            out.write(content)
-        out.write(digest.digest())
+            digest.update(part.tobytes())
+            out.write(part.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 @contextlib.contextmanager

@@ -89,10 +89,11 @@ def fit(
 def _in_training(net: nn.Module) -> None:
     """Put a net in train mode, but its frozen parts: their BatchNorm must not learn from what their weights do not."""
     net.train()
-    frozen = not all(weight.requires_grad for weight in net.parameters())
+    learning = [part for part in net.modules() if any(w.requires_grad for w in part.parameters(recurse=False))]
+    of_head = len(learning) == 1 and not all(weight.requires_grad for weight in net.parameters())
     for part in net.modules():
         weights = list(part.parameters())
-        counting = frozen and getattr(part, "running_mean", None) is not None  # a BatchNorm without weights
+        counting = of_head and getattr(part, "running_mean", None) is not None  # a BatchNorm without weights
         if (weights or counting) and not any(weight.requires_grad for weight in weights):
             part.eval()
 
