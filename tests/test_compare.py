@@ -451,7 +451,7 @@ def test_results_md_is_what_the_documents_say() -> None:
 
 
 def test_records_from_before_there_was_a_correction_are_read_with_it() -> None:
-    """That of the temperatures, as it would have been written then: 9 verdicts of 18, of which 4 are left."""
+    """That of the temperatures, as it would have been written then: 9 verdicts of 18, of which 7 are left."""
     document = json.loads((results.RECORD / "study-temperature.json").read_text())
     verdicts = [point["verdict"] for point in document["points"]]
     for v in verdicts:
@@ -460,7 +460,7 @@ def test_records_from_before_there_was_a_correction_are_read_with_it() -> None:
     assert sum(v["verdict"] != "no evidence" for v in verdicts) == 9
     read = [point.verdict for point in Summary.model_validate(document).points]
     assert [v and v.p for v in read] == [v["p"] for v in verdicts]
-    assert [v.verdict for v in read if v and v.verdict != "no evidence"] == ["helped"] * 4
+    assert [v.verdict for v in read if v and v.verdict != "no evidence"] == ["helped"] * 7
     assert min(v.p_corrected or 0 for v in read if v) == pytest.approx(18 * min(v["p"] for v in verdicts))
 
 
