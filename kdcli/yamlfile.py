@@ -280,6 +280,7 @@ _MESSAGES = {
     "list_type": "must be a list, such as [{given}], not {shown}",
     "model_type": "must be a section of keys and values, not {shown}",
     "dict_type": "must be a section of keys and values, not {shown}",
+    "bool_type": "must be true or false, not {shown}",
     "string_pattern_mismatch": "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-', "
     "not {shown}",
     "too_long": "must have at most {max_length} entries, not {actual_length}",

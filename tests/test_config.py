@@ -30,6 +30,7 @@ MISTAKES = {
     "misspelled key": (edited("batch_size", "batch_sise"), "f:6: teacher.train.batch_sise: unknown key; did you mean batch_size?"),
     "misspelled section": (edited("ensemble:", "ensembel:"), "f:7: ensembel: unknown key; did you mean ensemble?"),
     "wrong type": (edited("epochs: 6", 'epochs: "6"'), "f:6: teacher.train.epochs: must be a valid integer, not '6'"),
+    "a word is no bool": (edited("lr: 3e-3", "lr: 3e-3, flip: yes"), "f:6: teacher.train.flip: must be true or false, not 'yes'"),
     "a bool is no number": (edited("epochs: 6", "epochs: true"), "f:6: teacher.train.epochs: must be a valid integer, not True"),
     "not a section": (edited("data: {name: digits, heldout: 200}", "data: digits"), "f:3: data: must be a section of keys and values, not 'digits'"),
     "duplicate key": (edited("seed" if "seed" in TINY else "threads: 1", "threads: 1\nthreads: 2"), "f:3: threads: duplicate key, first given on line 2"),
