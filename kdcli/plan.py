@@ -199,8 +199,10 @@ def _of_nets(e: Experiment, dataset: Dataset) -> Iterator[tuple[str, str]]:
     own |= {"student.model": student}
     made = {f"ensemble.models.{i}": e.teacher.model_copy(update={"model": m}) for i, m in enumerate(of_members)}
     own |= {key: teacher.model for key, teacher in made.items() if teacher.model and not teacher.origin}
-    for key, teacher in {**teachers, **made}.items():
+    for key, teacher in teachers.items():
         yield from imports.problems(key, teacher, dataset)
+    for key, teacher in made.items():  # its weights, input and classes are the teacher's
+        yield from ((key, f"read as teacher says: {message}") for _, message in imports.problems(key, teacher, dataset))
     for key, model in own.items():
         if message := try_net(model, dataset.facts)[1]:
             yield f"{key}.name", message

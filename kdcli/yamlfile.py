@@ -141,7 +141,9 @@ def _labels(values: Sequence[Any]) -> list[str]:
     """What tells the values of one key apart: of sections the settings that not all of them have alike."""
 
     def shown(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        if isinstance(value, dict):
+            return " ".join(f"{key}={shown(v)}" for key, v in value.items())
+        return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
     sections = [value for value in values if isinstance(value, dict)]
     if len(sections) < len(values):

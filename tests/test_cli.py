@@ -393,7 +393,7 @@ def test_a_damaged_teacher_stops_what_needs_it_alone(damage: str, kd: Shell) -> 
     assert done.code == 2
     (line,) = done.err.splitlines()
     assert f"weights.safetensors: {'cannot be read' if damage == 'missing' else 'is damaged'}" in line
-    assert line.endswith(f": remove it, kd runs rm {name}, and train it again")
+    assert line.endswith(f": remove it, kd runs rm {name} --force, and train it again")
     asked = kd_here(kd.folder, "predict", student, "--test-image", "0", "--json")
     assert asked.err == f"{student}: without its teacher's predictions: {line}\n"
     assert [view["net"] for view in asked.json["images"][0]["views"]] == ["net"]
@@ -994,6 +994,23 @@ def test_a_student_does_not_start_from_its_teachers_weights(kd: Shell) -> None:
     }
     assert bool((start["student"] == start["baseline"]).all())
     assert not bool((start["student"] == start["teacher"]).any())
+
+
+def test_what_does_not_fit_follows_beside_all_that_tells_rows_apart() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=24)
+    console.print(
+        Table("", ["T", "lr", "errors", "verdict"], [["1", "0.1", "12.5", "helped"], ["1", "0.2", "9", "hurt"]], 2)
+    )
+    lines = [line.split() for line in out.getvalue().splitlines() if "─" not in line and line.strip()]
+    assert lines == [
+        ["T", "lr", "errors"],
+        ["1", "0.1", "12.5"],
+        ["1", "0.2", "9"],
+        ["T", "lr", "verdict"],
+        ["1", "0.1", "helped"],
+        ["1", "0.2", "hurt"],
+    ]
 
 
 @pytest.mark.usefixtures("quick_reports")

@@ -311,6 +311,7 @@ def test_where_the_ensemble_varies_the_verdict_is_about_its_student(varied: str,
 def test_a_row_that_only_a_later_point_has_is_shown(tmp_path: Path) -> None:
     done = walked(tmp_path, "ensemble: [null, {members: 2}]")
     first, later = done.json["points"]
+    assert [point["at"] for point in (first, later)] == [{"ensemble": "none"}, {"ensemble": "members=2"}]
     text = (tmp_path / "runs/tiny/report-members/report.md").read_text()
     assert "| ensemble |" in text
     assert ", ensemble " not in text.partition("The same at every point: ")[2].splitlines()[0]

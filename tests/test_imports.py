@@ -776,7 +776,7 @@ def test_the_models_of_members_are_read_as_the_teacher_is(elsewhere: Fixture, tm
     text = ELSEWHERE + "ensemble: {members: 2, models: [{hidden: [32]}, {hidden: [16]}]}\n"
     done = read(tmp_path, source, "--dry-run", command="ensemble", text=text)
     assert done.code == 2
-    assert "ensemble.models.1.weights: " in done.err
+    assert "ensemble.models.1: read as teacher says: " in done.err
 
 
 WRONG: dict[str, tuple[list[str], str]] = {  # rows of answers, and what is said of them

@@ -404,7 +404,7 @@ def test_runs_of_before_are_refused_in_one_line_and_listed_as_damaged(tmp_path: 
         open_run(tmp_path, "exp/train-teacher/0-1234567890")
     assert error.value.lines == (
         f"{folder}/config.yaml: is of another kd (its runs have schema 1, this one's 2): "
-        f"remove it, kd runs rm exp/train-teacher/0-1234567890 --runs-dir {tmp_path}, and train it again",
+        f"remove it, kd runs rm exp/train-teacher/0-1234567890 --force --runs-dir {tmp_path}, and train it again",
     )
     (listed,) = survey(tmp_path)
     assert (listed.run, listed.status, listed.errors) == ("exp/train-teacher/0-1234567890", "damaged", None)

@@ -217,7 +217,7 @@ def test_held_out_images_among_them_are_told(shell: Shell, tmp_path: Path) -> No
     for i, digit in enumerate(open_dataset(Data(name="digits")).train.store[:, 0].numpy()):
         Image.fromarray((digit * 255.0 / 16).round().astype(np.uint8)).save(tmp_path / "all" / f"{i:04}.png")
     data = Data(name="digits", unlabelled=str(tmp_path / "all"), evaluate_on="heldout", heldout=200)
-    assert "200 held-out images among the unlabelled images too, pixel for pixel." in open_dataset(data).notes
+    assert "Among the unlabelled images too, pixel for pixel: 200 held-out images." in open_dataset(data).notes
 
 
 def test_a_file_of_logits_answers_for_the_unlabelled_images_that_it_was_read_with(tmp_path: Path) -> None:

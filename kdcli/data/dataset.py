@@ -161,7 +161,7 @@ def open_dataset(data: Data, data_dir: Path | None = None, download: bool = True
         at = whole.heldout
     others = (~torch.isin(torch.arange(len(train)), at)).nonzero()[:, 0]
     if twice := {*at.tolist()} & known:
-        notes = [*notes, f"{counted(len(twice), 'held-out image')} among the unlabelled images too, pixel for pixel."]
+        notes = [*notes, f"Among the unlabelled images too, pixel for pixel: {counted(len(twice), 'held-out image')}."]
     return replace(whole, train=train.at(others), test=train.at(at), notes=notes)
 
 

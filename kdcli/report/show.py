@@ -106,11 +106,13 @@ def say(console: Console, line: str) -> None:
 
 
 class Table(NamedTuple):
-    """A table before it is printed or written: cells are text; the first column is on the left, others on the right."""
+    """A table before it is printed or written: cells are text; the first column is on the left, others on the right.
+    The first `keys` columns say what a row is."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    keys: int = 1
 
     def markdown(self) -> str:
         ruler = ["---", *["---:"] * (len(self.columns) - 1)]
@@ -125,10 +127,10 @@ class Table(NamedTuple):
         return [LEGENDS[column] for column in self.columns if column in LEGENDS]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Words stay whole: columns for which there is no room follow below, beside the first once more."""
+        """Words stay whole: columns for which there is no room follow below, beside the keys once more."""
         columns = list(zip(self.columns, *self.rows, strict=True))
         least = [max((cell_len(word) for cell in cells for word in cell.split(" ")), default=1) for cells in columns]
-        while len(columns) > 2 and sum(least[: len(columns)]) + 2 * len(columns) > options.max_width:
+        while len(columns) > self.keys + 1 and sum(least[: len(columns)]) + 2 * len(columns) > options.max_width:
             columns.pop()
         widths = [max(map(cell_len, column)) for column in columns]
         room = options.max_width - 2 * len(columns)  # without what is between them
@@ -146,8 +148,8 @@ class Table(NamedTuple):
             yield Text(self.title, style="bold", no_wrap=False, overflow="fold")
         yield table
         if rest := len(self.columns) - len(columns):
-            head, *rows = [[cells[0], *cells[-rest:]] for cells in (self.columns, *self.rows)]
-            yield Table("", head, rows)
+            head, *rows = [[*cells[: self.keys], *cells[-rest:]] for cells in (self.columns, *self.rows)]
+            yield Table("", head, rows, self.keys)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -391,7 +393,8 @@ def final_table(summary: "Summary") -> Table:
     """The one table that `kd run` ends with: without the columns that would be empty."""
     over = f"mean ± std over {len(summary.seeds)} seeds" if len(summary.seeds) > 1 else f"seed {summary.seeds[0]}"
     title = f"{summary.file}: errors on {summary.evaluated_on}, {over}"
-    return table(title, *(_grid_rows(summary) if summary.grid else _rows(summary)))
+    shown = table(title, *(_grid_rows(summary) if summary.grid else _rows(summary)))
+    return shown._replace(keys=max(len(summary.grid), 1))
 
 
 def _rows(summary: "Summary") -> tuple[list[str], list[list[str]]]:

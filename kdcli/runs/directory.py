@@ -35,7 +35,7 @@ from pydantic import ValidationError
 
 from kdcli import BadInput, Note, __version__, cores, failure
 from kdcli.config import nearest
-from kdcli.runs.spec import COMMANDS, RESULT, SCHEMA, Epoch, Result, Spec, Status, Unfinished
+from kdcli.runs.spec import COMMANDS, RESULT, SCHEMA, TEACHERS, Epoch, Result, Spec, Status, Unfinished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -378,8 +378,10 @@ def run_in(path: Path) -> Run:
 def remedy(path: Path) -> str:
     """What to do about the damaged run in a directory."""
     root = path.parents[2].absolute()
-    where = [] if root == Path("runs").absolute() else ["--runs-dir", str(root)]
-    return f"remove it, {shlex.join(['kd', 'runs', 'rm', '/'.join(path.parts[-3:]), *where])}, and train it again"
+    words = ["kd", "runs", "rm", "/".join(path.parts[-3:])]
+    words += ["--force"] if path.parts[-2] in TEACHERS else []  # what was made from it may be there, and may stay
+    words += [] if root == Path("runs").absolute() else ["--runs-dir", str(root)]
+    return f"remove it, {shlex.join(words)}, and train it again"
 
 
 def list_runs(root: Path, experiment: str, commands: Sequence[str], note: Note) -> list[Run]:
