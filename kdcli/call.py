@@ -184,8 +184,9 @@ class Call:
         finished = [job for job in needed if job.spec.name in teachers - absent]
         if self.teacher:
             named = work.places.open(self.teacher)
-            if lacks := next(filter(None, (unanswered(named, student) for student in students)), ""):
-                raise BadInput(f"--teacher {named.name}: a file of logits, which has no answers for {lacks}")
+            for student in students:
+                if lacks := unanswered(named, student):
+                    raise BadInput(f"--teacher {named.name}: a file of logits, which has no answers for {lacks}")
             finished.append(Job(Row(named.spec.command, "teacher"), named.spec))
         return replace(work, jobs=[*(missing if wanted else []), *work.jobs]), finished
 
@@ -219,15 +220,17 @@ class Call:
         whole = {"command": self.command, "experiment": mine[0].experiment, "runs": mine}
         tables = show.tables(self.command, found, work.dataset.facts.classes)
         self.present(mine[0] if len(mine) == 1 else whole, *tables)
-        apart = self.command == "ensemble" and self.load().distill.teacher != "ensemble"
-        more = ["--set", "distill.teacher=ensemble"] if apart else []
-        following = f"distill {self.retype(whole=True)} {shlex.join(more)}"
-        e = self.load()
-        if self.command == "train-teacher" and e.distill.teacher == "ensemble" and len(e.teachers) == 1:
-            following = f"ensemble {self.retype(whole=True)}"
+        self.display.note(f"next: kd {self._following(mine[0].run)}")
+
+    def _following(self, run: str) -> str:
+        """What to type after this command has trained a run."""
         if self.command not in TEACHERS:
-            following = shlex.join(["report", mine[0].run, *self.where()])
-        self.display.note(f"next: kd {following}".rstrip())
+            return shlex.join(["report", run, *self.where()])
+        e, typed = self.load(), self.retype(whole=True)
+        of_ensemble = e.distill.teacher == "ensemble"
+        if self.command == "ensemble":
+            return f"distill {typed}{'' if of_ensemble else ' --set distill.teacher=ensemble'}"
+        return f"{'ensemble' if of_ensemble and len(e.teachers) == 1 else 'distill'} {typed}"
 
     def finished(self) -> "Work":
         """The work of reporting an experiment, or a single run. Raises BadInput where a run is missing."""

@@ -153,9 +153,10 @@ class Data(Section):
         return bool(self.folder) or (self.name or "").startswith("torchvision:")
 
     @property
-    def images(self) -> dict[str, Any]:
-        """What says which the labelled images are, and how many pixels they have."""
-        return self.model_dump(include={*self.one_of, "split", "size", "channels", "test"})
+    def images(self) -> str:
+        """What says which the labelled images are and how they are read, as JSON."""
+        size = {"size"} if self.files else set()  # else it is of unlabelled images alone
+        return self.model_dump_json(include={*self.one_of, "split", "channels", "test"} | size)
 
     def _contradictions(self) -> Iterator[tuple[str, str]]:
         files, of_folder = self.files, "a folder or a torchvision dataset"

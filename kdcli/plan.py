@@ -331,12 +331,12 @@ def find_teacher(places: Places, name: str) -> Run:
 
 def unanswered(teacher: Run, student: Spec) -> str:
     """What a student sees that a teacher, if it is a file of logits, has no answers for; else empty."""
+    files = [run.spec for run in members(teacher) if run.spec.origin and run.spec.origin.logits]
+    if files and student.trained[1].augmented:
+        return "views of the images: remove what augments the student's train"
     pool = student.dataset.unlabelled
-    for spec in (member.spec for member in members(teacher)):
-        if spec.origin and spec.origin.logits and student.trained[1].augmented:
-            return "views of the images: remove what augments the student's train"
-        if spec.origin and spec.origin.logits and pool and spec.dataset.unlabelled != pool:
-            return "these unlabelled images: leave --teacher out"
+    if pool and any(spec.dataset.unlabelled != pool for spec in files):
+        return "these unlabelled images: leave --teacher out"
     return ""
 
 

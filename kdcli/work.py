@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kdcli import BadInput, Failed, Note, cores, yamlfile
 from kdcli.config import Data, Experiment
@@ -47,36 +49,16 @@ def prepare(
 ) -> Work:
     """Read the experiment and its data, check both, and plan. Raises BadInput for all that can be known before a run is
     trained. `teacher`: the run that --teacher names; `dry`: nothing is downloaded."""
-
-    opened = dict[Data, Dataset]()  # by data section: most overrides leave it as it is, and to open a folder takes time
-
-    def planned(overrides: list[Override]) -> tuple[list[Loaded], Dataset, list[Job]]:
-        points = yamlfile.points(name, overrides)
-        data = points[0].experiment.data
-        with points[0].located():
-            dataset = opened[data] = opened.get(data) or open_dataset(data, places.data_dir, download=not dry)
-        for point in points:
-            with point.located():
-                check(point.experiment, dataset)
-        named = find_teacher(places, teacher) if teacher is not None else None
-        return points, dataset, plan([point.experiment for point in points], dataset, named)
-
-    points, dataset, jobs = planned(overrides)
+    plans = _Plans(name, places, teacher, dry, {})
+    points, dataset, jobs = plans.of(overrides)
     experiment = points[0].experiment
     if experiment.grid and command not in ("run", "report"):
         keys = " ".join(f"--set {key}=…" for key in experiment.grid)
         raise BadInput(f"{name}: has a grid, which `kd run` walks; for one of its points: {keys}")
     for override in overrides:
         if override.origin.startswith("--set ") and override.key.split(".")[0] not in NO_CHANGE:
-            bare = [other for other in overrides if other is not override]
-            try:
-                old, new = yamlfile.points(name, bare)[0].experiment.data, experiment.data
-                if old.images != new.images or old.unlabelled not in (None, new.unlabelled):
-                    continue  # to open them may take hours
-                others, _, before = planned(bare)
-            except BadInput:  # the experiment cannot do without it
-                continue
-            if others[0].experiment.grid == experiment.grid:  # else it picks a point
+            others, before = plans.without(override, overrides, experiment.data)
+            if others and others[0].experiment.grid == experiment.grid:  # else it picks a point
                 if [other.experiment for other in others] == [point.experiment for point in points]:
                     raise _of_no_effect(override, overrides)
                 _refuse_idle(override, command, before, jobs, experiment)
@@ -84,6 +66,40 @@ def prepare(
     subject = results.about(experiment, Path(points[0].file).stem, rows, [point.at for point in points], dataset)
     places = places._replace(threads=experiment.threads or max(cores() // distributed.LOCAL_WORLD, 1))
     return Work(subject, _folder(subject, overrides, places), dataset, jobs, part(jobs, command, baseline), places)
+
+
+class _Plans(NamedTuple):
+    """What an experiment plans with some overrides or others."""
+
+    name: str
+    places: Places
+    teacher: str | None
+    dry: bool
+    opened: dict[Data, Dataset]  # most overrides leave the data as they are, and to open a folder takes time
+
+    def of(self, overrides: list[Override]) -> tuple[list[Loaded], Dataset, list[Job]]:
+        """The points of the experiment, its dataset, and all jobs. Raises BadInput as `prepare` does."""
+        points = yamlfile.points(self.name, overrides)
+        data = points[0].experiment.data
+        with points[0].located():
+            dataset = self.opened.get(data) or open_dataset(data, self.places.data_dir, download=not self.dry)
+        self.opened[data] = dataset
+        for point in points:
+            with point.located():
+                check(point.experiment, dataset)
+        named = find_teacher(self.places, self.teacher) if self.teacher is not None else None
+        return points, dataset, plan([point.experiment for point in points], dataset, named)
+
+    def without(self, one: Override, overrides: list[Override], data: Data) -> tuple[list[Loaded], list[Job]]:
+        """The points and the jobs without one of the overrides; none where the experiment cannot do without it, or
+        would have other images than `data`, which might take hours to open."""
+        bare = [other for other in overrides if other is not one]
+        with suppress(BadInput):
+            own = yamlfile.points(self.name, bare)[0].experiment.data
+            if (own.images, own.size) == (data.images, data.size) and own.unlabelled in (None, data.unlabelled):
+                points, _, jobs = self.of(bare)
+                return points, jobs
+        return [], []
 
 
 def _of_no_effect(override: Override, overrides: list[Override]) -> BadInput:

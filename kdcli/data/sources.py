@@ -52,10 +52,8 @@ class Unlabelled(NamedTuple):
 def read(data: Data, data_dir: Path | None, download: bool) -> tuple[Found, Facts]:
     """The images that a `data` section names, and what they are. Raises BadInput or BadKeys when they cannot be had."""
     root = Path(data_dir or os.environ.get("KD_DATA") or "data")
-    keys = {"name", "split", "folder", "arrays", "function", "channels", "test", *(["size"] if data.files else [])}
-    how = data.model_dump_json(include=keys)
     with of_key(next(key for key in data.one_of if getattr(data, key))):
-        return _read(how, _stamp(data), root, download)
+        return _read(data.images, _stamp(data), root, download)
 
 
 def read_unlabelled(data: Data, found: Found, facts: Facts) -> Unlabelled:

@@ -1,6 +1,6 @@
 """`kd predict` asks a finished run, or an exported ONNX file, about images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,16 +82,21 @@ def predict(
         light = grey and not middle and float(inputs.mean()) > 0.5
         share = nearer(inputs) if nearer else None
         images.append(Prediction(image=str(file), views=_views(asked, inputs), mostly_ink=light, nearer=share))
-    for i in test_images:
-        if not run:
-            raise BadInput("--test-image: an exported file does not record its dataset: name the run instead")
-        dataset = dataset_of(run, places.data_dir)
-        test, names = dataset.test, dataset.files["test"]
+    if test_images and not run:
+        raise BadInput("--test-image: an exported file does not record its dataset: name the run instead")
+    images += _of_test(run, asked, test_images, places.data_dir) if test_images and run else []
+    return Predictions(run=run.name if run else name, classes=classes, images=images)
+
+
+def _of_test(run: Run, asked: Asked, numbers: Sequence[int], data_dir: Path | None) -> Iterator[Prediction]:
+    """What is said of test images. Raises BadInput for one that is not there."""
+    dataset = dataset_of(run, data_dir)
+    test, names, classes = dataset.test, dataset.files["test"], dataset.facts.classes
+    for i in numbers:
         if not 0 <= i < len(test):
             raise BadInput(f"--test-image {i}: there are images 0 to {len(test) - 1}")
         views, label = _views(asked, test.inputs(torch.tensor([i]))), classes[int(test.labels[i])]
-        images.append(Prediction(image=f"test image {i}{f' ({names[i]})' if names else ''}", label=label, views=views))
-    return Predictions(run=run.name if run else name, classes=classes, images=images)
+        yield Prediction(image=f"test image {i}{f' ({names[i]})' if names else ''}", label=label, views=views)
 
 
 def _of_run(run: Run, temperatures: Sequence[float], note: Note) -> Asked:
